@@ -1,0 +1,1 @@
+//! Tests against a whole cluster, and what builds that cluster.

@@ -1,0 +1,1 @@
+//! The agent: one instance's postmaster loop, fencing, promotion, rejoin, control API.

@@ -1,0 +1,181 @@
+//! The control API's messages: what agents and proxies are told, and what they report.
+//!
+//! HTTP/JSON, versioned by path (`/v1/...`). Every command carries the epoch it belongs to and is
+//! idempotent; a receiver that has seen a later epoch refuses it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Endpoint, Epoch, InstanceName, Lsn, SessionId, Timeline, Xid};
+
+/// An instance as a proxy addresses it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backend {
+    /// Name of the instance.
+    pub name: InstanceName,
+    /// Where it listens.
+    pub endpoint: Endpoint,
+}
+
+/// What commit resolution needs to know of one promotion; taken by the agent before the new
+/// primary admits any write.
+///
+/// A transaction of the epoch before this one has committed only if its id lies below
+/// [`Fence::xid`] and `pg_xact_status` says `committed`: ids at or above it are handed out anew on
+/// the new timeline.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// The epoch that began with this promotion.
+    pub epoch: Epoch,
+    /// The timeline that began with it.
+    pub timeline: Timeline,
+    /// Where the new timeline left the old one.
+    pub fork: Lsn,
+    /// First id that was not completed when recovery ended, read in recovery after the last record
+    /// was replayed. `None` when that could not be proven: outcomes are then unknown.
+    pub xid: Option<Xid>,
+}
+
+/// The primary of an epoch, with the evidence of the promotions that led to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Topology {
+    /// The epoch.
+    pub epoch: Epoch,
+    /// The timeline that the primary writes.
+    pub timeline: Timeline,
+    /// The primary.
+    pub primary: Backend,
+    /// The last promotions, oldest first.
+    pub fences: Vec<Fence>,
+}
+
+/// Asks a proxy to hold new transactions and to freeze the open ones (design section 6, *drain*).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainRequest {
+    /// The epoch that is about to end.
+    pub epoch: Epoch,
+    /// How long sessions that cannot be moved may take to finish, before anybody is held.
+    pub timeout_ms: u64,
+}
+
+/// What a drain came to. Afterwards no session of this proxy has a statement in flight.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainReport {
+    /// Sessions held with no transaction open.
+    pub idle: u64,
+    /// Sessions frozen inside a transaction that will be replayed.
+    pub frozen: u64,
+    /// Sessions whose transaction or state cannot be moved: they will get an error.
+    pub unprotected: u64,
+    /// Time from the request until all sessions stood still, in microseconds.
+    pub micros: u64,
+}
+
+/// What moving the sessions came to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResumeReport {
+    /// Sessions that had a transaction and had it replayed.
+    pub replayed: u64,
+    /// Transactions whose outcome was found from evidence.
+    pub resolved: u64,
+    /// Sessions that got an error, by reason.
+    pub failed: BTreeMap<String, u64>,
+    /// Time from the command until new work was let in, in microseconds.
+    pub micros: u64,
+}
+
+/// A session as `helios sessions` lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionInfo {
+    /// Number of the session.
+    pub id: SessionId,
+    /// What it is doing: `connecting`, `idle`, `active`, `in transaction`, `held`, `migrating`.
+    pub state: String,
+    /// Role it logged in as.
+    pub user: String,
+    /// Database.
+    pub database: String,
+    /// `application_name` of the start-up packet.
+    pub application: String,
+    /// Client's address.
+    pub client: String,
+    /// Instance its backend is on.
+    pub instance: Option<InstanceName>,
+    /// Age of the open transaction in milliseconds.
+    pub transaction_age_ms: Option<u64>,
+    /// Bytes its journal holds.
+    pub journal_bytes: u64,
+    /// Moves it has been through.
+    pub migrations: u64,
+    /// Why a failover now would cost it an error; `None` when it is protected.
+    pub unprotected: Option<String>,
+}
+
+/// What a proxy reports of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxyStatus {
+    /// Epoch of its topology.
+    pub epoch: Epoch,
+    /// `running`, `draining`, `held`, `resuming`.
+    pub phase: String,
+    /// Sessions.
+    pub sessions: u64,
+    /// Sessions inside a transaction.
+    pub in_transaction: u64,
+    /// Sessions that a failover now would not cost an error.
+    pub protected: u64,
+    /// Whether the primary answered the last health check.
+    pub primary_reachable: bool,
+    /// Bytes that all journals hold.
+    pub journal_bytes: u64,
+}
+
+/// Why sessions move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MoveReason {
+    /// A planned switchover.
+    Switchover,
+    /// The primary failed.
+    Failover,
+    /// Only the session's connection broke.
+    ConnectionLoss,
+}
+
+/// One step in the life of a session's migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum MigrationEvent {
+    /// The session is held and about to move.
+    Started {
+        /// The session.
+        session: SessionId,
+        /// Why it moves.
+        reason: MoveReason,
+    },
+    /// It goes on where it is now.
+    Completed {
+        /// The session.
+        session: SessionId,
+        /// Why it moved.
+        reason: MoveReason,
+        /// From the hold to the release, in microseconds.
+        micros: u64,
+        /// Bytes of journal and state that were replayed.
+        state_bytes: u64,
+    },
+    /// Its client got an error.
+    Failed {
+        /// The session.
+        session: SessionId,
+        /// Why it moved.
+        reason: MoveReason,
+        /// From the hold to the error, in microseconds.
+        micros: u64,
+        /// SQLSTATE that the client got.
+        sqlstate: String,
+        /// What stood in the way.
+        error: String,
+    },
+}

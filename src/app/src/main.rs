@@ -1,0 +1,2 @@
+//! The `helios` command line.
+fn main() {}

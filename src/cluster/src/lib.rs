@@ -1,0 +1,1 @@
+//! Decisions about a cluster: (observation, time) to (next durable state, actions).

@@ -1,0 +1,1 @@
+//! Storage of the journal: memory pools with byte-exact accounting.

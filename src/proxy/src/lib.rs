@@ -1,0 +1,1 @@
+//! The proxy: listener, TLS, authentication, backends, drain, migration engine, control API.

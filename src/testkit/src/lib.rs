@@ -1,0 +1,1 @@
+//! Test support: real PostgreSQL servers, fault-injecting sockets, seeded schedules.

@@ -1,0 +1,1 @@
+//! PostgreSQL v3 protocol: framing, the messages we look into, SCRAM.
