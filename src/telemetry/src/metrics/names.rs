@@ -1,0 +1,53 @@
+//! The names of all metrics, each with its type, unit and labels.
+//!
+//! Dashboards, alerts and the documentation refer to these; a name is never changed, only
+//! superseded.
+
+/// Gauge: client sessions by `state` (`connecting`, `idle`, `active`, `in_transaction`, `held`,
+/// `migrating`).
+pub const SESSIONS: &str = "helios_sessions";
+/// Counter: client connections accepted.
+pub const CONNECTIONS: &str = "helios_connections_total";
+/// Counter: client connections turned away, by `reason` (`limit`, `authentication`, `protocol`,
+/// `timeout`, `no_primary`, …).
+pub const CONNECTIONS_REFUSED: &str = "helios_connections_refused_total";
+/// Gauge, bytes: memory that the journals of all sessions hold.
+pub const JOURNAL_BYTES: &str = "helios_journal_bytes";
+/// Counter: transactions that outgrew their journal and became unprotected.
+pub const JOURNAL_OVERFLOWS: &str = "helios_journal_overflows_total";
+/// Counter: session migrations by `result` (`completed`, `failed`) and `reason` (`switchover`,
+/// `failover`, `connection_loss`).
+pub const SESSION_MIGRATIONS: &str = "helios_session_migrations_total";
+/// Counter: session migrations that ended in an error for the client.
+pub const SESSION_MIGRATIONS_FAILED: &str = "helios_session_migrations_failed";
+/// Counter: session migrations that the client did not notice.
+pub const SESSION_MIGRATIONS_SUCCESSFUL: &str = "helios_session_migrations_successful";
+/// Counter: replays of an open transaction by `result` (`success`, `mismatch`, `error`,
+/// `timeout`).
+pub const TRANSACTION_REPLAYS: &str = "helios_transaction_replays_total";
+/// Histogram, seconds: replay of one open transaction, from its first statement to the last.
+pub const TRANSACTION_REPLAY_SECONDS: &str = "helios_transaction_replay_seconds";
+/// Gauge, seconds since the Unix epoch: when a replay last ended; 0 when none has.
+pub const LAST_REPLAY_TIMESTAMP: &str = "helios_last_replay_timestamp_seconds";
+/// Counter: transactions that a move would have cost the client: replayed, or their outcome
+/// resolved from evidence.
+pub const LOSSES_PREVENTED: &str = "helios_losses_prevented_total";
+/// Counter: COMMITs that were in flight when the primary went, by `outcome` (`committed`,
+/// `not_committed`, `unknown`).
+pub const COMMIT_RESOLUTIONS: &str = "helios_commit_resolutions_total";
+/// Histogram, seconds: how long a session stood still in a move, by `kind` (`switchover`,
+/// `failover`, `connection_loss`).
+pub const PAUSE_SECONDS: &str = "helios_pause_seconds";
+/// Histogram, seconds: duration of a move's phases by `phase` (`drain`, `restore`, `resolve`,
+/// `replay`, `resume`, …).
+pub const MOVE_PHASE_SECONDS: &str = "helios_move_phase_seconds";
+/// Counter: exchanges, from a client's request to the ReadyForQuery that ended it.
+pub const EXCHANGES: &str = "helios_exchanges_total";
+/// Counter, bytes: protocol traffic by `direction` (`from_client`, `to_client`).
+pub const BYTES: &str = "helios_bytes_total";
+/// Gauge: sessions that a failover now would not cost an error.
+pub const PROTECTED_SESSIONS: &str = "helios_protected_sessions";
+/// Gauge: sessions that a failover now would cost an error, by `reason`.
+pub const UNPROTECTED_SESSIONS: &str = "helios_unprotected_sessions";
+/// Gauge: 1 when the `instance` answered its last health check, else 0.
+pub const BACKEND_UP: &str = "helios_backend_up";
