@@ -1,1 +1,8 @@
 //! Test support: real PostgreSQL servers, fault-injecting sockets, seeded schedules.
+//!
+//! A dev-dependency only; nothing of the product may depend on it.
+
+pub mod net;
+pub mod pg;
+
+pub use pg::{PgOptions, PgServer};
