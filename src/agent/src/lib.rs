@@ -1,1 +1,19 @@
-//! The agent: one instance's postmaster loop, fencing, promotion, rejoin, control API.
+//! The agent: in charge of one PostgreSQL instance. It starts, stops, fences, promotes and rejoins
+//! it, on the orders of whoever holds the epoch, and tells what the instance is.
+//!
+//! May do I/O: processes, files, SQL on its own instance and on the primary it follows, and the
+//! control socket. Decides nothing about the cluster.
+//!
+//! Invariants: what it must remember is durable before it acts; a command of an older epoch than
+//! the latest it has seen is refused; there is never more than one postmaster on the data
+//! directory; "stopped" means that no process of the instance is left.
+
+pub mod client;
+mod config;
+mod durable;
+mod error;
+mod hub;
+mod server;
+
+pub use config::{AgentConfig, ServerTls, User};
+pub use error::AgentFailure;
