@@ -1,0 +1,72 @@
+//! Clients that nobody here wrote, each in a short real program: once plainly, once with a
+//! switchover in the middle of its transaction.
+
+mod clients {
+    pub(crate) mod rust_sqlx;
+    pub(crate) mod rust_tokio_postgres;
+    pub(crate) mod subject;
+}
+
+use clients::subject::Subject;
+use helios_e2e::Result;
+use helios_e2e::driver::{Program, Programs};
+
+async fn both_ways(program: Program) -> Result<()> {
+    let programs = Programs::set_up().await?;
+    let subject = Subject::start().await?;
+    let asked = programs
+        .run(program, &subject.target(), async || Ok(()))
+        .await?;
+    if asked == 0 {
+        return Err(format!("{program:?} never asked for a switchover").into());
+    }
+    programs
+        .run(program, &subject.target(), async || {
+            subject.switchover().await
+        })
+        .await?;
+    subject.stop().await
+}
+
+macro_rules! programs {
+    ($($test:ident: $program:expr;)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                if let Err(problem) = both_ways($program).await {
+                    panic!("{problem}");
+                }
+            }
+        )*
+    };
+}
+
+programs! {
+    psql: Program::Python("client_psql");
+    pgbench: Program::Python("client_pgbench");
+    pg_dump_and_pg_restore: Program::Python("client_pg_dump");
+    psycopg3: Program::Python("client_psycopg3");
+    psycopg2: Program::Python("client_psycopg2");
+    asyncpg: Program::Python("client_asyncpg");
+    sqlalchemy: Program::Python("client_sqlalchemy");
+    node_postgres: Program::Node("client_node");
+    jdbc: Program::Java("ClientJdbc");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokio_postgres() -> Result<()> {
+    let subject = Subject::start().await?;
+    let target = subject.target();
+    clients::rust_tokio_postgres::program(&target, async || Ok(())).await?;
+    clients::rust_tokio_postgres::program(&target, async || subject.switchover().await).await?;
+    subject.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sqlx() -> Result<()> {
+    let subject = Subject::start().await?;
+    let target = subject.target();
+    clients::rust_sqlx::program(&target, async || Ok(())).await?;
+    clients::rust_sqlx::program(&target, async || subject.switchover().await).await?;
+    subject.stop().await
+}
