@@ -1,1 +1,9 @@
 //! The proxy: listener, TLS, authentication, backends, drain, migration engine, control API.
+
+pub mod auth;
+pub mod backend;
+pub mod config;
+pub mod listener;
+pub mod login;
+pub mod stream;
+pub mod tls;

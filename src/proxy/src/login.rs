@@ -1,0 +1,89 @@
+//! A client's way in: from its first byte to AuthenticationOk.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use helios_wire::ErrorFields;
+use helios_wire::startup::CancelKey;
+
+use crate::auth::{AuthMethod, VerifierCache};
+use crate::backend::Login;
+use crate::listener::{ConnectionPermit, Incoming, Limits, UserPermit};
+use crate::stream::Stream;
+use crate::tls::ServerTls;
+
+/// What logins need to know of the proxy.
+#[derive(Debug)]
+pub struct EdgeContext {
+    /// How clients prove who they are.
+    pub auth: AuthMethod,
+    /// TLS towards clients, when there is a certificate.
+    pub tls: Option<ServerTls>,
+    /// SCRAM verifiers.
+    pub verifiers: Arc<VerifierCache>,
+    /// Limits of connections.
+    pub limits: Arc<Limits>,
+    /// A login may take this long, all of it together.
+    pub login_timeout: Duration,
+}
+
+/// What a client wanted.
+#[derive(Debug)]
+pub enum Accepted {
+    /// To cancel what another connection does; its connection is closed already.
+    Cancel {
+        /// Whom.
+        key: CancelKey,
+    },
+    /// A session; its client waits for ParameterStatus, BackendKeyData and ReadyForQuery.
+    Session(Box<ClientLogin>),
+}
+
+/// A client that has proven who it is and was told AuthenticationOk.
+#[derive(Debug)]
+pub struct ClientLogin {
+    /// Its connection.
+    pub stream: Stream,
+    /// Bytes that it sent already behind its login.
+    pub buf: BytesMut,
+    /// Who it is and what it asked for.
+    pub login: Login,
+    /// Minor version of the protocol that was agreed upon: 0 or 2.
+    pub protocol_minor: u16,
+    /// Its address for people.
+    pub peer: String,
+    /// Its places among all connections and among its user's.
+    pub permits: (ConnectionPermit, UserPermit),
+}
+
+/// Why there is no session. The client has been told already, where there was anybody to tell.
+#[derive(Debug, thiserror::Error)]
+pub enum LoginError {
+    /// The client went away before it asked for anything: a port check, no fault.
+    #[error("connection closed before a login")]
+    Closed,
+    /// The connection failed.
+    #[error("connection failed during login: {0}")]
+    Io(#[from] io::Error),
+    /// The login took too long.
+    #[error("login took longer than {0:?}")]
+    Timeout(Duration),
+    /// The client was refused.
+    #[error("login refused: {0}")]
+    Refused(ErrorFields),
+    /// The client does not speak the protocol.
+    #[error("client broke the protocol: {0}")]
+    Protocol(String),
+}
+
+/// Leads a client through its login.
+///
+/// # Errors
+///
+/// See [`LoginError`].
+pub async fn accept(incoming: Incoming, ctx: &EdgeContext) -> Result<Accepted, LoginError> {
+    let _ = (incoming, ctx);
+    Err(LoginError::Closed)
+}
