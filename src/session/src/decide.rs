@@ -1,0 +1,339 @@
+//! "May this be replayed, and how?": one pure function, with a table of tests (design rule 1).
+
+use helios_api::Xid;
+
+use crate::grammar::Kind;
+use crate::{ReplayMode, TxnStatus};
+
+/// What is known of the open transaction's id when its connection broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Evidence {
+    /// The server told its id.
+    Known(Xid),
+    /// The server told, after the last statement, that it has none: nothing was written.
+    NothingWritten,
+    /// Not known.
+    Unknown,
+}
+
+/// One exchange that was sent and not completely answered, in the order sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InFlight {
+    /// Its statements; `None` when its text was not kept.
+    pub kinds: Option<Vec<Kind>>,
+    /// The server has answered COMMIT (or PREPARE TRANSACTION) in it.
+    pub commit_answered: bool,
+    /// The server has answered with an error in it, which the client has.
+    pub failed: bool,
+    /// The server itself has cancelled it, and nothing of it lasts.
+    pub undone: bool,
+    /// Evidence for the transaction that a COMMIT in it would end.
+    pub evidence: Evidence,
+}
+
+/// Everything that the decision rests on.
+#[derive(Debug, Clone, Copy)]
+pub struct Situation<'a> {
+    /// The configured mode.
+    pub mode: ReplayMode,
+    /// Status after the last exchange that was answered completely.
+    pub status: TxnStatus,
+    /// Why the session or its transaction cannot be moved, if so.
+    pub unprotected: Option<&'a str>,
+    /// What is in flight.
+    pub in_flight: &'a [InFlight],
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Plan {
+    /// Rebuild the session, replay the open transaction if there is one, send again what was in
+    /// flight.
+    Replay,
+    /// Ask the database whether this transaction committed. If it did, exchange `at` is answered
+    /// and the decision is taken again for the rest; if not, [`Plan::Replay`].
+    Resolve {
+        /// Index of the exchange that holds the COMMIT.
+        at: usize,
+        /// Its transaction.
+        xid: Xid,
+    },
+    /// Exchange 0 is a COMMIT that the server has answered; only ReadyForQuery is missing.
+    Complete,
+    /// The transaction is lost, and the client must be told: it may be tried again (40001).
+    Abort {
+        /// Why.
+        reason: String,
+    },
+    /// Exchange `at` may have taken effect, and nobody can tell (08007).
+    Unknown {
+        /// Index of the exchange.
+        at: usize,
+    },
+    /// The connection ends, as it would without us (mode `none`).
+    Disconnect,
+}
+
+/// Decides.
+#[must_use]
+pub fn decide(s: &Situation<'_>) -> Plan {
+    if s.mode == ReplayMode::None {
+        return Plan::Disconnect;
+    }
+    let mut open = s.status != TxnStatus::Idle;
+    let mut failed = s.status == TxnStatus::Failed;
+    for (at, exchange) in s.in_flight.iter().enumerate() {
+        match step(&mut open, &mut failed, exchange) {
+            Step::Safe => {}
+            Step::Committed if at == 0 => return Plan::Complete,
+            Step::Committed | Step::InDoubt => return Plan::Unknown { at },
+            Step::Ask(xid) => return Plan::Resolve { at, xid },
+        }
+    }
+    replay_or_abort(s)
+}
+
+/// Nothing in flight can have committed: whether what was open can be had again.
+#[must_use]
+pub fn replay_or_abort(s: &Situation<'_>) -> Plan {
+    if let Some(reason) = s.unprotected {
+        return Plan::Abort {
+            reason: reason.to_owned(),
+        };
+    }
+    let open = s.status != TxnStatus::Idle;
+    if open && !s.mode.replays() {
+        return Plan::Abort {
+            reason: "replay of transactions is switched off".into(),
+        };
+    }
+    if s.in_flight.iter().any(|e| e.kinds.is_none()) {
+        return Plan::Abort {
+            reason: "the statement in flight was too large to keep".into(),
+        };
+    }
+    Plan::Replay
+}
+
+enum Step {
+    /// Cannot have committed anything.
+    Safe,
+    /// Has committed, and said so.
+    Committed,
+    /// May have committed; evidence exists.
+    Ask(Xid),
+    /// May have committed; no evidence.
+    InDoubt,
+}
+
+fn step(open: &mut bool, failed: &mut bool, exchange: &InFlight) -> Step {
+    if exchange.undone {
+        return Step::Safe;
+    }
+    if exchange.commit_answered {
+        let alone = exchange.kinds.as_deref().is_some_and(is_only_commit);
+        return if alone {
+            Step::Committed
+        } else {
+            Step::InDoubt
+        };
+    }
+    let Some(kinds) = exchange.kinds.as_deref() else {
+        return Step::InDoubt;
+    };
+    let began_open = *open;
+    for kind in kinds {
+        match kind {
+            Kind::Empty | Kind::Harmless => {}
+            Kind::Begin => *open = true,
+            // A failed transaction cannot commit, whatever is said to it.
+            Kind::Commit if *failed => *open = false,
+            Kind::Commit if *open => return commit(exchange, began_open, kinds),
+            Kind::Rollback => {
+                *open = false;
+                *failed = false;
+            }
+            Kind::Commit => {}
+            Kind::Chain if *failed => *failed = false,
+            Kind::Chain => return Step::InDoubt,
+            Kind::Read | Kind::LockingRead | Kind::Write | Kind::Other if *open => {}
+            Kind::Opaque if *open && kinds.len() == 1 && began_open => {}
+            _ => return Step::InDoubt,
+        }
+        // An error that was answered ends the exchange's effects inside a transaction.
+        if exchange.failed && *open {
+            *failed = true;
+        }
+    }
+    Step::Safe
+}
+
+fn is_only_commit(kinds: &[Kind]) -> bool {
+    kinds
+        .iter()
+        .filter(|k| **k != Kind::Empty)
+        .all(|k| *k == Kind::Commit)
+}
+
+/// A COMMIT in an open transaction: the transaction's id decides. Statements behind the COMMIT in
+/// the same exchange would stay unknown.
+fn commit(exchange: &InFlight, began_open: bool, kinds: &[Kind]) -> Step {
+    let last = kinds.iter().rev().find(|k| **k != Kind::Empty);
+    if last != Some(&Kind::Commit) || kinds.iter().filter(|k| **k == Kind::Commit).count() != 1 {
+        return Step::InDoubt;
+    }
+    match exchange.evidence {
+        Evidence::NothingWritten => Step::Safe,
+        Evidence::Known(xid) if began_open => Step::Ask(xid),
+        Evidence::Known(_) | Evidence::Unknown => Step::InDoubt,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Kind::{Begin, Chain, Commit, Harmless, Opaque, Other, Read, Rollback, Write};
+
+    fn flight(kinds: &[Kind], evidence: Evidence) -> InFlight {
+        InFlight {
+            kinds: Some(kinds.to_vec()),
+            commit_answered: false,
+            failed: false,
+            undone: false,
+            evidence,
+        }
+    }
+
+    fn plan(status: TxnStatus, in_flight: &[InFlight]) -> Plan {
+        decide(&Situation {
+            mode: ReplayMode::Transaction,
+            status,
+            unprotected: None,
+            in_flight,
+        })
+    }
+
+    #[test]
+    fn table() {
+        use TxnStatus::{Failed, Idle, Open};
+        let x = Evidence::Known(Xid(7));
+        let none = Evidence::NothingWritten;
+        let unknown = Evidence::Unknown;
+        let ask = |at| Plan::Resolve { at, xid: Xid(7) };
+        let doubt = |at| Plan::Unknown { at };
+        let cases: &[(TxnStatus, &[(&[Kind], Evidence)], Plan)] = &[
+            // idle
+            (Idle, &[], Plan::Replay),
+            (Idle, &[(&[Begin], unknown)], Plan::Replay),
+            (Idle, &[(&[Harmless], unknown)], Plan::Replay),
+            (Idle, &[(&[Read], unknown)], doubt(0)),
+            (Idle, &[(&[Write], unknown)], doubt(0)),
+            (Idle, &[(&[Opaque], unknown)], doubt(0)),
+            (Idle, &[(&[Commit], unknown)], Plan::Replay),
+            // open
+            (Open, &[], Plan::Replay),
+            (Open, &[(&[Write], unknown)], Plan::Replay),
+            (Open, &[(&[Opaque], unknown)], Plan::Replay),
+            (Open, &[(&[Opaque, Opaque], unknown)], doubt(0)),
+            (Open, &[(&[Rollback], unknown)], Plan::Replay),
+            (Open, &[(&[Commit], x)], ask(0)),
+            (Open, &[(&[Commit], none)], Plan::Replay),
+            (Open, &[(&[Commit], unknown)], doubt(0)),
+            (Open, &[(&[Chain], x)], doubt(0)),
+            (Open, &[(&[Write, Commit], x)], ask(0)),
+            (Open, &[(&[Commit, Write], x)], doubt(0)),
+            (Failed, &[(&[Commit], unknown)], Plan::Replay),
+            (
+                Failed,
+                &[(&[Commit], unknown), (&[Write], unknown)],
+                doubt(1),
+            ),
+            // pipelines
+            (
+                Idle,
+                &[(&[Begin], unknown), (&[Write], unknown)],
+                Plan::Replay,
+            ),
+            (
+                Idle,
+                &[(&[Begin], unknown), (&[Write], unknown), (&[Commit], x)],
+                ask(2),
+            ),
+            (Open, &[(&[Other], unknown), (&[Commit], x)], ask(1)),
+            (
+                Open,
+                &[(&[Rollback], unknown), (&[Write], unknown)],
+                doubt(1),
+            ),
+        ];
+        for (status, in_flight, want) in cases {
+            let in_flight: Vec<_> = in_flight.iter().map(|(k, e)| flight(k, *e)).collect();
+            let got = plan(*status, &in_flight);
+            assert_eq!(&got, want, "{status:?} {in_flight:?}");
+        }
+    }
+
+    #[test]
+    fn an_answered_commit_is_complete_and_nothing_else_is() {
+        let mut exchange = flight(&[Commit], Evidence::Unknown);
+        exchange.commit_answered = true;
+        assert_eq!(
+            plan(TxnStatus::Open, std::slice::from_ref(&exchange)),
+            Plan::Complete
+        );
+        exchange.kinds = Some(vec![Commit, Write]);
+        assert_eq!(plan(TxnStatus::Open, &[exchange]), Plan::Unknown { at: 0 });
+    }
+
+    #[test]
+    fn an_undone_statement_may_run_again() {
+        let mut exchange = flight(&[Write], Evidence::Unknown);
+        exchange.undone = true;
+        assert_eq!(plan(TxnStatus::Idle, &[exchange]), Plan::Replay);
+    }
+
+    #[test]
+    fn what_was_not_kept_is_not_replayed() {
+        let mut exchange = flight(&[], Evidence::Unknown);
+        exchange.kinds = None;
+        assert_eq!(
+            plan(TxnStatus::Idle, &[exchange.clone()]),
+            Plan::Unknown { at: 0 }
+        );
+        exchange.undone = true;
+        assert!(matches!(
+            plan(TxnStatus::Open, &[exchange]),
+            Plan::Abort { .. }
+        ));
+    }
+
+    #[test]
+    fn unprotected_and_modes() {
+        let mut s = Situation {
+            mode: ReplayMode::Transaction,
+            status: TxnStatus::Open,
+            unprotected: Some("temporary table"),
+            in_flight: &[],
+        };
+        assert!(matches!(decide(&s), Plan::Abort { reason } if reason == "temporary table"));
+        s.unprotected = None;
+        s.mode = ReplayMode::Session;
+        assert!(matches!(decide(&s), Plan::Abort { .. }));
+        s.status = TxnStatus::Idle;
+        assert_eq!(decide(&s), Plan::Replay);
+        s.mode = ReplayMode::None;
+        assert_eq!(decide(&s), Plan::Disconnect);
+    }
+
+    #[test]
+    fn evidence_counts_before_protection() {
+        let in_flight = [flight(&[Commit], Evidence::Known(Xid(9)))];
+        let s = Situation {
+            mode: ReplayMode::Transaction,
+            status: TxnStatus::Open,
+            unprotected: Some("journal over its limit"),
+            in_flight: &in_flight,
+        };
+        assert_eq!(decide(&s), Plan::Resolve { at: 0, xid: Xid(9) });
+    }
+}

@@ -1,0 +1,212 @@
+//! What statements are, read with a PostgreSQL grammar; never on the forwarding path.
+//!
+//! The parser is squawk's, written after `gram.y` and checked by its authors against PostgreSQL's
+//! regression suite. What it cannot parse is [`Kind::Opaque`]: nothing is assumed of it.
+
+use squawk_syntax::ast::AstNode;
+use squawk_syntax::{SourceFile, SyntaxKind};
+
+/// What a statement may do to the transaction that it runs in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing at all.
+    Empty,
+    /// Opens a transaction block.
+    Begin,
+    /// COMMIT, END, PREPARE TRANSACTION.
+    Commit,
+    /// ROLLBACK of the whole transaction.
+    Rollback,
+    /// COMMIT AND CHAIN, ROLLBACK AND CHAIN.
+    Chain,
+    /// Session state and looking only: outside a transaction it writes nothing that lasts.
+    Harmless,
+    /// SELECT, or fetching from a cursor, without a locking clause.
+    Read,
+    /// A SELECT with a locking clause, at any depth.
+    LockingRead,
+    /// INSERT, UPDATE, DELETE, MERGE, COPY: all or nothing, also by itself.
+    Write,
+    /// Everything else that cannot end a transaction from inside one (DDL, savepoints …).
+    Other,
+    /// May commit by itself or cannot be read: nothing is known.
+    Opaque,
+}
+
+/// The statements of a query string; `[Opaque]` when it cannot be parsed.
+#[must_use]
+pub fn statements(sql: &str) -> Vec<Kind> {
+    let parse = SourceFile::parse(sql);
+    if !parse.errors().is_empty() {
+        return vec![Kind::Opaque];
+    }
+    let kinds: Vec<Kind> = parse
+        .tree()
+        .syntax()
+        .children()
+        .map(|node| kind(&node))
+        .collect();
+    if kinds.is_empty() {
+        vec![Kind::Empty]
+    } else {
+        kinds
+    }
+}
+
+/// The statement, when a text holds exactly one.
+#[must_use]
+pub fn single(sql: &str) -> Kind {
+    let mut kinds = statements(sql);
+    kinds.retain(|k| *k != Kind::Empty);
+    match kinds.as_slice() {
+        [] => Kind::Empty,
+        [one] => *one,
+        _ => Kind::Opaque,
+    }
+}
+
+fn kind(node: &squawk_syntax::SyntaxNode) -> Kind {
+    use SyntaxKind as S;
+    let has = |word: S| {
+        node.descendants_with_tokens()
+            .any(|e| e.as_token().is_some_and(|t| t.kind() == word))
+    };
+    match node.kind() {
+        S::EMPTY_STMT => Kind::Empty,
+        S::BEGIN => Kind::Begin,
+        S::COMMIT_TRANSACTION | S::ROLLBACK_TRANSACTION if has(S::CHAIN_KW) && !has(S::NO_KW) => {
+            Kind::Chain
+        }
+        // COMMIT PREPARED and ROLLBACK PREPARED act on another transaction and last.
+        S::COMMIT_PREPARED | S::ROLLBACK_PREPARED => Kind::Opaque,
+        S::COMMIT_TRANSACTION | S::PREPARE_TRANSACTION => Kind::Commit,
+        S::ROLLBACK_TRANSACTION => Kind::Rollback,
+        S::SET
+        | S::SHOW
+        | S::RESET
+        | S::SET_TRANSACTION
+        | S::SET_ROLE
+        | S::RESET_ROLE
+        | S::SET_SESSION_AUTH
+        | S::RESET_SESSION_AUTH
+        | S::DISCARD
+        | S::DEALLOCATE
+        | S::PREPARE
+        | S::LISTEN
+        | S::UNLISTEN => Kind::Harmless,
+        S::SELECT | S::COMPOUND_SELECT | S::PAREN_SELECT | S::VALUES | S::TABLE | S::DECLARE => {
+            read_kind(node)
+        }
+        S::FETCH | S::MOVE | S::CLOSE => Kind::Read,
+        S::INSERT | S::UPDATE | S::DELETE | S::MERGE => Kind::Write,
+        S::COPY if has(S::PROGRAM_KW) => Kind::Opaque,
+        S::COPY => Kind::Write,
+        S::CALL
+        | S::DO
+        | S::VACUUM
+        | S::CLUSTER
+        | S::REINDEX
+        | S::CREATE_DATABASE
+        | S::DROP_DATABASE
+        | S::CREATE_INDEX
+        | S::DROP_INDEX
+        | S::ALTER_SYSTEM
+        | S::ALTER_DATABASE
+        | S::CREATE_TABLESPACE
+        | S::DROP_TABLESPACE
+        | S::CREATE_SUBSCRIPTION
+        | S::DROP_SUBSCRIPTION
+        | S::ALTER_SUBSCRIPTION
+        | S::CHECKPOINT
+        | S::ALTER_TABLE
+        | S::EXECUTE
+        | S::EXPLAIN
+        | S::REPACK => Kind::Opaque,
+        _ => Kind::Other,
+    }
+}
+
+fn read_kind(node: &squawk_syntax::SyntaxNode) -> Kind {
+    let mut kind = Kind::Read;
+    for inner in node.descendants() {
+        match inner.kind() {
+            // A writing CTE makes the whole statement a write.
+            SyntaxKind::INSERT | SyntaxKind::UPDATE | SyntaxKind::DELETE | SyntaxKind::MERGE => {
+                return Kind::Write;
+            }
+            SyntaxKind::LOCKING_CLAUSE => kind = Kind::LockingRead,
+            _ => {}
+        }
+    }
+    kind
+}
+
+impl Kind {
+    /// Whether a statement that is run inside a transaction block cannot end it. CALL and DO
+    /// cannot commit there ("invalid transaction termination", `src/pl/plpgsql/src/pl_exec.c`),
+    /// and VACUUM and its kind are refused.
+    #[must_use]
+    pub fn stays_inside(self) -> bool {
+        !matches!(self, Self::Commit | Self::Rollback | Self::Chain)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds() {
+        for (sql, want) in [
+            ("begin", Kind::Begin),
+            (
+                "start transaction isolation level serializable, read only",
+                Kind::Begin,
+            ),
+            ("commit", Kind::Commit),
+            ("end", Kind::Commit),
+            ("commit and chain", Kind::Chain),
+            ("commit and no chain", Kind::Commit),
+            ("commit prepared 'x'", Kind::Opaque),
+            ("prepare transaction 'x'", Kind::Commit),
+            ("rollback", Kind::Rollback),
+            ("abort", Kind::Rollback),
+            ("rollback to savepoint s", Kind::Other),
+            ("savepoint s", Kind::Other),
+            ("set search_path = a", Kind::Harmless),
+            ("select 1", Kind::Read),
+            (
+                "select * from t where a = $1 for update skip locked",
+                Kind::LockingRead,
+            ),
+            (
+                "select * from (select * from t for share) x",
+                Kind::LockingRead,
+            ),
+            (
+                "with x as (delete from t returning *) select * from x",
+                Kind::Write,
+            ),
+            (
+                "with x as (select 1) insert into t select * from x",
+                Kind::Write,
+            ),
+            ("insert into t values (';')", Kind::Write),
+            ("copy t from stdin", Kind::Write),
+            ("call p()", Kind::Opaque),
+            ("do $$ begin commit; end $$", Kind::Opaque),
+            ("create temp table t (a int)", Kind::Other),
+            ("", Kind::Empty),
+            (";", Kind::Empty),
+            ("-- only a comment", Kind::Empty),
+            ("selec 1", Kind::Opaque),
+            ("select 1; commit", Kind::Opaque),
+            ("select 1;", Kind::Read),
+            ("select ';commit;'", Kind::Read),
+            ("select $a$;commit;$a$", Kind::Read),
+        ] {
+            assert_eq!(single(sql), want, "{sql}");
+        }
+        assert_eq!(statements("begin; select 1"), [Kind::Begin, Kind::Read]);
+    }
+}

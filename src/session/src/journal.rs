@@ -1,0 +1,291 @@
+//! The journal of one session: what its client sent since the open transaction began, and what it
+//! was answered.
+//!
+//! One byte log holds the client's messages as they came; exchanges are ranges of it. Answered
+//! exchanges of the open transaction are records, the rest is in flight. The invariant: records and
+//! exchanges cover the log without a gap, in order.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use helios_api::Lsn;
+
+use crate::TxnStatus;
+use crate::reply::Reply;
+
+/// Bytes of one exchange in flight that are kept although its transaction's journal is lost.
+const KEEP_IN_FLIGHT: usize = 16 * 1024;
+
+/// Capacity that the log keeps between transactions.
+const KEEP: usize = 16 * 1024;
+
+/// An exchange that was answered completely, inside the open transaction.
+#[derive(Debug)]
+pub struct Record {
+    range: Range<usize>,
+    /// Number of the exchange in its session, from 1.
+    pub sequence: u64,
+    /// When it began, in microseconds since the session did.
+    pub at_micros: u64,
+    /// What the client was answered.
+    pub reply: Reply,
+    /// WAL position of the server behind it, where it was asked for.
+    pub wal: Option<Lsn>,
+}
+
+/// An exchange that was sent, at least in part, and not answered completely.
+#[derive(Debug, Default)]
+pub struct Exchange {
+    start: usize,
+    end: usize,
+    /// Number of the exchange in its session, from 1.
+    pub sequence: u64,
+    /// When it began, in microseconds since the session did.
+    pub at_micros: u64,
+    /// ReadyForQuery messages that will end it.
+    pub ready_owed: u32,
+    /// Its messages were too large to keep.
+    pub cut: bool,
+    /// Its last message has been sent.
+    pub closed: bool,
+    /// Copy data came after its Sync: the next Sync belongs to it as well.
+    pub copy_tail: bool,
+    /// A Parse or Query hinted at a write.
+    pub writes: bool,
+    /// It may have changed session state.
+    pub touches: bool,
+    /// Number of the transaction that it runs in, as projected.
+    pub transaction: u64,
+    /// The server has undone it (planned move: cancelled by us).
+    pub undone: bool,
+    /// What has been delivered to the client.
+    pub reply: Reply,
+    /// WAL position behind it, where it was asked for.
+    pub wal: Option<Lsn>,
+}
+
+/// The journal.
+#[derive(Debug, Default)]
+pub struct Journal {
+    log: Vec<u8>,
+    records: Vec<Record>,
+    in_flight: VecDeque<Exchange>,
+    heap: usize,
+    /// Messages of the transaction or exchange are not kept any more, and why.
+    lost: Option<String>,
+}
+
+impl Journal {
+    /// Opens an exchange.
+    pub fn open(&mut self, sequence: u64, at_micros: u64, transaction: u64) -> &mut Exchange {
+        let at = self.log.len();
+        self.in_flight.push_back(Exchange {
+            start: at,
+            end: at,
+            sequence,
+            at_micros,
+            transaction,
+            ..Exchange::default()
+        });
+        let last = self.in_flight.len() - 1;
+        &mut self.in_flight[last]
+    }
+
+    /// Appends bytes of the exchange that was opened last.
+    pub fn append(&mut self, bytes: &[u8]) {
+        let Some(exchange) = self.in_flight.back_mut() else {
+            return;
+        };
+        if exchange.cut {
+            return;
+        }
+        if self.lost.is_some() && exchange.end - exchange.start + bytes.len() > KEEP_IN_FLIGHT {
+            self.log.truncate(exchange.start);
+            exchange.end = exchange.start;
+            exchange.cut = true;
+            return;
+        }
+        self.log.extend_from_slice(bytes);
+        exchange.end = self.log.len();
+    }
+
+    /// Ends the exchange in front; its messages stay while a transaction is open.
+    pub fn complete(&mut self, status: TxnStatus) -> Option<Exchange> {
+        let mut exchange = self.in_flight.pop_front()?;
+        if status == TxnStatus::Idle {
+            self.forget_to(exchange.end);
+            return Some(exchange);
+        }
+        if self.lost.is_some() {
+            self.drain_to(exchange.end);
+        } else {
+            let reply = std::mem::take(&mut exchange.reply);
+            self.heap += reply.heap_bytes();
+            self.records.push(Record {
+                range: exchange.start..exchange.end,
+                sequence: exchange.sequence,
+                at_micros: exchange.at_micros,
+                reply,
+                wal: exchange.wal,
+            });
+        }
+        Some(exchange)
+    }
+
+    /// Forgets the records: the transaction is over. Later exchanges stay.
+    fn forget_to(&mut self, end: usize) {
+        self.records.clear();
+        self.heap = 0;
+        if self.in_flight.is_empty() {
+            self.lost = None;
+            self.log.clear();
+            self.log.shrink_to(KEEP);
+            return;
+        }
+        self.drain_to(end);
+    }
+
+    fn drain_to(&mut self, end: usize) {
+        self.log.drain(..end.min(self.log.len()));
+        for exchange in &mut self.in_flight {
+            exchange.start = exchange.start.saturating_sub(end);
+            exchange.end = exchange.end.saturating_sub(end);
+        }
+    }
+
+    /// Gives up keeping records: frees their memory, remembers why until the transaction is over.
+    /// Small exchanges in flight stay, so that a COMMIT among them can still be recognised.
+    pub fn lose(&mut self, why: String) {
+        self.lost.get_or_insert(why);
+        self.records = Vec::new();
+        self.heap = 0;
+        let front = self.in_flight.front().map_or(self.log.len(), |e| e.start);
+        self.drain_to(front);
+        if let Some(last) = self.in_flight.back_mut()
+            && last.end - last.start > KEEP_IN_FLIGHT
+        {
+            self.log.truncate(last.start);
+            last.end = last.start;
+            last.cut = true;
+        }
+        self.log.shrink_to(KEEP);
+    }
+
+    /// Forgets everything: records, what is in flight, and why anything was lost.
+    pub fn abandon(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Notes the server's WAL position behind the last record.
+    pub fn note_wal(&mut self, wal: Option<Lsn>) {
+        if let Some(record) = self.records.last_mut() {
+            record.wal = wal.max(record.wal);
+        }
+    }
+
+    /// Why messages are not kept, if so.
+    #[must_use]
+    pub fn lost(&self) -> Option<&str> {
+        self.lost.as_deref()
+    }
+
+    /// Answered exchanges of the open transaction.
+    #[must_use]
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// Exchanges in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> &VecDeque<Exchange> {
+        &self.in_flight
+    }
+
+    /// Exchanges in flight, to change.
+    pub fn in_flight_mut(&mut self) -> &mut VecDeque<Exchange> {
+        &mut self.in_flight
+    }
+
+    /// Drops the exchange in front without a record (it was answered with an error of ours).
+    pub fn drop_front(&mut self) -> Option<Exchange> {
+        self.in_flight.pop_front()
+    }
+
+    /// The messages of a record.
+    #[must_use]
+    pub fn record_bytes(&self, record: &Record) -> &[u8] {
+        self.log.get(record.range.clone()).unwrap_or_default()
+    }
+
+    /// The messages of an exchange in flight.
+    #[must_use]
+    pub fn exchange_bytes(&self, exchange: &Exchange) -> &[u8] {
+        self.log
+            .get(exchange.start..exchange.end)
+            .unwrap_or_default()
+    }
+
+    /// Bytes held: messages, records and their results.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.log.len() + self.records.len() * size_of::<Record>() + self.heap
+    }
+
+    /// Highest WAL position that the open transaction was told.
+    #[must_use]
+    pub fn wal(&self) -> Option<Lsn> {
+        let records = self.records.iter().filter_map(|r| r.wal);
+        records
+            .chain(self.in_flight.iter().filter_map(|e| e.wal))
+            .max()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pipeline_over_a_commit_keeps_what_comes_after() {
+        let mut j = Journal::default();
+        for (n, text) in [b"begin".as_slice(), b"write", b"commit", b"begin2"]
+            .iter()
+            .enumerate()
+        {
+            j.open(n as u64 + 1, 0, 0);
+            j.append(text);
+        }
+        j.complete(TxnStatus::Open);
+        j.complete(TxnStatus::Open);
+        assert_eq!(j.records().len(), 2);
+        assert_eq!(j.record_bytes(&j.records()[1]), b"write");
+        j.complete(TxnStatus::Idle);
+        assert!(j.records().is_empty());
+        assert_eq!(j.exchange_bytes(&j.in_flight()[0]), b"begin2");
+        j.complete(TxnStatus::Open);
+        assert_eq!(j.record_bytes(&j.records()[0]), b"begin2");
+        assert_eq!(j.bytes(), 6 + size_of::<Record>());
+    }
+
+    #[test]
+    fn what_is_lost_is_lost_until_the_transaction_ends() {
+        let mut j = Journal::default();
+        j.open(1, 0, 0);
+        j.append(b"begin");
+        j.complete(TxnStatus::Open);
+        j.lose("full".into());
+        assert_eq!(j.bytes(), 0);
+        j.open(2, 0, 0);
+        j.append(b"write");
+        assert_eq!(j.exchange_bytes(&j.in_flight()[0]), b"write");
+        j.append(&[0; KEEP_IN_FLIGHT]);
+        assert!(j.in_flight()[0].cut);
+        assert_eq!(j.bytes(), 0);
+        j.complete(TxnStatus::Open);
+        assert!(j.records().is_empty());
+        assert_eq!(j.lost(), Some("full"));
+        j.open(3, 0, 0);
+        j.complete(TxnStatus::Idle);
+        assert_eq!(j.lost(), None);
+    }
+}

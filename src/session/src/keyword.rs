@@ -1,0 +1,199 @@
+//! Hints from the first word of a statement, cheap enough for the forwarding path.
+//!
+//! A hint only decides when the server is asked for the truth (a transaction id, the session's
+//! state). A wrong hint costs a question or makes an outcome unknown; it never makes one wrong.
+//! Whatever decides what may be replayed is read with the grammar (`grammar`).
+
+/// What the first word of a statement suggests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hint {
+    /// Opens a transaction block.
+    Begin,
+    /// Ends one, and may commit it.
+    Commit,
+    /// Ends one without committing.
+    Rollback,
+    /// SELECT and its kind: writes only through functions.
+    Read,
+    /// Changes session state.
+    Session,
+    /// Anything else: takes a transaction id, probably.
+    Write,
+    /// No statement.
+    Empty,
+}
+
+/// The hint for a statement's text.
+#[must_use]
+pub fn hint(sql: &[u8]) -> Hint {
+    let word = first_word(sql);
+    let mut lower = [0_u8; 12];
+    let Some(lower) = lower.get_mut(..word.len()) else {
+        return Hint::Write;
+    };
+    lower.copy_from_slice(word);
+    lower.make_ascii_lowercase();
+    match &*lower {
+        b"" => Hint::Empty,
+        b"begin" | b"start" => Hint::Begin,
+        b"commit" | b"end" => Hint::Commit,
+        b"rollback" if goes_back_to_savepoint(sql, word) => Hint::Read,
+        b"rollback" | b"abort" => Hint::Rollback,
+        b"select" | b"show" | b"fetch" | b"move" | b"close" | b"values" | b"table" | b"declare"
+        | b"explain" | b"savepoint" | b"release" => Hint::Read,
+        b"set" | b"reset" | b"discard" | b"deallocate" | b"listen" | b"unlisten" => Hint::Session,
+        // PREPARE name AS … makes a statement, PREPARE TRANSACTION ends a transaction.
+        b"prepare" => {
+            if next_word_is(sql, word, b"transaction") {
+                Hint::Commit
+            } else {
+                Hint::Session
+            }
+        }
+        _ => Hint::Write,
+    }
+}
+
+/// `ROLLBACK [WORK | TRANSACTION] TO …` stays inside the transaction.
+fn goes_back_to_savepoint(sql: &[u8], word: &[u8]) -> bool {
+    let next = next_word(sql, word);
+    let next = if next.eq_ignore_ascii_case(b"work") || next.eq_ignore_ascii_case(b"transaction") {
+        next_word(sql, next)
+    } else {
+        next
+    };
+    next.eq_ignore_ascii_case(b"to")
+}
+
+fn next_word_is(sql: &[u8], word: &[u8], next: &[u8]) -> bool {
+    next_word(sql, word).eq_ignore_ascii_case(next)
+}
+
+/// The word after `word`, which is a part of `sql`.
+fn next_word<'a>(sql: &'a [u8], word: &[u8]) -> &'a [u8] {
+    let offset = word.as_ptr() as usize - sql.as_ptr() as usize + word.len();
+    sql.get(offset..).map_or(&[], first_word)
+}
+
+/// The first identifier, past white space, comments, opening parentheses and semicolons.
+fn first_word(sql: &[u8]) -> &[u8] {
+    let mut rest = sql;
+    loop {
+        match rest {
+            [
+                b' ' | b'\t' | b'\n' | b'\r' | 0x0B | 0x0C | b'(' | b';' | 0,
+                tail @ ..,
+            ] => rest = tail,
+            [b'-', b'-', tail @ ..] => {
+                let end = tail.iter().position(|b| *b == b'\n').unwrap_or(tail.len());
+                rest = &tail[end..];
+            }
+            [b'/', b'*', tail @ ..] => rest = skip_block_comment(tail),
+            _ => break,
+        }
+    }
+    let len = rest
+        .iter()
+        .position(|b| !b.is_ascii_alphabetic())
+        .unwrap_or(rest.len());
+    &rest[..len]
+}
+
+/// Past a block comment's end; they nest in PostgreSQL (`src/backend/parser/scan.l`).
+fn skip_block_comment(mut rest: &[u8]) -> &[u8] {
+    let mut depth = 1;
+    while depth > 0 {
+        match rest {
+            [b'*', b'/', tail @ ..] => {
+                depth -= 1;
+                rest = tail;
+            }
+            [b'/', b'*', tail @ ..] => {
+                depth += 1;
+                rest = tail;
+            }
+            [_, tail @ ..] => rest = tail,
+            [] => return rest,
+        }
+    }
+    rest
+}
+
+/// Words that, anywhere in a text, make the session's state worth asking for afterwards.
+const SUSPICIOUS: [&[u8]; 5] = [b"temp", b"advisory", b"set_config", b"with hold", b"listen"];
+
+/// Longest text that is searched; a longer one counts as suspicious.
+const SEARCH_LIMIT: usize = 16 * 1024;
+
+/// Whether a statement might change session state that its command tag does not tell.
+#[must_use]
+pub fn touches_session(sql: &[u8]) -> bool {
+    if sql.len() > SEARCH_LIMIT {
+        return true;
+    }
+    let mut first = [false; 256];
+    for needle in SUSPICIOUS {
+        first[usize::from(needle[0])] = true;
+        first[usize::from(needle[0].to_ascii_uppercase())] = true;
+    }
+    sql.iter().enumerate().any(|(at, byte)| {
+        first[usize::from(*byte)]
+            && SUSPICIOUS.iter().any(|needle| {
+                sql.get(at..at + needle.len())
+                    .is_some_and(|s| s.eq_ignore_ascii_case(needle))
+            })
+    })
+}
+
+/// Whether a command tag says that the session's state changed.
+#[must_use]
+pub fn tag_touches_session(tag: &[u8]) -> bool {
+    match tag {
+        b"SET" | b"RESET" | b"PREPARE" | b"LISTEN" | b"UNLISTEN" => true,
+        _ => tag.starts_with(b"DISCARD") || tag.starts_with(b"DEALLOCATE"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints() {
+        for (sql, want) in [
+            ("BEGIN", Hint::Begin),
+            ("  start transaction", Hint::Begin),
+            ("/* a /* b */ */ -- c\n commit", Hint::Commit),
+            ("END;", Hint::Commit),
+            ("prepare transaction 'x'", Hint::Commit),
+            ("prepare x as select 1", Hint::Session),
+            ("rollback", Hint::Rollback),
+            ("rollback to s", Hint::Read),
+            ("rollback work to savepoint s", Hint::Read),
+            ("(select 1)", Hint::Read),
+            ("with x as (insert into t values (1)) select 1", Hint::Write),
+            ("update t set a = 1", Hint::Write),
+            ("", Hint::Empty),
+            ("-- nothing", Hint::Empty),
+            ("set x = 1", Hint::Session),
+            ("averyveryverylongword", Hint::Write),
+        ] {
+            assert_eq!(hint(sql.as_bytes()), want, "{sql}");
+        }
+    }
+
+    #[test]
+    fn suspicion_is_found_anywhere_in_any_case() {
+        for yes in [
+            "select pg_Advisory_lock(1)",
+            "create TEMP table x()",
+            "select set_config('a','b',false)",
+            "declare c cursor with hold for select 1",
+        ] {
+            assert!(touches_session(yes.as_bytes()), "{yes}");
+        }
+        assert!(!touches_session(
+            b"select abalance from pgbench_accounts where aid = $1"
+        ));
+    }
+}

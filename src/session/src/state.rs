@@ -1,0 +1,269 @@
+//! Session state that is restored on another backend: settings, role, prepared statements, and
+//! what is there that cannot be moved yet.
+//!
+//! Prepared statements of the protocol are followed message by message; everything else is what the
+//! backend itself told ([`Snapshot`]), never what a statement's text looked like.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::keyword::Hint;
+
+/// A statement prepared with a Parse message.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// The Parse message, as it came.
+    pub parse: Arc<[u8]>,
+    /// Hint from its text.
+    pub hint: Hint,
+    /// Its text might change session state.
+    pub touches: bool,
+    /// Made in the transaction that is open.
+    pub made_inside: bool,
+    /// Hash of its RowDescription, once the client has seen it.
+    pub columns: Option<u128>,
+}
+
+/// Prepared statements of the protocol, and what they were when the open transaction began.
+#[derive(Debug, Default)]
+pub struct PreparedStatements {
+    now: BTreeMap<Vec<u8>, Prepared>,
+    /// Closed or replaced inside the open transaction.
+    gone: Vec<(Vec<u8>, Prepared)>,
+}
+
+impl PreparedStatements {
+    /// The statement of this name.
+    #[must_use]
+    pub fn get(&self, name: &[u8]) -> Option<&Prepared> {
+        self.now.get(name)
+    }
+
+    /// Notes a ParseComplete.
+    pub fn insert(&mut self, name: Vec<u8>, statement: Prepared) {
+        if let Some(old) = self.now.insert(name.clone(), statement)
+            && !old.made_inside
+        {
+            self.gone.push((name, old));
+        }
+    }
+
+    /// Notes a CloseComplete (or the end of the unnamed statement by a simple query).
+    pub fn remove(&mut self, name: &[u8]) {
+        if let Some(old) = self.now.remove(name)
+            && !old.made_inside
+        {
+            self.gone.push((name.to_vec(), old));
+        }
+    }
+
+    /// Notes the columns that the client was told.
+    pub fn described(&mut self, name: &[u8], columns: u128) {
+        if let Some(statement) = self.now.get_mut(name) {
+            statement.columns = Some(columns);
+        }
+    }
+
+    /// The session is outside a transaction: what is now is what counts.
+    pub fn settle(&mut self) {
+        self.gone.clear();
+        for statement in self.now.values_mut() {
+            statement.made_inside = false;
+        }
+    }
+
+    /// Whether nothing has changed since the last [`Self::settle`].
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.gone.is_empty()
+    }
+
+    /// Keeps only the named ones for which `exists` holds (after DEALLOCATE or DISCARD).
+    pub fn reconcile(&mut self, exists: impl Fn(&[u8]) -> bool) {
+        self.now.retain(|name, _| name.is_empty() || exists(name));
+    }
+
+    /// The statements as of the beginning of the open transaction (or now, outside one).
+    pub fn at_begin(&self) -> impl Iterator<Item = (&[u8], &Prepared)> {
+        let kept = self.now.iter().filter(|(_, p)| !p.made_inside);
+        let gone = self.gone.iter().map(|(name, p)| (name, p));
+        kept.chain(gone).map(|(name, p)| (name.as_slice(), p))
+    }
+
+    /// Number of statements now.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.now.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.now.is_empty()
+    }
+
+    /// Bytes of their messages.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.now.values().map(|p| p.parse.len()).sum()
+    }
+}
+
+/// What a backend told of its session's state outside a transaction.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Settings whose source is the session, in units of `pg_settings.setting`.
+    pub settings: BTreeMap<String, String>,
+    /// `current_setting('role')`, `None` for "none".
+    pub role: Option<String>,
+    /// `session_user`, when it is not the one that logged in.
+    pub session_authorization: Option<String>,
+    /// PREPARE statements: name and text.
+    pub prepared: Vec<(String, String)>,
+    /// Names of the protocol's prepared statements.
+    pub protocol_prepared: Vec<String>,
+    /// State that cannot be moved yet, each as a reason.
+    pub immovable: Vec<String>,
+}
+
+/// The question whose rows [`Snapshot::add_row`] takes: kind, name, value, all text.
+///
+/// Names are qualified, because the session's own `search_path` is in force.
+pub const SNAPSHOT_QUERY: &str = "\
+SELECT 'g', name, setting FROM pg_catalog.pg_settings WHERE source = 'session' \
+AND name NOT IN ('transaction_isolation','transaction_read_only','transaction_deferrable') \
+UNION ALL SELECT 'r', 'role', pg_catalog.current_setting('role') \
+UNION ALL SELECT 'u', 'session_authorization', SESSION_USER::pg_catalog.text \
+UNION ALL SELECT CASE WHEN from_sql THEN 'p' ELSE 'q' END, name, statement \
+FROM pg_catalog.pg_prepared_statements \
+UNION ALL SELECT 'x', 'cursor WITH HOLD', name FROM pg_catalog.pg_cursors WHERE is_holdable \
+UNION ALL SELECT 'x', 'LISTEN', c FROM pg_catalog.pg_listening_channels() c \
+UNION ALL SELECT 'x', 'session advisory lock', objid::pg_catalog.text FROM pg_catalog.pg_locks \
+WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid() \
+UNION ALL (SELECT 'x', 'temporary object', relname::pg_catalog.text FROM pg_catalog.pg_class \
+WHERE relnamespace = pg_catalog.pg_my_temp_schema() LIMIT 1) \
+UNION ALL (SELECT 'x', 'temporary object', proname::pg_catalog.text FROM pg_catalog.pg_proc \
+WHERE pronamespace = pg_catalog.pg_my_temp_schema() LIMIT 1) \
+UNION ALL (SELECT 'x', 'temporary object', typname::pg_catalog.text FROM pg_catalog.pg_type \
+WHERE typnamespace = pg_catalog.pg_my_temp_schema() LIMIT 1)";
+
+impl Snapshot {
+    /// Takes one row of [`SNAPSHOT_QUERY`]; `login` is the role that logged in.
+    pub fn add_row(&mut self, kind: &str, name: &str, value: &str, login: &str) {
+        match kind {
+            "g" => {
+                self.settings.insert(name.to_owned(), value.to_owned());
+            }
+            "r" if value != "none" => self.role = Some(value.to_owned()),
+            "u" if value != login => self.session_authorization = Some(value.to_owned()),
+            "p" => self.prepared.push((name.to_owned(), value.to_owned())),
+            "q" => self.protocol_prepared.push(name.to_owned()),
+            "x" => self.immovable.push(format!("{name} \"{value}\"")),
+            _ => {}
+        }
+    }
+
+    /// The statements that bring a fresh backend to this state, in the order of design rule 5.3:
+    /// settings, role, SQL-level prepared statements.
+    #[must_use]
+    pub fn restore_sql(&self) -> Vec<String> {
+        let mut sql = Vec::new();
+        if let Some(user) = &self.session_authorization {
+            sql.push(format!("SET SESSION AUTHORIZATION {}", literal(user)));
+        }
+        if !self.settings.is_empty() {
+            let calls: Vec<String> = self
+                .settings
+                .iter()
+                .map(|(n, v)| {
+                    format!(
+                        "pg_catalog.set_config({}, {}, false)",
+                        literal(n),
+                        literal(v)
+                    )
+                })
+                .collect();
+            sql.push(format!("SELECT {}", calls.join(", ")));
+        }
+        if let Some(role) = &self.role {
+            sql.push(format!("SET ROLE {}", literal(role)));
+        }
+        sql.extend(self.prepared.iter().map(|(_, text)| text.clone()));
+        sql
+    }
+
+    /// Whether there is nothing to restore.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        self.settings.is_empty()
+            && self.role.is_none()
+            && self.session_authorization.is_none()
+            && self.prepared.is_empty()
+    }
+}
+
+/// A string literal that means the same whatever `standard_conforming_strings` is.
+#[must_use]
+pub fn literal(text: &str) -> String {
+    let quoted = text.replace('\'', "''");
+    if quoted.contains('\\') {
+        format!(" E'{}'", quoted.replace('\\', "\\\\"))
+    } else {
+        format!("'{quoted}'")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prepared(inside: bool) -> Prepared {
+        Prepared {
+            parse: Arc::from(&b"P"[..]),
+            hint: Hint::Read,
+            touches: false,
+            made_inside: inside,
+            columns: None,
+        }
+    }
+
+    fn names(statements: &PreparedStatements) -> Vec<Vec<u8>> {
+        let mut names: Vec<_> = statements.at_begin().map(|(n, _)| n.to_vec()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn statements_as_of_begin_survive_what_the_transaction_does() {
+        let mut s = PreparedStatements::default();
+        s.insert(b"a".to_vec(), prepared(false));
+        s.insert(b"b".to_vec(), prepared(false));
+        s.settle();
+        s.remove(b"a");
+        s.insert(b"a".to_vec(), prepared(true));
+        s.insert(b"c".to_vec(), prepared(true));
+        s.remove(b"b");
+        assert_eq!(names(&s), [b"a".to_vec(), b"b".to_vec()]);
+        s.settle();
+        assert_eq!(names(&s), [b"a".to_vec(), b"c".to_vec()]);
+    }
+
+    #[test]
+    fn restore_order_is_settings_role_statements() {
+        let mut s = Snapshot::default();
+        s.add_row("p", "q", "PREPARE q AS SELECT 1", "app");
+        s.add_row("r", "role", "boss", "app");
+        s.add_row("u", "session_authorization", "app", "app");
+        s.add_row("g", "search_path", "a, \"B\"", "app");
+        s.add_row("g", "my.x", "it's \\", "app");
+        assert_eq!(
+            s.restore_sql(),
+            [
+                "SELECT pg_catalog.set_config('my.x',  E'it''s \\\\', false), \
+                 pg_catalog.set_config('search_path', 'a, \"B\"', false)",
+                "SET ROLE 'boss'",
+                "PREPARE q AS SELECT 1",
+            ]
+        );
+    }
+}
