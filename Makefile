@@ -1,0 +1,35 @@
+# `make help` lists what there is. Every target sets up what it needs by itself.
+
+ARGS ?=
+FUZZ_SECONDS ?= 60
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint fuzz
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 8
+	@echo
+	@echo "make demo ARGS='--switchovers 5 --crashes 5 --seed 7' passes options on to helios demo."
+
+demo: ## open transactions that survive switchovers and crashes, and the count of what was lost
+	@scripts/setup.sh demo
+	cargo build --release -p helios
+	@"$${CARGO_TARGET_DIR:-target}/release/helios" demo $(ARGS)
+
+test: ## all tests, the client programs among them
+	@scripts/setup.sh clients >/dev/null
+	@scripts/test.sh
+
+bench: ## pgbench on PostgreSQL, PgBouncer and the proxy; writes docs/benchmarks.md
+	@scripts/setup.sh bench
+	cargo build --release -p helios
+	@python3 benches/run.py $(ARGS)
+
+lint: ## formatting, clippy, documentation, licences
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+	@scripts/tool.sh cargo-deny deny check bans licenses sources
+
+fuzz: ## the wire protocol under random input, FUZZ_SECONDS in all
+	@scripts/fuzz.sh $(FUZZ_SECONDS)
