@@ -1,2 +1,92 @@
-//! The `helios` command line.
-fn main() {}
+//! The `helios` command line: reads options, sets up logs and the runtime, calls a library, turns
+//! the result into output and an exit status. No logic of the product lives here but the demo's.
+
+mod cli;
+mod commands;
+mod demo;
+mod failure;
+mod out;
+mod table;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{CommandFactory as _, Parser as _};
+use helios_telemetry::LogFormat;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use cli::{Cli, Command, LocalCommand, LogArgs, LogFormatArg};
+use failure::Failure;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if !failure.message().is_empty() {
+                out::note(&format!("helios: {failure}"));
+            }
+            ExitCode::from(failure.code())
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Failure> {
+    if let Command::Completions { shell } = &cli.command {
+        return completions(*shell);
+    }
+    raise_file_limit();
+    // The demo has a terminal of its own to draw on: its log goes to a file.
+    let workspace = match &cli.command {
+        Command::Demo(_) => Some(demo::Workspace::create()?),
+        _ => None,
+    };
+    let log_file = workspace.as_ref().map(demo::Workspace::log);
+    set_up_log(&cli.log, &cli.command, log_file.as_deref())?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::failed(format!("could not start threads: {e}")))?;
+    runtime.block_on(async {
+        match (&cli.command, &workspace) {
+            (Command::Demo(args), Some(workspace)) => Box::pin(demo::run(args, workspace)).await,
+            (Command::Local(command), _) => Box::pin(commands::local::run(command)).await,
+            (Command::Agent(args), _) => Box::pin(commands::serve::agent(args)).await,
+            (Command::Status(args), _) => commands::show::status(args).await,
+            (Command::Sessions(args), _) => commands::show::sessions(args).await,
+            (Command::Switchover(args), _) => commands::show::switchover(args).await,
+            (Command::Completions { .. } | Command::Demo(_), _) => Ok(()),
+        }
+    })
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<(), Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "helios", &mut script);
+    out::print_raw(&script);
+    Ok(())
+}
+
+fn set_up_log(args: &LogArgs, command: &Command, file: Option<&Path>) -> Result<(), Failure> {
+    let runs_on = matches!(
+        command,
+        Command::Local(LocalCommand::Start(_)) | Command::Agent(_) | Command::Demo(_)
+    );
+    let default = if runs_on { "info" } else { "warn" };
+    let format = match args.log_format {
+        LogFormatArg::Text => LogFormat::Text,
+        LogFormatArg::Json => LogFormat::Json,
+    };
+    let filter = args.log_level.as_deref().unwrap_or(default);
+    helios_telemetry::init(format, filter, file).map_err(|e| Failure::usage(e.to_string()))
+}
+
+/// Thousands of sessions need thousands of descriptors; the usual soft limit is 1024.
+fn raise_file_limit() {
+    // Failing is no reason to stop: the limit then shows as refused connections, with a reason.
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}

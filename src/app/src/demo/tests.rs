@@ -64,7 +64,9 @@ async fn the_checker_finds_what_is_damaged() {
     };
     let one = "client = 3 AND n = 1";
     let lost = damage(
-        &format!("CREATE TABLE kept AS SELECT * FROM ledger WHERE {one}; DELETE FROM ledger WHERE {one}"),
+        &format!(
+            "CREATE TABLE kept AS SELECT * FROM ledger WHERE {one}; DELETE FROM ledger WHERE {one}"
+        ),
         "INSERT INTO ledger SELECT * FROM kept",
     )
     .await;
@@ -74,7 +76,10 @@ async fn the_checker_finds_what_is_damaged() {
         "DELETE FROM ledger WHERE ctid IN (SELECT max(ctid) FROM ledger GROUP BY client, n HAVING count(*) > 1)",
     )
     .await;
-    assert_eq!((twice.lost, twice.duplicated, twice.balanced), (0, 1, false));
+    assert_eq!(
+        (twice.lost, twice.duplicated, twice.balanced),
+        (0, 1, false)
+    );
     let altered = damage(
         &format!("UPDATE ledger SET amount = amount + 1 WHERE {one}"),
         &format!("UPDATE ledger SET amount = amount - 1 WHERE {one}"),

@@ -42,7 +42,9 @@ pub(super) async fn prepared(w: &mut Worker, db: &Client, s: &Statements) -> Res
         let Some(before) = balance(rows.first()) else {
             return Err(w.wrong(Phase::Read, format!("account {id} is missing")));
         };
-        let rows = w.ask(Phase::Write, db.query(&s.change, &[&id, &by])).await?;
+        let rows = w
+            .ask(Phase::Write, db.query(&s.change, &[&id, &by]))
+            .await?;
         w.expect(Phase::Write, balance(rows.first()), before + by)?;
     }
     let row: [&(dyn ToSql + Sync); 5] = [&t.client, &t.n, &t.source, &t.target, &t.amount];

@@ -1,0 +1,321 @@
+//! The command line: commands, options, help. Nothing here does anything.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use helios_api::InstanceName;
+
+/// What `--help` says of the exit status.
+pub(crate) const EXIT_CODES: &str = "\
+Exit status:
+  0    done
+  1    it was tried, or checked, and failed (helios demo: an error, a lost or doubled transaction)
+  2    an option or a configuration file is wrong
+  3    no cluster runs there, or it does not answer
+  130  interrupted";
+
+/// Keeps PostgreSQL sessions and open transactions alive while the primary moves.
+#[derive(Debug, Parser)]
+#[command(name = "helios", version, about, after_help = EXIT_CODES, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub(crate) struct LogArgs {
+    /// What to log: error, warn, info, debug, trace, or target=level,...
+    ///
+    /// Default: info for what keeps running, warn for the rest.
+    #[arg(long, global = true, value_name = "LEVEL", env = "HELIOS_LOG")]
+    pub(crate) log_level: Option<String>,
+    /// How log lines look.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormatArg::Text)]
+    pub(crate) log_format: LogFormatArg,
+}
+
+/// Form of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormatArg {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// All commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a primary, its standbys and a proxy on this machine
+    #[command(subcommand)]
+    Local(LocalCommand),
+    /// Show open transactions surviving switchovers and crashes, and count what it costs
+    Demo(DemoArgs),
+    /// Run the agent of one instance (started by "helios local")
+    #[command(hide = true)]
+    Agent(AgentArgs),
+    /// Show instances, primary and last moves of a local cluster
+    Status(ShowArgs),
+    /// List the client sessions of a local cluster: what they do, and what protects them
+    Sessions(ShowArgs),
+    /// Move the primary of a local cluster without its clients noticing
+    Switchover(SwitchoverArgs),
+    /// Print the completions of a shell
+    ///
+    /// bash: source <(helios completions bash)
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// `helios local`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum LocalCommand {
+    /// Create the cluster, or start it again, and keep it running
+    ///
+    /// Runs in the foreground until ctrl-C, SIGTERM or "helios local stop".
+    Start(StartArgs),
+    /// Show instances, primary and last moves
+    Status(ShowArgs),
+    /// Move the primary without its clients noticing
+    Switchover(SwitchoverArgs),
+    /// Stop an instance and keep it stopped
+    Fence(InstanceArgs),
+    /// Let a fenced instance come back
+    Unfence(InstanceArgs),
+    /// Stop proxy and servers; the data stays
+    Stop(DirArgs),
+    /// Remove a stopped cluster with all its data
+    Destroy(DestroyArgs),
+    /// Open psql through the proxy
+    Psql(PsqlArgs),
+    /// List the client sessions
+    Sessions(ShowArgs),
+}
+
+/// Which cluster.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct DirArgs {
+    /// Folder of the cluster
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "HELIOS_DATA_DIR",
+        default_value = "./helios-data"
+    )]
+    pub(crate) data_dir: PathBuf,
+}
+
+/// A command that shows something.
+#[derive(Debug, Args)]
+pub(crate) struct ShowArgs {
+    #[command(flatten)]
+    pub(crate) dir: DirArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A command about one instance.
+#[derive(Debug, Args)]
+pub(crate) struct InstanceArgs {
+    #[command(flatten)]
+    pub(crate) dir: DirArgs,
+    /// Name of the instance, as "helios status" shows it
+    #[arg(value_name = "INSTANCE")]
+    pub(crate) instance: InstanceName,
+}
+
+/// `switchover`.
+#[derive(Debug, Args)]
+pub(crate) struct SwitchoverArgs {
+    #[command(flatten)]
+    pub(crate) dir: DirArgs,
+    /// Standby to move to; the one closest to the primary by default
+    #[arg(long, value_name = "INSTANCE")]
+    pub(crate) to: Option<InstanceName>,
+    /// Print the operation as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `destroy`.
+#[derive(Debug, Args)]
+pub(crate) struct DestroyArgs {
+    #[command(flatten)]
+    pub(crate) dir: DirArgs,
+    /// Do not ask
+    #[arg(long, short)]
+    pub(crate) yes: bool,
+}
+
+/// `psql`.
+#[derive(Debug, Args)]
+pub(crate) struct PsqlArgs {
+    #[command(flatten)]
+    pub(crate) dir: DirArgs,
+    /// Arguments for psql, after "--"
+    #[arg(last = true, value_name = "ARG")]
+    pub(crate) args: Vec<String>,
+}
+
+/// `start`.
+#[derive(Debug, Args)]
+pub(crate) struct StartArgs {
+    #[command(flatten)]
+    pub(crate) dir: DirArgs,
+    /// PostgreSQL servers
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=9))]
+    pub(crate) instances: u32,
+    /// Where the proxy listens
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:6432")]
+    pub(crate) listen: String,
+    /// Where /metrics, /healthz and /readyz are served; nowhere by default
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) http: Option<String>,
+    /// Folder for a Unix socket of the proxy
+    #[arg(long, value_name = "DIR")]
+    pub(crate) socket_dir: Option<PathBuf>,
+    /// What a move does with open transactions
+    #[arg(long, value_enum, default_value_t = Mode::Transaction)]
+    pub(crate) mode: Mode,
+    /// How clients log in
+    #[arg(long, value_enum, default_value_t = Auth::Trust)]
+    pub(crate) auth: Auth,
+    /// Application database, made with the cluster
+    #[arg(long, value_name = "NAME", default_value = "app")]
+    pub(crate) database: String,
+    /// Application user, owner of the database
+    #[arg(long, value_name = "NAME", default_value = "app")]
+    pub(crate) user: String,
+    /// Password of that user; generated by default
+    #[arg(
+        long,
+        value_name = "PASSWORD",
+        env = "HELIOS_PASSWORD",
+        hide_env_values = true
+    )]
+    pub(crate) password: Option<String>,
+    /// Let commits not wait for a standby: faster, and a crash may lose the last ones
+    #[arg(long)]
+    pub(crate) asynchronous: bool,
+    /// A helios_proxy.toml instead of the generated one
+    #[arg(long, value_name = "FILE")]
+    pub(crate) proxy_config: Option<PathBuf>,
+    /// Run in the background
+    #[arg(long)]
+    pub(crate) detach: bool,
+}
+
+/// `[transaction_replay] mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Mode {
+    /// A failover returns errors
+    None,
+    /// Session state is rebuilt, an open transaction gets an error
+    Session,
+    /// Open transactions are replayed and verified
+    Transaction,
+    /// As transaction, and every result set is compared
+    Select,
+}
+
+impl Mode {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Session => "session",
+            Self::Transaction => "transaction",
+            Self::Select => "select",
+        }
+    }
+}
+
+/// How clients log in at the proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Auth {
+    /// Anybody who reaches the listener
+    Trust,
+    /// SCRAM-SHA-256 with the password
+    Scram,
+}
+
+/// `demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Clients, of all kinds (plain, prepared, pipelined, slow, repeatable read, serializable,
+    /// cursor)
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = count(1, 1000))]
+    pub(crate) clients: usize,
+    /// Planned moves of the primary
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = count(0, 10_000))]
+    pub(crate) switchovers: usize,
+    /// kill -9 of the primary and all its processes
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = count(0, 10_000))]
+    pub(crate) crashes: usize,
+    /// Order of the events, and what the clients do
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// PostgreSQL servers
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=9))]
+    pub(crate) instances: u32,
+    /// What a move does with open transactions
+    #[arg(long, value_enum, default_value_t = Mode::Transaction)]
+    pub(crate) mode: Mode,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Keep data and logs
+    #[arg(long)]
+    pub(crate) keep: bool,
+}
+
+/// A number within limits, as `usize`.
+fn count(
+    min: u64,
+    max: u64,
+) -> impl clap::builder::TypedValueParser<Value = usize> + Clone + Send + Sync {
+    use clap::builder::TypedValueParser as _;
+    clap::value_parser!(u64)
+        .range(min..=max)
+        .try_map(usize::try_from)
+}
+
+/// `agent`.
+#[derive(Debug, Args)]
+pub(crate) struct AgentArgs {
+    /// The configuration (JSON)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_have_limits() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' '));
+        assert!(parse("helios demo --clients 8 --seed 3 --json").is_ok());
+        assert!(parse("helios local switchover --to pg-2 --log-level debug").is_ok());
+        for bad in [
+            "helios demo --clients 0",
+            "helios demo --instances 1",
+            "helios local start --instances 10",
+            "helios local start --mode all",
+            "helios local fence PG_1",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}
