@@ -6,6 +6,7 @@
 pub mod driver;
 pub mod raw;
 pub mod sources;
+pub mod subject;
 
 /// Errors of tests: told to a person, matched by nobody.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;

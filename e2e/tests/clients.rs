@@ -4,28 +4,26 @@
 mod clients {
     pub(crate) mod rust_sqlx;
     pub(crate) mod rust_tokio_postgres;
-    pub(crate) mod subject;
 }
 
-use clients::subject::Subject;
 use helios_e2e::Result;
 use helios_e2e::driver::{Program, Programs};
+use helios_e2e::subject::Subject;
 
 async fn both_ways(program: Program) -> Result<()> {
     let programs = Programs::set_up().await?;
     let subject = Subject::start().await?;
-    let asked = programs
-        .run(program, &subject.target(), async || Ok(()))
-        .await?;
+    let target = subject.target();
+    let asked = programs.run(program, target, async || Ok(())).await?;
     if asked == 0 {
         return Err(format!("{program:?} never asked for a switchover").into());
     }
-    programs
-        .run(program, &subject.target(), async || {
-            subject.switchover().await
-        })
-        .await?;
-    subject.stop().await
+    let moved = programs
+        .run(program, target, async || subject.switchover().await)
+        .await;
+    moved.map_err(|problem| format!("with a switchover: {problem}"))?;
+    subject.stop().await;
+    Ok(())
 }
 
 macro_rules! programs {
@@ -53,20 +51,23 @@ programs! {
     jdbc: Program::Java("ClientJdbc");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn tokio_postgres() -> Result<()> {
-    let subject = Subject::start().await?;
-    let target = subject.target();
-    clients::rust_tokio_postgres::program(&target, async || Ok(())).await?;
-    clients::rust_tokio_postgres::program(&target, async || subject.switchover().await).await?;
-    subject.stop().await
+macro_rules! rust_programs {
+    ($($test:ident: $module:ident;)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $test() -> Result<()> {
+                let subject = Subject::start().await?;
+                clients::$module::program(subject.target(), async || Ok(())).await?;
+                clients::$module::program(subject.target(), async || subject.switchover().await)
+                    .await?;
+                subject.stop().await;
+                Ok(())
+            }
+        )*
+    };
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn sqlx() -> Result<()> {
-    let subject = Subject::start().await?;
-    let target = subject.target();
-    clients::rust_sqlx::program(&target, async || Ok(())).await?;
-    clients::rust_sqlx::program(&target, async || subject.switchover().await).await?;
-    subject.stop().await
+rust_programs! {
+    tokio_postgres: rust_tokio_postgres;
+    sqlx: rust_sqlx;
 }

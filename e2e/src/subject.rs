@@ -1,0 +1,173 @@
+//! The cluster that a test's clients connect to, through its proxy.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use helios_local::credentials::SERVICE_USER;
+use helios_local::{Credentials, LocalBuilder, LocalCluster};
+use helios_testkit::{PgOptions, PgServer};
+use tokio_postgres::config::Host;
+use tokio_postgres::{Client, Config, NoTls};
+
+use crate::Result;
+use crate::driver::Target;
+
+/// A cluster with its proxy in this process, in a directory of its own.
+///
+/// With `HELIOS_E2E_DIRECT` set it is PostgreSQL alone and a switchover does nothing: that tells a
+/// fault of a test from one of the product.
+#[derive(Debug)]
+pub struct Subject {
+    what: What,
+    target: Target,
+    dir: tempfile::TempDir,
+}
+
+#[derive(Debug)]
+enum What {
+    Cluster(Box<LocalCluster>),
+    Direct(Box<PgServer>),
+}
+
+impl Subject {
+    /// Two instances, clients trusted.
+    ///
+    /// # Errors
+    ///
+    /// The cluster did not start.
+    pub async fn start() -> Result<Self> {
+        Self::start_with(|builder| builder).await
+    }
+
+    /// A cluster with options of the caller's.
+    ///
+    /// # Errors
+    ///
+    /// The cluster did not start.
+    pub async fn start_with(options: impl FnOnce(LocalBuilder) -> LocalBuilder) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("helios-e2e-").tempdir()?;
+        // The servers' user has to pass through.
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
+        if std::env::var_os("HELIOS_E2E_DIRECT").is_some() {
+            let server = PgServer::start(PgOptions::default()).await?;
+            let target = target(&server.conninfo())?;
+            return Ok(Self {
+                what: What::Direct(Box::new(server)),
+                target,
+                dir,
+            });
+        }
+        let data = dir.path().join("data");
+        let builder = LocalCluster::builder()
+            .data_dir(&data)
+            .listen("127.0.0.1:0");
+        let cluster = Box::pin(options(builder).start()).await?;
+        let mut target = target(&cluster.connection_string())?;
+        target.password = credentials(&data)?.password;
+        let subject = Self {
+            what: What::Cluster(Box::new(cluster)),
+            target,
+            dir,
+        };
+        // A dump is restored into a database of its own.
+        let admin = subject.admin().await?;
+        let user = &subject.target.user;
+        admin
+            .batch_execute(&format!("alter role \"{user}\" createdb"))
+            .await?;
+        Ok(subject)
+    }
+
+    /// Where clients connect to.
+    #[must_use]
+    pub fn target(&self) -> &Target {
+        &self.target
+    }
+
+    /// The cluster; `None` when the test runs on PostgreSQL alone.
+    #[must_use]
+    pub fn cluster(&self) -> Option<&LocalCluster> {
+        match &self.what {
+            What::Cluster(cluster) => Some(cluster),
+            What::Direct(_) => None,
+        }
+    }
+
+    /// A superuser's connection past the proxy, to the primary.
+    ///
+    /// # Errors
+    ///
+    /// There is no primary, or it refused.
+    pub async fn admin(&self) -> Result<Client> {
+        let mut config = Config::new();
+        match &self.what {
+            What::Direct(server) => return Ok(server.connect().await?),
+            What::Cluster(cluster) => {
+                let status = cluster.status().await;
+                let primary = status.primary.ok_or("no primary")?;
+                let mut instances = status.instances.into_iter();
+                let instance = instances
+                    .find(|i| i.name == primary)
+                    .ok_or("no such instance")?;
+                let secret = credentials(&self.dir.path().join("data"))?;
+                config
+                    .user(SERVICE_USER)
+                    .password(&secret.service_password)
+                    .dbname(&self.target.database)
+                    .port(instance.endpoint.port);
+                match instance.endpoint.host {
+                    helios_api::Host::Tcp(name) => config.host(name),
+                    helios_api::Host::Unix(folder) => config.host_path(folder),
+                };
+            }
+        }
+        let (client, connection) = config.connect(NoTls).await?;
+        tokio::spawn(connection);
+        Ok(client)
+    }
+
+    /// A planned switchover; returns when it is over, and fails when the primary has not moved.
+    ///
+    /// # Errors
+    ///
+    /// It was refused or aborted.
+    pub async fn switchover(&self) -> Result<()> {
+        let Some(cluster) = self.cluster() else {
+            return Ok(());
+        };
+        let before = cluster.status().await.primary;
+        Box::pin(cluster.switchover(None)).await?;
+        let after = cluster.status().await.primary;
+        if after.is_none() || after == before {
+            return Err(format!("the primary has not moved: was {before:?}, is {after:?}").into());
+        }
+        Ok(())
+    }
+
+    /// Stops everything.
+    pub async fn stop(self) {
+        if let What::Cluster(cluster) = self.what {
+            Box::pin(cluster.shutdown()).await;
+        }
+    }
+}
+
+fn credentials(data: &Path) -> Result<Credentials> {
+    Ok(Credentials::load(data)?.ok_or("the cluster has no credentials")?)
+}
+
+fn target(conninfo: &str) -> Result<Target> {
+    let config: Config = conninfo.parse()?;
+    let host = match config.get_hosts().first() {
+        Some(Host::Tcp(name)) => name.clone(),
+        Some(Host::Unix(folder)) => folder.display().to_string(),
+        None => return Err("no host in the connection string".into()),
+    };
+    Ok(Target {
+        host,
+        port: config.get_ports().first().copied().unwrap_or(5432),
+        user: config.get_user().unwrap_or("postgres").to_owned(),
+        password: String::from_utf8_lossy(config.get_password().unwrap_or_default()).into_owned(),
+        database: config.get_dbname().unwrap_or("postgres").to_owned(),
+    })
+}
