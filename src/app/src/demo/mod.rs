@@ -33,6 +33,7 @@ use client::{Outcome, Shared};
 use cluster::{DemoCluster, redundant};
 use plan::{EventKind, PlannedEvent};
 use progress::Progress;
+use record::Live;
 use report::{Done, Phases, Report, Run};
 
 pub(crate) use cluster::Workspace;
@@ -48,7 +49,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs the demo; the error carries the exit status.
 pub(crate) async fn run(args: &DemoArgs, workspace: &Workspace) -> Result<(), Failure> {
-    let progress = Progress::new(args.switchovers + args.crashes);
+    let progress = Progress::new(args.switchovers + args.crashes, Arc::default());
     progress.line(&format!(
         "starting {} PostgreSQL servers and a proxy in {}",
         args.instances,
@@ -96,7 +97,7 @@ async fn with_cluster(
         result = Box::pin(session(args, &cluster, progress)) => result,
         _ = tokio::signal::ctrl_c() => Err(Failure::interrupted()),
     };
-    progress.now("stopping", &record::Live::default());
+    progress.now("stopping");
     cluster.shutdown().await;
     result
 }
@@ -111,7 +112,7 @@ async fn session(
     set_up(&proxy, args.clients).await?;
     cluster.wait("redundant", SETTLE_LIMIT, redundant).await?;
     let plan = plan::events(args.seed, args.switchovers, args.crashes);
-    let crowd = Crowd::start(&proxy, args)?;
+    let crowd = Crowd::start(&proxy, args, Arc::clone(progress.live()))?;
     progress.line(&format!(
         "{} clients at work; {} switchovers and {} crashes to come, seed {}",
         args.clients, args.switchovers, args.crashes, args.seed
@@ -122,7 +123,7 @@ async fn session(
     for (number, event) in plan.iter().enumerate() {
         match one_event(cluster, event, &crowd.shared, progress).await {
             Ok((what, result)) => {
-                progress.event(number + 1, plan.len(), &what, &crowd.shared.live);
+                progress.event(number + 1, plan.len(), &what);
                 done.push(result);
             }
             Err(failure) => {
@@ -138,11 +139,11 @@ async fn session(
         }
     }
     tokio::time::sleep(WARM_UP).await;
-    progress.now("clients finish", &crowd.shared.live);
+    progress.now("clients finish");
     let shared = crowd.shared.clone();
     let (outcomes, unfinished) = crowd.finish().await;
     faults.extend(unfinished);
-    progress.now("counting", &shared.live);
+    progress.now("counting");
     let findings = judge(cluster, &outcomes).await.unwrap_or_else(|failure| {
         faults.push(format!("could not check the ledger: {failure}"));
         Findings::default()
@@ -183,7 +184,7 @@ struct Crowd {
 }
 
 impl Crowd {
-    fn start(proxy: &Config, args: &DemoArgs) -> Result<Self, Failure> {
+    fn start(proxy: &Config, args: &DemoArgs, live: Arc<Live>) -> Result<Self, Failure> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("demo-clients")
@@ -192,7 +193,7 @@ impl Crowd {
             .map_err(|e| Failure::failed(format!("could not start threads: {e}")))?;
         let shared = Shared {
             windows: Arc::default(),
-            live: Arc::default(),
+            live,
             stop: CancellationToken::new(),
         };
         let clients = (0..args.clients)
@@ -251,7 +252,7 @@ async fn one_event(
     tokio::time::sleep(event.delay).await;
     let before = cluster.wait("redundant", SETTLE_LIMIT, redundant).await?;
     let last = before.operations.last().map_or(0, |o| o.id);
-    progress.now(event.kind.label(), &shared.live);
+    progress.now(event.kind.label());
     let begun = shared.windows.begin(event.kind);
     match event.kind {
         EventKind::Switchover => {
@@ -279,7 +280,7 @@ async fn one_event(
     }
     let moved = begun.elapsed();
     shared.windows.moved();
-    progress.now("waiting for redundancy", &shared.live);
+    progress.now("waiting for redundancy");
     let after = cluster.wait("redundant", SETTLE_LIMIT, redundant).await?;
     shared.windows.settled();
     let operation = after.operations.iter().find(|o| o.id > last);

@@ -9,15 +9,21 @@ use tokio_postgres::Config;
 use super::bank::{self, Fate, Notes};
 use super::check::{Findings, check};
 use super::client::{self, Outcome, Shared};
+use super::crash::kill_server;
+use super::plan::EventKind;
+use super::report::{Done, Report, Run};
 
 const CLIENTS: usize = 14;
 
-async fn workload(config: &Config, time: Duration) -> Vec<Outcome> {
-    let shared = Shared {
+fn shared() -> Shared {
+    Shared {
         windows: std::sync::Arc::default(),
         live: std::sync::Arc::default(),
         stop: tokio_util::sync::CancellationToken::new(),
-    };
+    }
+}
+
+async fn workload(config: &Config, shared: &Shared, time: Duration) -> Vec<Outcome> {
     let clients: Vec<_> = (0..CLIENTS)
         .map(|i| tokio::spawn(client::run(config.clone(), 42, i, CLIENTS, shared.clone())))
         .collect();
@@ -30,6 +36,23 @@ async fn workload(config: &Config, time: Duration) -> Vec<Outcome> {
     outcomes
 }
 
+/// Returns once every client but the long-running one has committed something.
+async fn everybody_works(db: &tokio_postgres::Client) {
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        let active: i64 = db
+            .query_one("SELECT count(DISTINCT client) FROM ledger", &[])
+            .await
+            .unwrap()
+            .get(0);
+        if active >= CLIENTS as i64 - 1 {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "{active} work");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 fn notes(outcomes: &[Outcome]) -> impl Iterator<Item = &Notes> {
     outcomes.iter().map(|o| &o.notes)
 }
@@ -40,7 +63,7 @@ async fn the_checker_finds_what_is_damaged() {
     let db = server.connect().await.unwrap();
     db.batch_execute(&bank::schema(CLIENTS)).await.unwrap();
     let config: Config = server.conninfo().parse().unwrap();
-    let outcomes = workload(&config, Duration::from_secs(2)).await;
+    let outcomes = workload(&config, &shared(), Duration::from_secs(2)).await;
 
     for outcome in &outcomes {
         let errors: Vec<_> = outcome.recorder.errors.iter().collect();
@@ -108,20 +131,10 @@ async fn clients_count_errors_and_go_on() {
     let db = server.connect().await.unwrap();
     db.batch_execute(&bank::schema(CLIENTS)).await.unwrap();
     let config: Config = server.conninfo().parse().unwrap();
+    let shared = shared();
     let killer = async {
         // Once everybody has committed something, all connections are cut.
-        let deadline = std::time::Instant::now() + Duration::from_secs(2);
-        loop {
-            let active: i64 = db
-                .query_one("SELECT count(DISTINCT client) FROM ledger", &[])
-                .await
-                .unwrap()
-                .get(0);
-            if active >= CLIENTS as i64 - 1 || std::time::Instant::now() > deadline {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        everybody_works(&db).await;
         db.batch_execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
              WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'",
@@ -129,7 +142,7 @@ async fn clients_count_errors_and_go_on() {
         .await
         .unwrap();
     };
-    let (outcomes, ()) = tokio::join!(workload(&config, Duration::from_secs(4)), killer);
+    let (outcomes, ()) = tokio::join!(workload(&config, &shared, Duration::from_secs(4)), killer);
     for outcome in &outcomes {
         let counts = &outcome.recorder.error_counts;
         assert_eq!(counts.len(), 1, "{:?}: {counts:?}", outcome.kind);
@@ -139,4 +152,53 @@ async fn clients_count_errors_and_go_on() {
     }
     let found = check(&db, notes(&outcomes)).await.unwrap();
     assert!(found.good(), "{found:?}");
+}
+
+/// The demo without the product: the same crash, no proxy. It must come out as failed, with every
+/// client's error on the crash's account, and still with nothing lost (one server, no failover).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_without_us_shows() {
+    let mut server = PgServer::start(PgOptions::default()).await.unwrap();
+    let db = server.connect().await.unwrap();
+    db.batch_execute(&bank::schema(CLIENTS)).await.unwrap();
+    let config: Config = server.conninfo().parse().unwrap();
+    let shared = shared();
+    let pid = i32::try_from(server.pid().unwrap()).unwrap();
+    let crash = async {
+        everybody_works(&db).await;
+        let begun = shared.windows.begin(EventKind::Crash);
+        let killed = kill_server(pid).unwrap();
+        assert!(killed > CLIENTS, "only {killed} processes");
+        server.crash();
+        server.boot().await.unwrap();
+        shared.windows.moved();
+        // Everybody's reconnect delay.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        shared.windows.settled();
+        begun.elapsed()
+    };
+    let (outcomes, took) = tokio::join!(workload(&config, &shared, Duration::from_secs(6)), crash);
+    let db = server.connect().await.unwrap();
+    let findings = check(&db, notes(&outcomes)).await.unwrap();
+    assert!(findings.good(), "{findings:?}");
+    let report = Report::new(&Run {
+        seed: 42,
+        mode: "none",
+        planned: (0, 1),
+        seconds: took.as_secs_f64(),
+        begun: &shared.windows.kinds(),
+        done: &[Done {
+            kind: EventKind::Crash,
+            phases: Vec::new(),
+        }],
+        outcomes: &outcomes,
+        findings: &findings,
+        faults: Vec::new(),
+    });
+    assert!(!report.ok());
+    let json: serde_json::Value = serde_json::from_str(&report.json().unwrap()).unwrap();
+    let errors = json["crashes"]["client_errors"].as_u64().unwrap();
+    assert!(errors >= CLIENTS as u64, "{json}");
+    assert_eq!(json["steady"]["client_errors"], 0, "{json}");
+    assert!(json["crashes"]["pause_ms"]["max"].as_f64().unwrap() > 0.0);
 }
