@@ -275,10 +275,7 @@ pub(crate) struct DemoArgs {
 }
 
 /// A number within limits, as `usize`.
-fn count(
-    min: u64,
-    max: u64,
-) -> impl clap::builder::TypedValueParser<Value = usize> + Clone + Send + Sync {
+fn count(min: u64, max: u64) -> impl clap::builder::TypedValueParser<Value = usize> {
     use clap::builder::TypedValueParser as _;
     clap::value_parser!(u64)
         .range(min..=max)

@@ -1,5 +1,7 @@
 //! The command line as a program: what it prints where, and its exit status.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::process::{Command, Output};
 
 fn helios(args: &[&str]) -> Output {
