@@ -3,6 +3,7 @@
 pub mod auth;
 pub mod backend;
 pub mod config;
+mod framed;
 pub mod listener;
 pub mod login;
 pub mod stream;

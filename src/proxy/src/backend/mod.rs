@@ -10,9 +10,14 @@ use bytes::{Bytes, BytesMut};
 use helios_api::Endpoint;
 use helios_wire::ErrorFields;
 use helios_wire::scram::ScramKeys;
+use helios_wire::startup::{self as startup_packet, CancelKey};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::stream::Stream;
 use crate::tls::BackendTls;
+
+mod open;
+mod startup;
 
 /// Who logs in, where, and with which start-up parameters.
 #[derive(Debug, Clone)]
@@ -60,6 +65,8 @@ pub struct BackendConn {
     pub pid: i32,
     /// Secret, for cancel requests.
     pub secret: Bytes,
+    /// NoticeResponse frames of the login (a login trigger may say something); a bounded number.
+    pub notices: Vec<Bytes>,
     /// Parameters that the server reported.
     pub parameters: BTreeMap<String, String>,
     /// Where it is connected to.
@@ -114,6 +121,27 @@ pub enum BackendError {
 }
 
 impl BackendError {
+    fn io(endpoint: &Endpoint, source: io::Error) -> Self {
+        Self::Io {
+            endpoint: endpoint.clone(),
+            source,
+        }
+    }
+
+    fn protocol(endpoint: &Endpoint, why: impl Into<String>) -> Self {
+        Self::Protocol {
+            endpoint: endpoint.clone(),
+            why: why.into(),
+        }
+    }
+
+    fn auth(endpoint: &Endpoint, why: impl Into<String>) -> Self {
+        Self::AuthUnsupported {
+            endpoint: endpoint.clone(),
+            why: why.into(),
+        }
+    }
+
     /// Whether the server may accept the same login a little later: it starts, stops, is full, or
     /// cannot be reached.
     #[must_use]
@@ -139,13 +167,15 @@ pub async fn connect(
     login: &Login,
     timeout: Duration,
 ) -> Result<BackendConn, BackendError> {
-    let _ = (tls, login, timeout);
-    let why = "being built".to_owned();
-    let endpoint = endpoint.clone();
-    Err(BackendError::Protocol { endpoint, why })
+    let attempt = async {
+        let opened = open::open(endpoint, tls).await?;
+        startup::log_in(opened, endpoint, login).await
+    };
+    within(endpoint, timeout, attempt).await
 }
 
-/// Asks a server to cancel what the backend `pid` does. That it succeeded is never said.
+/// Asks a server to cancel what the backend `pid` does, and waits until it has taken note. That
+/// it succeeded is never said.
 ///
 /// # Errors
 ///
@@ -157,8 +187,33 @@ pub async fn cancel(
     secret: Bytes,
     timeout: Duration,
 ) -> Result<(), BackendError> {
-    let _ = (tls, pid, secret, timeout);
-    let why = "being built".to_owned();
-    let endpoint = endpoint.clone();
-    Err(BackendError::Protocol { endpoint, why })
+    let key = CancelKey { pid, secret };
+    let attempt = async {
+        let io = |source| BackendError::io(endpoint, source);
+        let mut stream = open::open(endpoint, tls).await?.stream;
+        let mut request = BytesMut::new();
+        startup_packet::cancel_request(&mut request, &key)
+            .map_err(|e| BackendError::protocol(endpoint, e.to_string()))?;
+        stream.write_all(&request).await.map_err(io)?;
+        stream.flush().await.map_err(io)?;
+        // The server closes when it has sent the signal; how it closes says nothing.
+        let _ = stream.read(&mut [0; 1]).await;
+        Ok(())
+    };
+    within(endpoint, timeout, attempt).await
+}
+
+async fn within<T>(
+    endpoint: &Endpoint,
+    limit: Duration,
+    attempt: impl Future<Output = Result<T, BackendError>>,
+) -> Result<T, BackendError> {
+    // Boxed: a login's state is large, and lives in the future of every session.
+    match tokio::time::timeout(limit, Box::pin(attempt)).await {
+        Ok(done) => done,
+        Err(_) => Err(BackendError::Timeout {
+            endpoint: endpoint.clone(),
+            limit,
+        }),
+    }
 }

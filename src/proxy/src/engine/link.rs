@@ -1,0 +1,113 @@
+//! One socket with its two bounded buffers.
+//!
+//! Bytes read wait in `input` until they are processed, bytes to write in `output`. The invariant:
+//! both are bounded; who fills `output` over its mark stops reading from the other side.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::AsyncWrite;
+
+use crate::stream::Stream;
+
+/// Most bytes read at once, and what a read buffer holds before a large message is streamed.
+pub const READ: usize = 64 * 1024;
+
+/// Bytes of output over which the other side is not read.
+pub const HIGH_WATER: usize = 256 * 1024;
+
+/// A message up to this size is held until it is complete; a larger row or copy message is passed
+/// on as it comes.
+pub const WHOLE: usize = 1024 * 1024;
+
+/// A socket with its buffers.
+#[derive(Debug)]
+pub struct Link {
+    /// The socket.
+    pub stream: Stream,
+    /// Read and not yet processed.
+    pub input: BytesMut,
+    /// To be written.
+    pub output: BytesMut,
+    /// Bytes of a large message that are still to come and go through unlooked.
+    pub passing: usize,
+    /// The peer has closed its side.
+    pub ended: bool,
+}
+
+impl Link {
+    /// A link over `stream`, with bytes that were already read.
+    #[must_use]
+    pub fn new(stream: Stream, input: BytesMut) -> Self {
+        Self { stream, input, output: BytesMut::new(), passing: 0, ended: false }
+    }
+
+    /// Reads what is there. Ready when something came, the peer closed (`ended`), or it failed.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.stream.poll_fill(cx, &mut self.input, READ) {
+            Poll::Ready(Ok(0)) => {
+                self.ended = true;
+                Poll::Ready(Ok(()))
+            }
+            Poll::Ready(Ok(_)) => Poll::Ready(Ok(())),
+            Poll::Ready(Err(e)) => Poll::Ready(Err(e)),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Writes what it can. Ready when all is written.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.output.is_empty() {
+            match Pin::new(&mut self.stream).poll_write(cx, &self.output) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(n)) => self.output.advance(n),
+                Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        if self.output.capacity() > READ {
+            self.output = BytesMut::new();
+        }
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    /// Writes all of the output.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub async fn flush(&mut self) -> io::Result<()> {
+        std::future::poll_fn(|cx| self.poll_write(cx)).await
+    }
+
+    /// Reads more input; `Ok(false)` at the end.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub async fn read_more(&mut self) -> io::Result<bool> {
+        std::future::poll_fn(|cx| self.poll_read(cx)).await?;
+        Ok(!self.ended)
+    }
+
+    /// Moves `n` bytes of input to the output of `to`, without a copy where that is possible.
+    pub fn forward(&mut self, n: usize, to: &mut BytesMut) {
+        if n == 0 {
+            return;
+        }
+        if to.is_empty() && n * 2 > self.input.len() {
+            let rest = self.input.split_off(n);
+            let spare = std::mem::replace(&mut self.input, rest);
+            *to = spare;
+        } else {
+            to.extend_from_slice(&self.input[..n]);
+            self.input.advance(n);
+        }
+    }
+}

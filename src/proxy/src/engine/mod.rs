@@ -1,0 +1,17 @@
+//! The session engine: forwarding, the gate that a move closes and opens, migration and replay.
+//!
+//! One task a session owns both its sockets. The gate (`gate`) tells all sessions what phase a move
+//! is in; sessions answer by acknowledging a phase once they stand as it asks. The invariant: while
+//! a session migrates nothing is read from its client, and a replay works for one epoch only.
+
+pub mod gate;
+pub mod link;
+pub mod monitor;
+mod moving;
+mod own;
+mod pump;
+pub mod registry;
+mod replay;
+mod resolve;
+pub mod session;
+pub mod shared;

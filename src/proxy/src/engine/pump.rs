@@ -1,0 +1,425 @@
+//! Moving bytes between a client and its backend.
+//!
+//! Only frame headers and the few messages that change state are looked into. The invariant: no
+//! frame is forwarded before the tracker has explained it.
+
+use bytes::Buf;
+use helios_session::TxnStatus;
+use helios_session::expect::{Expect, MAX_EXPECTED};
+use helios_session::state::Snapshot;
+use helios_session::tracker::ServerStep;
+use helios_wire::message::{back, read};
+use helios_wire::{ErrorFields, SqlState, backend, frontend, peek_header};
+
+use super::gate::Phase;
+use super::link::{HIGH_WATER, WHOLE};
+use super::own;
+use super::replay::is_fatal;
+use super::session::{End, Event, Session};
+
+/// Largest message that has to be held whole (a Parse, a row description, an error).
+pub(super) const MAX_WHOLE: usize = 64 << 20;
+
+fn violation(message: String) -> Event {
+    Event::End(End::Fatal(ErrorFields::fatal(SqlState::PROTOCOL_VIOLATION, message)))
+}
+
+/// What to do with the server's frame under the cursor.
+enum Verdict {
+    Pass,
+    Drop,
+}
+
+impl Session {
+    /// Moves what can be moved.
+    pub(super) fn pump(&mut self) -> Result<(), Event> {
+        self.pump_server()?;
+        self.pump_client()
+    }
+
+    fn pump_client(&mut self) -> Result<(), Event> {
+        loop {
+            if self.client.input.is_empty() {
+                return if self.client.ended { Err(Event::End(End::ClientLeft)) } else { Ok(()) };
+            }
+            if self.server.as_ref().is_some_and(|s| s.link.output.len() >= HIGH_WATER) {
+                return Ok(());
+            }
+            if self.client.passing > 0 {
+                self.pass_client();
+                continue;
+            }
+            let header = match peek_header(&self.client.input) {
+                Ok(Some(header)) => header,
+                Ok(None) => return if self.client.ended { Err(Event::End(End::ClientLeft)) } else { Ok(()) },
+                Err(e) => return Err(violation(e.to_string())),
+            };
+            if header.tag == frontend::TERMINATE {
+                return Err(Event::End(End::ClientLeft));
+            }
+            let whole = self.client.input.len() >= header.len;
+            if !whole && self.needs_whole(header.tag, header.len)? {
+                return if self.client.ended { Err(Event::End(End::ClientLeft)) } else { Ok(()) };
+            }
+            if self.answer_ourselves(header.tag, header.len, whole)? {
+                continue;
+            }
+            if self.corked() || self.tracker.expect().len() >= MAX_EXPECTED {
+                return Ok(());
+            }
+            self.client_frame(header.tag, header.len.min(self.client.input.len()), header.len)?;
+        }
+    }
+
+    /// Whether to wait for the rest of an incomplete message.
+    fn needs_whole(&self, tag: u8, len: usize) -> Result<bool, Event> {
+        if len <= WHOLE {
+            return Ok(true);
+        }
+        match tag {
+            frontend::QUERY | frontend::BIND | frontend::COPY_DATA | frontend::FUNCTION_CALL => {
+                Ok(self.client.input.len() < WHOLE / 16)
+            }
+            _ if len <= MAX_WHOLE => Ok(true),
+            _ => Err(violation(format!("message of {len} bytes is over the limit"))),
+        }
+    }
+
+    /// Whether the client's next message has to wait.
+    fn corked(&self) -> bool {
+        if self.server.is_none() || self.asking.is_some() || self.rebuilt || !self.resend.is_empty()
+        {
+            return true;
+        }
+        let boundary = self.tracker.at_boundary();
+        match self.gate.phase {
+            Phase::Open => false,
+            Phase::Hold => boundary && !self.tracker.projects_open(),
+            Phase::Freeze | Phase::Cut => boundary,
+            Phase::Replay | Phase::Send => true,
+        }
+    }
+
+    fn client_frame(&mut self, tag: u8, have: usize, len: usize) -> Result<(), Event> {
+        let now = self.shared.now_micros();
+        let frame = &self.client.input[..have];
+        let began = self.tracker.is_between();
+        let step = self
+            .tracker
+            .client_frame(tag, frame, now)
+            .map_err(|e| violation(e.to_string()))?;
+        if began {
+            self.entry().set_state(2);
+        }
+        let Some(server) = self.server.as_mut() else { return Ok(()) };
+        if let Some(ask) = step.ask_before {
+            own::ask(&mut server.link.output, ask);
+        }
+        self.client.forward(have, &mut server.link.output);
+        self.client.passing = len - have;
+        if let Some(ask) = step.ask_after {
+            own::ask(&mut server.link.output, ask);
+        }
+        self.charge();
+        Ok(())
+    }
+
+    /// Passes on bytes of a large message.
+    fn pass_client(&mut self) {
+        let n = self.client.passing.min(self.client.input.len());
+        if let Some(server) = self.server.as_mut() {
+            self.tracker.client_more(&self.client.input[..n]);
+            self.client.forward(n, &mut server.link.output);
+        } else {
+            // The exchange was answered with an error; its rest is of no use.
+            self.client.input.advance(n);
+        }
+        self.client.passing -= n;
+        self.charge();
+    }
+
+    /// Charges the journal; one over its limit is given up as a whole.
+    pub(super) fn charge(&mut self) {
+        let bytes = self.tracker.journal().bytes();
+        if bytes == self.account.used() {
+            return;
+        }
+        if let Err(overflow) = self.account.set(bytes) {
+            self.tracker.journal_mut().lose(overflow.to_string());
+            let _ = self.account.set(self.tracker.journal().bytes());
+            self.shared.metrics.journal_overflows.inc();
+            self.show_protection();
+        }
+        self.entry()
+            .journal_bytes
+            .store(self.account.used() as u64, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Answers the client's message without a server, where the session owes it an error.
+    fn answer_ourselves(&mut self, tag: u8, len: usize, whole: bool) -> Result<bool, Event> {
+        if self.discarding {
+            self.drop_client_message(len, whole);
+            if tag == frontend::SYNC {
+                self.discarding = false;
+                back::ready_for_query(&mut self.client.output, self.tracker.status().byte());
+            }
+            return Ok(true);
+        }
+        if !self.tracker.at_boundary() || !self.tracker.is_between() || self.corked_by_move() {
+            return Ok(false);
+        }
+        let Some(fields) = self.refuse.take() else { return Ok(false) };
+        fields.write_error(&mut self.client.output);
+        self.drop_client_message(len, whole);
+        match tag {
+            frontend::QUERY | frontend::FUNCTION_CALL | frontend::SYNC => {
+                back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
+            }
+            _ => self.discarding = true,
+        }
+        Ok(true)
+    }
+
+    fn corked_by_move(&self) -> bool {
+        self.gate.phase != Phase::Open
+    }
+
+    fn drop_client_message(&mut self, len: usize, whole: bool) {
+        if whole {
+            self.client.input.advance(len);
+        } else {
+            self.client.passing = len - self.client.input.len();
+            self.client.input.clear();
+            // Nothing of it goes to a server.
+            self.server = None;
+        }
+    }
+
+    fn pump_server(&mut self) -> Result<(), Event> {
+        let mut run = 0;
+        loop {
+            let Some(server) = self.server.as_mut() else { return Ok(()) };
+            if self.client.output.len() >= HIGH_WATER {
+                break;
+            }
+            let input = &server.link.input[run..];
+            if server.link.passing > 0 && !input.is_empty() {
+                let n = server.link.passing.min(input.len());
+                server.link.passing -= n;
+                self.tracker.server_more(&input[..n], server.link.passing == 0);
+                run += n;
+                continue;
+            }
+            let header = match peek_header(input) {
+                Ok(Some(header)) => header,
+                Ok(None) => break,
+                Err(e) => return Err(violation(format!("from the server: {e}"))),
+            };
+            if input.len() < header.len {
+                let row = matches!(header.tag, backend::DATA_ROW | backend::COPY_DATA);
+                if header.len <= WHOLE || (!row && header.len <= MAX_WHOLE) {
+                    break;
+                }
+                if self.skip.is_some() || input.len() < WHOLE / 16 {
+                    break;
+                }
+                self.tracker
+                    .server_large(header.tag, input)
+                    .map_err(|e| violation(e.to_string()))?;
+                server.link.passing = header.len - input.len();
+                run += input.len();
+                continue;
+            }
+            match self.server_frame(header.tag, run, header.len)? {
+                Verdict::Pass => run += header.len,
+                Verdict::Drop => {
+                    let Some(server) = self.server.as_mut() else { return Ok(()) };
+                    server.link.forward(run, &mut self.client.output);
+                    server.link.input.advance(header.len);
+                    self.after_drop();
+                    run = 0;
+                }
+            }
+        }
+        if let Some(server) = self.server.as_mut() {
+            server.link.forward(run, &mut self.client.output);
+        }
+        Ok(())
+    }
+
+    /// Looks at one whole frame of the server's, at `at` of its input.
+    fn server_frame(&mut self, tag: u8, at: usize, len: usize) -> Result<Verdict, Event> {
+        let Some(server) = self.server.as_ref() else { return Ok(Verdict::Drop) };
+        let frame = &server.link.input[at..at + len];
+        if is_fatal(tag, frame) {
+            self.last_words = Some(frame.into());
+            return Ok(Verdict::Drop);
+        }
+        let step = self
+            .tracker
+            .server_frame(tag, frame)
+            .map_err(|e| violation(e.to_string()))?;
+        match step {
+            ServerStep::Forward => Ok(self.forwarded(tag, at, len)),
+            ServerStep::Own(to) => {
+                if tag == backend::DATA_ROW && to == Expect::Execute {
+                    self.state_row(at, len);
+                }
+                Ok(Verdict::Drop)
+            }
+            ServerStep::OwnReady => Ok(Verdict::Drop),
+            ServerStep::Unsolicited => {
+                let frame = self.server.as_ref().map(|s| s.link.input[at..at + len].into());
+                self.last_words = frame;
+                Ok(Verdict::Drop)
+            }
+            ServerStep::Completed { status, touched } => Ok(self.completed(status, touched)),
+        }
+    }
+
+    fn forwarded(&mut self, tag: u8, at: usize, len: usize) -> Verdict {
+        let Some(server) = self.server.as_ref() else { return Verdict::Drop };
+        let frame = &server.link.input[at..at + len];
+        if tag == backend::PARAMETER_STATUS
+            && let Ok((name, value)) = read::parameter_status(&frame[5..])
+        {
+            let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+            self.known.insert(text(name), text(value));
+            return Verdict::Pass;
+        }
+        if matches!(tag, backend::NOTICE_RESPONSE | backend::NOTIFICATION_RESPONSE) {
+            return Verdict::Pass;
+        }
+        if self.skip.is_some() {
+            return self.skipped();
+        }
+        if self.instead.is_some() {
+            return self.replaced(tag, at, len);
+        }
+        Verdict::Pass
+    }
+
+    /// A reply of a re-run exchange that the client already has: checked once all of it is here.
+    fn skipped(&mut self) -> Verdict {
+        let (Some(skip), Some(reply)) = (self.skip, self.tracker.delivered()) else {
+            return Verdict::Pass;
+        };
+        if reply.messages < skip.messages {
+            return Verdict::Drop;
+        }
+        self.skip = None;
+        if reply.digest() != skip.digest {
+            self.fail_running("the statement in flight gave another result than was delivered");
+        }
+        Verdict::Drop
+    }
+
+    /// In a transaction that was aborted by us, its first error is ours.
+    fn replaced(&mut self, tag: u8, at: usize, len: usize) -> Verdict {
+        let Some(server) = self.server.as_ref() else { return Verdict::Drop };
+        let frame = &server.link.input[at..at + len];
+        let rolled_back = tag == backend::COMMAND_COMPLETE && frame.get(5..13) == Some(b"ROLLBACK");
+        if tag == backend::ERROR_RESPONSE || (rolled_back && self.front_commits()) {
+            if let Some(fields) = self.instead.take() {
+                let Some(server) = self.server.as_mut() else { return Verdict::Drop };
+                server.link.forward(at, &mut self.client.output);
+                fields.write_error(&mut self.client.output);
+                // The caller drops the frame, which now stands first.
+                self.moved_front = true;
+            }
+            return Verdict::Drop;
+        }
+        if rolled_back {
+            self.instead = None;
+        }
+        Verdict::Pass
+    }
+
+    fn front_commits(&self) -> bool {
+        self.commit_in_flight()
+    }
+
+    fn state_row(&mut self, at: usize, len: usize) {
+        let (Some(state), Some(server)) = (self.asking.as_mut(), self.server.as_ref()) else {
+            return;
+        };
+        let row = super::replay::text_row(&server.link.input[at + 5..at + len]);
+        if let [Some(kind), Some(name), Some(value)] = row.as_slice() {
+            state.add_row(kind, name, value, &self.registered.entry.login.user);
+        }
+    }
+
+    /// An exchange of the client's is answered.
+    fn completed(&mut self, status: TxnStatus, touched: bool) -> Verdict {
+        self.charge();
+        self.shared.metrics.exchanges.inc();
+        self.cancelled_by_client = false;
+        let entry = self.entry();
+        match status {
+            TxnStatus::Idle => {
+                entry.began.store(0, std::sync::atomic::Ordering::Relaxed);
+                self.instead = None;
+            }
+            TxnStatus::Open | TxnStatus::Failed => {
+                let _ = entry.began.compare_exchange(
+                    0,
+                    self.shared.now_micros(),
+                    std::sync::atomic::Ordering::Relaxed,
+                    std::sync::atomic::Ordering::Relaxed,
+                );
+            }
+        }
+        if self.tracker.is_between() {
+            self.entry().set_state(if status == TxnStatus::Idle { 1 } else { 3 });
+        }
+        if touched && self.tracker.is_between() {
+            self.ask_for_state();
+            return Verdict::Drop;
+        }
+        self.state_due |= touched;
+        Verdict::Pass
+    }
+
+    /// Asks the backend for the session's state; the client's ReadyForQuery waits for the answer,
+    /// so that a failover never finds a state that nobody knows.
+    fn ask_for_state(&mut self) {
+        self.state_due = false;
+        let Some(server) = self.server.as_mut() else { return };
+        self.tracker.push_own_exchange();
+        own::snapshot(&mut server.link.output);
+        self.asking = Some(Snapshot::default());
+    }
+
+    /// Behind a dropped frame: the answer to the question for the state may be complete.
+    fn after_drop(&mut self) {
+        if self.asking.is_some() && self.tracker.is_quiet() {
+            if let Some(state) = self.asking.take() {
+                self.learn_state(state);
+            }
+            back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
+        } else if self.state_due && self.tracker.is_quiet() && self.tracker.is_between() {
+            self.state_due = false;
+        }
+    }
+
+    fn learn_state(&mut self, state: Snapshot) {
+        let names: std::collections::BTreeSet<&str> =
+            state.protocol_prepared.iter().map(String::as_str).collect();
+        self.tracker
+            .prepared_mut()
+            .reconcile(|name| std::str::from_utf8(name).is_ok_and(|n| names.contains(n)));
+        self.state = state;
+        self.show_protection();
+    }
+
+    /// Why a failover now would cost this session an error.
+    pub(super) fn unprotected(&self) -> Option<String> {
+        let lost = self.tracker.journal().lost().map(str::to_owned);
+        lost.or_else(|| self.state.immovable.first().cloned())
+    }
+
+    /// Shows it in the list of sessions.
+    pub(super) fn show_protection(&self) {
+        super::registry::lock(&self.entry().shown).unprotected = self.unprotected();
+    }
+}

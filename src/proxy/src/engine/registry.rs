@@ -1,0 +1,166 @@
+//! The sessions of a proxy: who they are, their cancel keys, what they tell about themselves.
+//!
+//! Sessions write their own entry, everybody may read it. The invariant: an entry is here exactly
+//! as long as its session's task runs.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use helios_api::control::SessionInfo;
+use helios_api::{InstanceName, SessionId};
+use tokio::sync::Notify;
+
+use crate::backend::{BackendConn, Login};
+
+/// What a session shows of itself.
+#[derive(Debug, Clone, Default)]
+pub struct Shown {
+    /// Instance of its backend.
+    pub instance: Option<InstanceName>,
+    /// Why a failover now would cost it an error.
+    pub unprotected: Option<String>,
+    /// Moves it has been through.
+    pub migrations: u64,
+}
+
+/// One session.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its number.
+    pub id: SessionId,
+    /// How it logged in, to open further backends for it.
+    pub login: Login,
+    /// The client's address.
+    pub peer: String,
+    /// Key of cancel requests.
+    pub key: CancelKey,
+    /// A cancel request waits to be forwarded.
+    pub cancel: AtomicBool,
+    /// Wakes the session for it.
+    pub wake: Notify,
+    /// A backend opened ahead of time on the next primary.
+    pub warm: Mutex<Option<BackendConn>>,
+    /// What it shows; changed at most once an exchange that matters.
+    pub shown: Mutex<Shown>,
+    /// 0 connecting, 1 idle, 2 active, 3 in transaction, 4 held, 5 migrating.
+    pub state: AtomicU64,
+    /// When the open transaction began: microseconds since the proxy started, 0 for none.
+    pub began: AtomicU64,
+    /// Bytes of its journal.
+    pub journal_bytes: AtomicU64,
+}
+
+/// Key that a client cancels with.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct CancelKey {
+    /// Process id that the client was told.
+    pub pid: i32,
+    /// Secret that it was told.
+    pub secret: Vec<u8>,
+}
+
+const STATES: [&str; 6] = ["connecting", "idle", "active", "in transaction", "held", "migrating"];
+
+impl Entry {
+    /// Sets the state, by its number (see [`Entry::state`]).
+    pub fn set_state(&self, state: u64) {
+        self.state.store(state, Ordering::Relaxed);
+    }
+
+    /// The entry as it is listed; `now` in microseconds since the proxy started.
+    #[must_use]
+    pub fn info(&self, now: u64) -> SessionInfo {
+        let shown = lock(&self.shown).clone();
+        let began = self.began.load(Ordering::Relaxed);
+        let state = usize::try_from(self.state.load(Ordering::Relaxed)).unwrap_or(0);
+        let application = self.login.params.iter().find(|(k, _)| k == "application_name");
+        SessionInfo {
+            id: self.id,
+            state: STATES.get(state).copied().unwrap_or("idle").to_owned(),
+            user: self.login.user.clone(),
+            database: self.login.database.clone(),
+            application: application.map(|(_, v)| v.clone()).unwrap_or_default(),
+            client: self.peer.clone(),
+            instance: shown.instance,
+            transaction_age_ms: (began > 0).then(|| now.saturating_sub(began) / 1000),
+            journal_bytes: self.journal_bytes.load(Ordering::Relaxed),
+            migrations: shown.migrations,
+            unprotected: shown.unprotected,
+        }
+    }
+}
+
+/// All sessions.
+#[derive(Debug, Default)]
+pub struct Registry {
+    sessions: Mutex<HashMap<SessionId, Arc<Entry>>>,
+    keys: Mutex<HashMap<CancelKey, Arc<Entry>>>,
+    next: AtomicU64,
+}
+
+/// Locks, also when another thread died with the lock: entries are plain values.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Registry {
+    /// Registers a session; it is listed until the guard is dropped.
+    #[must_use]
+    pub fn add(self: &Arc<Self>, login: Login, peer: String, secret_len: usize) -> Registered {
+        let id = SessionId(self.next.fetch_add(1, Ordering::Relaxed) + 1);
+        let pid = i32::try_from(id.0 % 0x7FFF_FFFF).unwrap_or(0) + 1;
+        let mut secret = vec![0; secret_len];
+        rand::fill(&mut secret[..]);
+        let entry = Arc::new(Entry {
+            id,
+            login,
+            peer,
+            key: CancelKey { pid, secret },
+            cancel: AtomicBool::new(false),
+            wake: Notify::new(),
+            warm: Mutex::new(None),
+            shown: Mutex::default(),
+            state: AtomicU64::new(0),
+            began: AtomicU64::new(0),
+            journal_bytes: AtomicU64::new(0),
+        });
+        lock(&self.sessions).insert(id, Arc::clone(&entry));
+        lock(&self.keys).insert(entry.key.clone(), Arc::clone(&entry));
+        Registered { registry: Arc::clone(self), entry }
+    }
+
+    /// Asks the session with this key to cancel what it runs; a wrong key is ignored, as in
+    /// PostgreSQL.
+    pub fn cancel(&self, pid: i32, secret: &[u8]) {
+        let key = CancelKey { pid, secret: secret.to_vec() };
+        let entry = lock(&self.keys).get(&key).cloned();
+        if let Some(entry) = entry {
+            entry.cancel.store(true, Ordering::SeqCst);
+            entry.wake.notify_one();
+        }
+    }
+
+    /// All sessions, by number.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Entry>> {
+        let mut all: Vec<_> = lock(&self.sessions).values().cloned().collect();
+        all.sort_by_key(|e| e.id);
+        all
+    }
+}
+
+/// Keeps a session listed.
+#[derive(Debug)]
+pub struct Registered {
+    registry: Arc<Registry>,
+    /// The session.
+    pub entry: Arc<Entry>,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        lock(&self.registry.sessions).remove(&self.entry.id);
+        lock(&self.registry.keys).remove(&self.entry.key);
+    }
+}

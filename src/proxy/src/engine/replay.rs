@@ -1,0 +1,429 @@
+//! Bringing a fresh backend to a session's state, and running its journal again.
+//!
+//! Works on a connection that no client sees yet. The invariant: nothing here can commit. The
+//! journal holds only exchanges that left a transaction open, and what is in flight is not sent
+//! before its outcome is known.
+
+use std::future::poll_fn;
+use std::io;
+use std::task::Poll;
+
+use helios_api::Lsn;
+use helios_session::expect::Violation;
+use helios_session::grammar::Kind;
+use helios_session::journal::Record;
+use helios_session::state::{Prepared, Snapshot};
+use helios_session::tracker::{ServerStep, Tracker};
+use helios_session::verify::{Isolation, Verdict, compare};
+use helios_session::TxnStatus;
+use helios_wire::message::{back, front, read};
+use helios_wire::{FrameError, backend, peek_header};
+
+use super::link::{HIGH_WATER, Link};
+use super::own;
+
+/// Why a session could not be rebuilt.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// The connection broke: it may be tried again.
+    #[error("connection to the new primary broke: {0}")]
+    Connection(#[from] io::Error),
+    /// The server sent what nothing explains.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// The server sent a broken frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The session's state cannot be had again.
+    #[error("session state could not be restored: {0}")]
+    State(String),
+    /// The replay gave something else than the client has seen.
+    #[error("replay differs in statement {statement}: {what}")]
+    Different {
+        /// Number of the exchange in the transaction, from 1.
+        statement: usize,
+        /// What differs.
+        what: String,
+    },
+}
+
+impl ReplayError {
+    /// Whether another attempt may succeed.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Connection(_))
+    }
+}
+
+fn ended() -> ReplayError {
+    ReplayError::Connection(io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Runs a simple query of our own on a connection that owes nothing; rows as text.
+///
+/// # Errors
+/// The connection's, or the server's error as [`ReplayError::State`].
+pub async fn simple(link: &mut Link, sql: &str) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
+    front::query(&mut link.output, sql.as_bytes())
+        .map_err(|e| ReplayError::State(e.to_string()))?;
+    link.flush().await?;
+    let mut rows = Vec::new();
+    let mut error = None;
+    loop {
+        let (tag, frame) = next_frame(link).await?;
+        let body = frame.get(5..).unwrap_or_default();
+        match tag {
+            backend::READY_FOR_QUERY => break,
+            backend::ERROR_RESPONSE => error = Some(describe_error(body)),
+            backend::DATA_ROW => rows.push(text_row(body)),
+            _ => {}
+        }
+    }
+    match error {
+        Some(error) => Err(ReplayError::State(error)),
+        None => Ok(rows),
+    }
+}
+
+/// A row's columns as text.
+#[must_use]
+pub fn text_row(body: &[u8]) -> Vec<Option<String>> {
+    let text = |v: &[u8]| String::from_utf8_lossy(v).into_owned();
+    read::data_row(body).map(|row| row.iter().map(|v| v.map(text)).collect()).unwrap_or_default()
+}
+
+fn describe_error(body: &[u8]) -> String {
+    helios_wire::ErrorFields::parse(body)
+        .map_or_else(|e| e.to_string(), |f| format!("{} ({})", f.message, f.sqlstate.as_str()))
+}
+
+/// The next whole frame of a connection that only we use.
+async fn next_frame(link: &mut Link) -> Result<(u8, bytes::BytesMut), ReplayError> {
+    loop {
+        if let Some(header) = peek_header(&link.input)?
+            && link.input.len() >= header.len
+        {
+            return Ok((header.tag, link.input.split_to(header.len)));
+        }
+        if !link.read_more().await? {
+            return Err(ended());
+        }
+    }
+}
+
+/// Restores what the session was outside its transaction: settings, role, statements, in this
+/// order (design rule 5.3), in one flight.
+///
+/// # Errors
+/// [`ReplayError::State`] when the server refuses something, or a statement's columns changed.
+pub async fn restore(
+    link: &mut Link,
+    state: &Snapshot,
+    prepared: &[(Vec<u8>, Prepared)],
+) -> Result<(), ReplayError> {
+    let mut cycles = 0;
+    let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
+    for sql in state.restore_sql() {
+        front::query(&mut link.output, sql.as_bytes()).map_err(too_long)?;
+        cycles += 1;
+    }
+    // The unnamed statement last: nothing behind it may end it.
+    let (unnamed, named): (Vec<_>, Vec<_>) = prepared.iter().partition(|(n, _)| n.is_empty());
+    for (name, statement) in named.into_iter().chain(unnamed) {
+        link.output.extend_from_slice(&statement.parse);
+        if statement.columns.is_some() {
+            front::describe(&mut link.output, front::Target::Statement, name).map_err(too_long)?;
+        }
+        front::sync(&mut link.output);
+        cycles += 1;
+    }
+    if cycles == 0 {
+        return Ok(());
+    }
+    let expected: Vec<_> = order(prepared).map(|(_, p)| p.columns).collect();
+    let described = collect(link, cycles).await?;
+    let first = cycles - expected.len();
+    for (columns, seen) in expected.iter().zip(described.get(first..).unwrap_or_default()) {
+        if columns.is_some() && columns != seen {
+            return Err(ReplayError::State("columns of a prepared statement changed".into()));
+        }
+    }
+    Ok(())
+}
+
+fn order(prepared: &[(Vec<u8>, Prepared)]) -> impl Iterator<Item = &(Vec<u8>, Prepared)> {
+    let named = prepared.iter().filter(|(n, _)| !n.is_empty());
+    named.chain(prepared.iter().filter(|(n, _)| n.is_empty()))
+}
+
+/// Reads the replies to `cycles` request cycles; the hash of the row description of each.
+async fn collect(link: &mut Link, cycles: usize) -> Result<Vec<Option<u128>>, ReplayError> {
+    let mut described = Vec::with_capacity(cycles);
+    let mut columns = None;
+    let mut error = None;
+    while described.len() < cycles {
+        exchange_bytes(link).await?;
+        while let Some(header) = peek_header(&link.input)?
+            && link.input.len() >= header.len
+        {
+            let frame = link.input.split_to(header.len);
+            match header.tag {
+                backend::READY_FOR_QUERY => described.push(columns.take()),
+                backend::ROW_DESCRIPTION => {
+                    columns = Some(helios_session::reply::row_description_hash(&frame));
+                }
+                backend::ERROR_RESPONSE => {
+                    error = error.or_else(|| Some(describe_error(frame.get(5..)?)));
+                }
+                _ => {}
+            }
+        }
+    }
+    match error {
+        Some(error) => Err(ReplayError::State(error)),
+        None => Ok(described),
+    }
+}
+
+/// Writes what can be written and waits until something has been read.
+async fn exchange_bytes(link: &mut Link) -> Result<(), ReplayError> {
+    poll_fn(|cx| {
+        if let Poll::Ready(Err(e)) = link.poll_write(cx) {
+            return Poll::Ready(Err(e));
+        }
+        link.poll_read(cx)
+    })
+    .await?;
+    if link.ended { Err(ended()) } else { Ok(()) }
+}
+
+/// Runs the journal of `old` again with `new` as its tracker, and compares.
+///
+/// # Errors
+/// [`ReplayError::Different`] when something differs that the client may not see differ.
+pub async fn replay(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(), ReplayError> {
+    let records = old.journal().records();
+    let mut sent = 0;
+    while new.journal().records().len() < records.len() || !new.is_quiet() {
+        while sent < records.len() && link.output.len() < HIGH_WATER {
+            let bytes = old.journal().record_bytes(&records[sent]);
+            feed(link, new, bytes, records[sent].at_micros)?;
+            sent += 1;
+        }
+        exchange_bytes(link).await?;
+        take_replies(link, new)?;
+        if let Some(why) = strayed(records, new) {
+            return Err(why);
+        }
+    }
+    verify(link, old, new).await
+}
+
+/// Sends recorded messages, with the questions of our own that go with them.
+///
+/// # Errors
+/// A recorded message that the tracker would not have let through.
+pub fn feed(
+    link: &mut Link,
+    tracker: &mut Tracker,
+    mut bytes: &[u8],
+    at_micros: u64,
+) -> Result<(), ReplayError> {
+    while let Some(header) = peek_header(bytes)? {
+        let (frame, rest) = bytes.split_at_checked(header.len).unwrap_or((bytes, &[]));
+        let step = tracker.client_frame(header.tag, frame, at_micros)?;
+        if let Some(ask) = step.ask_before {
+            own::ask(&mut link.output, ask);
+        }
+        link.output.extend_from_slice(frame);
+        if let Some(ask) = step.ask_after {
+            own::ask(&mut link.output, ask);
+        }
+        bytes = rest;
+    }
+    Ok(())
+}
+
+fn take_replies(link: &mut Link, tracker: &mut Tracker) -> Result<(), ReplayError> {
+    while let Some(header) = peek_header(&link.input)?
+        && link.input.len() >= header.len
+    {
+        let frame = link.input.split_to(header.len);
+        if is_fatal(header.tag, &frame) {
+            return Err(ended());
+        }
+        if tracker.server_frame(header.tag, &frame)? == ServerStep::Unsolicited {
+            return Err(ended());
+        }
+    }
+    Ok(())
+}
+
+/// Whether a frame is an error that ends the connection, or the warning that announces it.
+#[must_use]
+pub fn is_fatal(tag: u8, frame: &[u8]) -> bool {
+    let body = frame.get(5..).unwrap_or_default();
+    match tag {
+        backend::ERROR_RESPONSE => body.starts_with(b"SFATAL") || body.starts_with(b"SPANIC")
+            || helios_wire::message::error::error_fields(body).any(|f| {
+                matches!(f, Ok((b'V', b"FATAL" | b"PANIC")))
+            }),
+        // quickdie() in src/backend/tcop/postgres.c sends these as warnings and exits.
+        backend::NOTICE_RESPONSE => {
+            matches!(&helios_session::reply::sqlstate(frame), b"57P01" | b"57P02")
+        }
+        _ => false,
+    }
+}
+
+/// A replayed transaction that ended where the original did not cannot be compared further.
+fn strayed(records: &[Record], new: &Tracker) -> Option<ReplayError> {
+    let done = new.journal().records().len();
+    let idle = new.status() == TxnStatus::Idle && new.journal().in_flight().is_empty();
+    (idle && done < records.len() && new.is_quiet()).then(|| ReplayError::Different {
+        statement: done + 1,
+        what: "the transaction ended".into(),
+    })
+}
+
+async fn verify(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(), ReplayError> {
+    let mut soft = None;
+    let mut kinds_of_all = None;
+    let pairs = old.journal().records().iter().zip(new.journal().records());
+    for (index, (seen, again)) in pairs.enumerate() {
+        if seen.reply == again.reply {
+            continue;
+        }
+        let kinds = kinds_of_all.get_or_insert_with(|| kinds_by_record(old));
+        let locking = kinds.iter().flatten().any(|k| *k == Kind::LockingRead);
+        let of_this = kinds.get(index).map(Vec::as_slice).unwrap_or_default();
+        match compare(&seen.reply, &again.reply, of_this, locking, old.mode()) {
+            Verdict::Same => {}
+            Verdict::RowsDiffer => soft = soft.or(Some(index + 1)),
+            Verdict::Different(what) => {
+                return Err(ReplayError::Different { statement: index + 1, what });
+            }
+        }
+    }
+    let Some(statement) = soft else { return Ok(()) };
+    // The replayed transaction runs at the level of the original: it was begun by the same words.
+    let level = isolation(link).await?;
+    match Isolation::from_setting(&level) {
+        Isolation::ReadCommitted => Ok(()),
+        Isolation::Snapshot => Err(ReplayError::Different {
+            statement,
+            what: format!("rows of a result differ under {level}"),
+        }),
+    }
+}
+
+/// `current_setting(text)`.
+const CURRENT_SETTING: u32 = 2077;
+
+/// Asks for the level inside the transaction, by a function call: a query would end the unnamed
+/// portal that the client may still be reading from.
+async fn isolation(link: &mut Link) -> Result<String, ReplayError> {
+    let name: &[u8] = b"transaction_isolation";
+    let (text, out) = (front::Format::Text, &mut link.output);
+    front::function_call(out, CURRENT_SETTING, text, &[Some(name)], text)
+        .map_err(|e| ReplayError::State(e.to_string()))?;
+    link.flush().await?;
+    let mut level = String::new();
+    loop {
+        let (tag, frame) = next_frame(link).await?;
+        let body = frame.get(5..).unwrap_or_default();
+        match tag {
+            backend::READY_FOR_QUERY => return Ok(level),
+            backend::FUNCTION_CALL_RESPONSE => {
+                let value = read::function_call_response(body).ok().flatten().unwrap_or_default();
+                level = String::from_utf8_lossy(value).into_owned();
+            }
+            _ => {}
+        }
+    }
+}
+
+fn kinds_by_record(old: &Tracker) -> Vec<Vec<Kind>> {
+    let journal = old.journal();
+    journal.records().iter().map(|r| old.kinds_of(journal.record_bytes(r))).collect()
+}
+
+/// Waits until the server's WAL has passed `position`.
+///
+/// # Errors
+/// [`ReplayError::Different`] when it does not within `limit`.
+pub async fn wait_for_position(
+    link: &mut Link,
+    position: Lsn,
+    limit: std::time::Duration,
+) -> Result<(), ReplayError> {
+    let reached = async {
+        loop {
+            let rows = simple(link, "SELECT pg_catalog.pg_current_wal_insert_lsn()").await?;
+            let at = rows.first().and_then(|r| r.first()).cloned().flatten();
+            if at.and_then(|t| t.parse::<Lsn>().ok()).is_some_and(|at| at >= position) {
+                return Ok(());
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(limit, reached).await.unwrap_or_else(|_| {
+        Err(ReplayError::Different {
+            statement: 1,
+            what: format!("the new primary has not reached WAL position {position}"),
+        })
+    })
+}
+
+/// Puts a fresh backend into a failed transaction block: what an aborted transaction leaves.
+///
+/// # Errors
+/// The connection's.
+pub async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError> {
+    simple(link, "BEGIN").await?;
+    match simple(link, "ROLLBACK TO SAVEPOINT helios_aborted").await {
+        Err(ReplayError::State(_)) => Ok(()),
+        Err(e) => Err(e),
+        Ok(_) => Err(ReplayError::State("the transaction block did not fail".into())),
+    }
+}
+
+/// The reply that a committed exchange would have got, without its first `delivered` messages.
+#[must_use]
+pub fn committed_reply(messages: &[u8], delivered: u64) -> bytes::BytesMut {
+    let mut out = bytes::BytesMut::new();
+    let mut rest = messages;
+    let mut parts: Vec<bytes::BytesMut> = Vec::new();
+    let mut part = |build: &dyn Fn(&mut bytes::BytesMut)| {
+        let mut bytes = bytes::BytesMut::new();
+        build(&mut bytes);
+        parts.push(bytes);
+    };
+    while let Ok(Some(header)) = peek_header(rest) {
+        let (frame, tail) = rest.split_at_checked(header.len).unwrap_or((rest, &[]));
+        use helios_wire::frontend as f;
+        match header.tag {
+            f::QUERY => {
+                part(&|o| back::command_complete(o, "COMMIT"));
+            }
+            f::PARSE => part(&|o| o.extend_from_slice(b"1\0\0\0\x04")),
+            f::BIND => part(&|o| o.extend_from_slice(b"2\0\0\0\x04")),
+            f::DESCRIBE => {
+                if frame.get(5) == Some(&b'S') {
+                    part(&|o| o.extend_from_slice(b"t\0\0\0\x06\0\0"));
+                }
+                part(&|o| o.extend_from_slice(b"n\0\0\0\x04"));
+            }
+            f::EXECUTE => part(&|o| back::command_complete(o, "COMMIT")),
+            f::CLOSE => part(&|o| o.extend_from_slice(b"3\0\0\0\x04")),
+            _ => {}
+        }
+        rest = tail;
+    }
+    let skip = usize::try_from(delivered).unwrap_or(usize::MAX);
+    for part in parts.into_iter().skip(skip) {
+        out.extend_from_slice(&part);
+    }
+    back::ready_for_query(&mut out, TxnStatus::Idle.byte());
+    out
+}

@@ -1,0 +1,114 @@
+//! Whether a transaction committed, from evidence in the database (design rule 4).
+//!
+//! `pg_xact_status` on the current primary is evidence only for ids that no later timeline has
+//! handed out again: ids below the fence of the first promotion after the transaction's epoch.
+
+use helios_api::control::Topology;
+use helios_api::{Epoch, Xid};
+
+use super::link::Link;
+use super::replay::{ReplayError, simple};
+
+/// What became of a transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It committed.
+    Committed,
+    /// It did not, and never will.
+    Aborted,
+    /// It still runs.
+    InProgress,
+    /// Nobody can tell any more.
+    Unknown,
+}
+
+/// What the fences say of a transaction of `epoch`, before the database is asked.
+#[must_use]
+pub fn by_fence(topology: &Topology, epoch: Epoch, xid: Xid) -> Option<Outcome> {
+    if topology.epoch == epoch {
+        return None;
+    }
+    let first_after = topology.fences.iter().filter(|f| f.epoch > epoch).min_by_key(|f| f.epoch);
+    match first_after {
+        Some(fence) if fence.epoch == epoch.next() => match fence.xid {
+            Some(fence) if xid >= fence => Some(Outcome::Aborted),
+            Some(_) => None,
+            None => Some(Outcome::Unknown),
+        },
+        _ => Some(Outcome::Unknown),
+    }
+}
+
+/// Asks the primary behind `link`.
+///
+/// # Errors
+/// The connection's.
+pub async fn resolve(
+    link: &mut Link,
+    topology: &Topology,
+    epoch: Epoch,
+    xid: Xid,
+) -> Result<Outcome, ReplayError> {
+    if let Some(outcome) = by_fence(topology, epoch, xid) {
+        return Ok(outcome);
+    }
+    let sql = format!("SELECT pg_catalog.pg_xact_status('{xid}'::pg_catalog.xid8)");
+    let rows = match simple(link, &sql).await {
+        Ok(rows) => rows,
+        // "is in the future": this primary has never handed the id out.
+        Err(ReplayError::State(why)) if why.contains("(22023)") => return Ok(Outcome::Aborted),
+        Err(e) => return Err(e),
+    };
+    let status = rows.first().and_then(|r| r.first()).cloned().flatten();
+    Ok(match status.as_deref() {
+        Some("committed") => Outcome::Committed,
+        Some("aborted") => Outcome::Aborted,
+        Some("in progress") if topology.epoch == epoch => Outcome::InProgress,
+        _ => Outcome::Unknown,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use helios_api::control::{Backend, Fence};
+    use helios_api::{Endpoint, Host, Lsn, Timeline};
+
+    fn topology(epoch: u64, fences: &[(u64, Option<u64>)]) -> Topology {
+        let fences = fences.iter().map(|(epoch, xid)| Fence {
+            epoch: Epoch(*epoch),
+            timeline: Timeline(u32::try_from(*epoch).unwrap()),
+            fork: Lsn(0),
+            xid: xid.map(Xid),
+        });
+        Topology {
+            epoch: Epoch(epoch),
+            timeline: Timeline(1),
+            primary: Backend {
+                name: "a".parse().unwrap(),
+                endpoint: Endpoint { host: Host::Tcp("x".into()), port: 1 },
+            },
+            fences: fences.collect(),
+        }
+    }
+
+    #[test]
+    fn the_first_fence_after_the_epoch_decides() {
+        let t = topology(4, &[(2, Some(100)), (3, Some(200)), (4, Some(300))]);
+        // of epoch 1: below 100 ask, at or above never committed, although id 150 exists later
+        assert_eq!(by_fence(&t, Epoch(1), Xid(99)), None);
+        assert_eq!(by_fence(&t, Epoch(1), Xid(100)), Some(Outcome::Aborted));
+        assert_eq!(by_fence(&t, Epoch(2), Xid(150)), None);
+        assert_eq!(by_fence(&t, Epoch(3), Xid(299)), None);
+        assert_eq!(by_fence(&t, Epoch(4), Xid(1000)), None);
+    }
+
+    #[test]
+    fn a_missing_fence_means_unknown() {
+        assert_eq!(by_fence(&topology(2, &[]), Epoch(1), Xid(1)), Some(Outcome::Unknown));
+        let t = topology(3, &[(3, Some(9))]);
+        assert_eq!(by_fence(&t, Epoch(1), Xid(1)), Some(Outcome::Unknown));
+        let t = topology(2, &[(2, None)]);
+        assert_eq!(by_fence(&t, Epoch(1), Xid(1)), Some(Outcome::Unknown));
+    }
+}

@@ -1,0 +1,534 @@
+//! A session: one task that owns the client's socket and the backend's.
+//!
+//! `run` waits for bytes, for the gate and for the clock; `pump` moves bytes; `moving` changes the
+//! backend. The invariant: bytes of the client go to the backend of the current epoch only, in the
+//! order they came, and every reply goes to the client at most once.
+
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use helios_api::control::Backend;
+use helios_api::{Endpoint, Epoch};
+use helios_journal::Account;
+use helios_session::TxnStatus;
+use helios_session::state::Snapshot;
+use helios_session::tracker::Tracker;
+use helios_wire::message::back;
+use helios_wire::{ErrorFields, SqlState};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::gate::{GateState, Member, Phase};
+use super::link::{HIGH_WATER, Link, READ};
+use super::registry::{Entry, Registered, lock};
+use super::shared::Shared;
+use crate::backend::{self, BackendConn};
+use crate::login::ClientLogin;
+
+/// A backend in use.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub link: Link,
+    pub pid: i32,
+    pub secret: Bytes,
+    pub endpoint: Endpoint,
+    pub epoch: Epoch,
+}
+
+impl Server {
+    pub(super) fn new(conn: BackendConn, epoch: Epoch) -> Self {
+        Self {
+            link: Link::new(conn.stream, conn.buf),
+            pid: conn.pid,
+            secret: conn.secret,
+            endpoint: conn.endpoint,
+            epoch,
+        }
+    }
+}
+
+/// How a session ends.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The client left.
+    ClientLeft,
+    /// Told to the client, which is disconnected.
+    Fatal(ErrorFields),
+    /// The server's own fatal error, forwarded as it is.
+    Forward(BytesMut),
+}
+
+/// What woke the session.
+#[derive(Debug)]
+pub(super) enum Event {
+    Gate,
+    Cancel,
+    ServerLost,
+    Timer,
+    End(End),
+}
+
+/// Messages of a re-run exchange that the client already has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Skip {
+    pub messages: u64,
+    pub digest: (u64, u128, u64, u128),
+}
+
+/// A client session.
+#[derive(Debug)]
+pub struct Session {
+    pub(super) shared: Arc<Shared>,
+    pub(super) registered: Registered,
+    pub(super) member: Member,
+    pub(super) gate: GateState,
+    pub(super) client: Link,
+    pub(super) server: Option<Server>,
+    pub(super) tracker: Tracker,
+    pub(super) account: Account,
+    /// State outside a transaction, as the backend told it last.
+    pub(super) state: Snapshot,
+    /// The answer to a question for the state that is on its way; ReadyForQuery waits for it.
+    pub(super) asking: Option<Snapshot>,
+    /// Parameters as the client knows them.
+    pub(super) known: BTreeMap<String, String>,
+    /// Replies of the re-run exchange in front that are checked, not delivered.
+    pub(super) skip: Option<Skip>,
+    /// Takes the place of the next error of the (emptied) transaction.
+    pub(super) instead: Option<ErrorFields>,
+    /// The next exchange is answered with this.
+    pub(super) refuse: Option<ErrorFields>,
+    /// The client's messages are dropped up to its Sync.
+    pub(super) discarding: bool,
+    /// A fatal error that the server sent before it went away.
+    pub(super) last_words: Option<BytesMut>,
+    /// Epoch of the backend that ran the open transaction.
+    pub(super) epoch: Epoch,
+    /// The backend is gone while it was needed, since then.
+    pub(super) lost_since: Option<Instant>,
+    pub(super) attempts: u32,
+    /// When the session was last held, for the pause.
+    pub(super) held_since: Option<Instant>,
+    /// What is in flight has to be sent to the backend in the phase *send*.
+    pub(super) resend: Vec<(Vec<u8>, u64)>,
+    /// The rebuilt session waits for the phase *send*.
+    pub(super) rebuilt: bool,
+    /// A cancel request of the client's waits for the moment when it may go on.
+    pub(super) cancel_waits: bool,
+    /// We cancelled the statement in flight ourselves, for a planned move.
+    pub(super) cut: bool,
+    pub(super) cancelled_by_client: bool,
+    _permits: (crate::listener::ConnectionPermit, crate::listener::UserPermit),
+}
+
+/// Runs a client's session from its login to its end.
+pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
+    let secret_len = if client.protocol_minor >= 2 { 32 } else { 4 };
+    let peer = client.peer.clone();
+    let registered = shared.registry.add(client.login.clone(), peer, secret_len);
+    let id = registered.entry.id;
+    let mut gate = shared.gate.watch();
+    let mut link = Link::new(client.stream, client.buf);
+    let opened = open_first(&shared, &mut gate, &registered.entry).await;
+    let (conn, epoch) = match opened {
+        Ok(opened) => opened,
+        Err(frame) => {
+            link.output.extend_from_slice(&frame);
+            let _ = tokio::time::timeout(Duration::from_secs(5), link.flush()).await;
+            return;
+        }
+    };
+    for (name, value) in &conn.parameters {
+        back::parameter_status(&mut link.output, name, value);
+    }
+    let key = &registered.entry.key;
+    back::backend_key_data(&mut link.output, key.pid, &key.secret);
+    back::ready_for_query(&mut link.output, TxnStatus::Idle.byte());
+    let account = shared.pool.account(shared.options.max_journal_bytes);
+    let member = shared.gate.join();
+    let session = Session {
+        tracker: Tracker::new(shared.options.mode),
+        known: conn.parameters.clone(),
+        server: Some(Server::new(conn, epoch)),
+        gate: gate.borrow_and_update().clone(),
+        shared,
+        registered,
+        member,
+        client: link,
+        account,
+        state: Snapshot::default(),
+        asking: None,
+        skip: None,
+        instead: None,
+        refuse: None,
+        discarding: false,
+        last_words: None,
+        epoch,
+        lost_since: None,
+        attempts: 0,
+        held_since: None,
+        resend: Vec::new(),
+        rebuilt: false,
+        cancel_waits: false,
+        cut: false,
+        cancelled_by_client: false,
+        _permits: client.permits,
+    };
+    tracing::debug!(session = %id, "session started");
+    session.run(gate).await;
+    tracing::debug!(session = %id, "session ended");
+}
+
+/// Opens the first backend; waits while no primary can be had. The error is a frame for the client.
+async fn open_first(
+    shared: &Arc<Shared>,
+    gate: &mut watch::Receiver<GateState>,
+    entry: &Entry,
+) -> Result<(BackendConn, Epoch), Bytes> {
+    let deadline = Instant::now() + shared.options.outage_limit;
+    let mut pause = Duration::from_millis(10);
+    loop {
+        let state = gate.borrow_and_update().clone();
+        let mut problem = String::from("a move of the primary is under way");
+        if state.phase == Phase::Open {
+            let permit = shared.logins.acquire().await;
+            let limit = shared.options.connect_timeout;
+            let at = &state.topology.primary.endpoint;
+            let result = backend::connect(at, &shared.tls, &entry.login, limit).await;
+            drop(permit);
+            match result {
+                Ok(conn) if is_primary(&conn) => return Ok((conn, state.topology.epoch)),
+                Ok(_) => "the server is in recovery".clone_into(&mut problem),
+                Err(backend::BackendError::Refused { fields, frame, .. })
+                    if !is_away(&fields.sqlstate) =>
+                {
+                    return Err(frame);
+                }
+                Err(e) => problem = e.to_string(),
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(frame_of(&no_primary(&problem)));
+        }
+        let _ = tokio::time::timeout(pause, gate.changed()).await;
+        pause = (pause * 2).min(Duration::from_millis(500));
+    }
+}
+
+/// Whether a server refuses because it starts, stops or recovers (57P01 to 57P03).
+pub(super) fn is_away(code: &SqlState) -> bool {
+    [SqlState::ADMIN_SHUTDOWN, SqlState::CRASH_SHUTDOWN, SqlState::CANNOT_CONNECT_NOW]
+        .contains(code)
+}
+
+/// Whether the server said that it takes writes (`in_hot_standby`, reported since PostgreSQL 14).
+pub(super) fn is_primary(conn: &BackendConn) -> bool {
+    conn.parameters.get("in_hot_standby").is_none_or(|v| v == "off")
+}
+
+pub(super) fn no_primary(why: &str) -> ErrorFields {
+    ErrorFields::fatal(SqlState::CANNOT_CONNECT_NOW, "no primary is available")
+        .detail(why.to_owned())
+        .hint("Try again later; the cluster's status tells what it waits for.")
+}
+
+pub(super) fn frame_of(fields: &ErrorFields) -> Bytes {
+    let mut out = BytesMut::new();
+    fields.write_error(&mut out);
+    out.freeze()
+}
+
+impl Session {
+    pub(super) fn entry(&self) -> &Arc<Entry> {
+        &self.registered.entry
+    }
+
+    pub(super) fn primary(&self) -> &Backend {
+        &self.gate.topology.primary
+    }
+
+    async fn run(mut self, mut gate: watch::Receiver<GateState>) {
+        self.show_instance();
+        let end = loop {
+            match self.until_event(&mut gate).await {
+                Event::End(end) => break end,
+                event => {
+                    if let Err(end) = self.handle(event, &mut gate).await {
+                        break end;
+                    }
+                }
+            }
+        };
+        self.end(end).await;
+    }
+
+    async fn handle(
+        &mut self,
+        event: Event,
+        gate: &mut watch::Receiver<GateState>,
+    ) -> Result<(), End> {
+        match event {
+            Event::Gate => {
+                self.gate = gate.borrow_and_update().clone();
+                self.gate_changed(gate).await
+            }
+            Event::Cancel => {
+                self.entry().cancel.store(false, Ordering::SeqCst);
+                self.cancel_waits = true;
+                Ok(())
+            }
+            Event::ServerLost => {
+                self.server_lost();
+                Ok(())
+            }
+            Event::Timer => self.timer(gate).await,
+            Event::End(end) => Err(end),
+        }
+    }
+
+    /// Moves bytes until something else happens.
+    async fn until_event(&mut self, gate: &mut watch::Receiver<GateState>) -> Event {
+        let entry = Arc::clone(self.entry());
+        let wake = entry.wake.notified();
+        let changed = gate.changed();
+        tokio::pin!(wake, changed);
+        let timer = self.next_timer();
+        let sleep = tokio::time::sleep_until(timer.unwrap_or_else(far_future));
+        tokio::pin!(sleep);
+        let mut registered = false;
+        poll_fn(move |cx| {
+            if !registered || self.must_look(&entry) {
+                registered = true;
+                if changed.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Gate);
+                }
+                if wake.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Cancel);
+                }
+            }
+            if timer.is_some() && sleep.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Timer);
+            }
+            self.poll_io(cx)
+        })
+        .await
+    }
+
+    fn must_look(&self, entry: &Entry) -> bool {
+        entry.cancel.load(Ordering::Relaxed) || self.shared.gate.step() != self.gate.step
+    }
+
+    /// Reads, pumps and writes until every socket would block.
+    fn poll_io(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Event> {
+        loop {
+            match self.pump() {
+                Ok(()) => {}
+                Err(event) => return Poll::Ready(event),
+            }
+            self.acknowledge();
+            let mut moved = false;
+            if let Err(event) = self.poll_write(cx) {
+                return Poll::Ready(event);
+            }
+            match self.poll_read(cx) {
+                Ok(read) => moved |= read,
+                Err(event) => return Poll::Ready(event),
+            }
+            if !moved {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), Event> {
+        if !self.client.output.is_empty()
+            && let Poll::Ready(Err(_)) = self.client.poll_write(cx)
+        {
+            return Err(Event::End(End::ClientLeft));
+        }
+        if let Some(server) = &mut self.server
+            && !server.link.output.is_empty()
+            && let Poll::Ready(Err(_)) = server.link.poll_write(cx)
+        {
+            // What the server sent before it went away still counts.
+            while let Poll::Ready(Ok(())) = server.link.poll_read(cx) {
+                if server.link.ended {
+                    break;
+                }
+            }
+            server.link.ended = true;
+            server.link.output.clear();
+        }
+        Ok(())
+    }
+
+    fn poll_read(&mut self, cx: &mut std::task::Context<'_>) -> Result<bool, Event> {
+        let mut moved = false;
+        if self.client.output.len() < HIGH_WATER
+            && let Some(server) = &mut self.server
+        {
+            if server.link.ended {
+                return Err(Event::ServerLost);
+            }
+            match server.link.poll_read(cx) {
+                Poll::Ready(Ok(())) => moved = true,
+                Poll::Ready(Err(_)) => {
+                    server.link.ended = true;
+                    moved = true;
+                }
+                Poll::Pending => {}
+            }
+        }
+        let backlog = self.server.as_ref().map_or(0, |s| s.link.output.len());
+        if !self.client.ended && backlog < HIGH_WATER && self.client.input.len() < self.read_limit()
+        {
+            match self.client.poll_read(cx) {
+                Poll::Ready(Ok(())) => moved = true,
+                Poll::Ready(Err(_)) => return Err(Event::End(End::ClientLeft)),
+                Poll::Pending => {}
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Bytes of input to hold: a corked client is read up to one buffer, to notice that it leaves.
+    fn read_limit(&self) -> usize {
+        match helios_wire::peek_header(&self.client.input) {
+            Ok(Some(header)) if self.server.is_some() => header.len.min(super::pump::MAX_WHOLE).max(READ),
+            _ => READ,
+        }
+    }
+
+    /// Acknowledges the gate's step once the session stands as the phase asks.
+    pub(super) fn acknowledge(&mut self) {
+        let step = self.gate.step;
+        if self.member.has_acknowledged(step) {
+            return;
+        }
+        let quiet = self.tracker.is_between() && self.tracker.is_quiet() && self.asking.is_none();
+        let stands = quiet || self.server.is_none();
+        let yes = match self.gate.phase {
+            Phase::Open => true,
+            Phase::Hold => stands && self.tracker.status() == TxnStatus::Idle,
+            Phase::Freeze | Phase::Cut => stands,
+            Phase::Replay => self.rebuilt || !self.must_rebuild(),
+            Phase::Send => !self.rebuilt,
+        };
+        if yes {
+            if self.gate.phase != Phase::Open {
+                self.entry().set_state(4);
+            }
+            self.member.acknowledge(step);
+        }
+    }
+
+    /// Whether there is something that must be had again before the session can go on.
+    pub(super) fn must_rebuild(&self) -> bool {
+        self.tracker.status() != TxnStatus::Idle
+            || !self.tracker.is_between()
+            || self.asking.is_some()
+    }
+
+    fn next_timer(&self) -> Option<Instant> {
+        if self.server.is_none() && self.wants_server() && self.gate.phase == Phase::Open {
+            let pause = Duration::from_millis(20) * 2_u32.pow(self.attempts.min(5));
+            return Some(self.lost_since.unwrap_or_else(Instant::now).max(Instant::now()) + pause);
+        }
+        if self.cancel_waits && !self.tracker.is_between() {
+            return Some(Instant::now() + Duration::from_millis(2));
+        }
+        let idle = self.shared.options.idle_timeout?;
+        (self.tracker.status() == TxnStatus::Idle && self.tracker.is_between())
+            .then(|| Instant::now() + idle)
+    }
+
+    /// Whether a backend is needed now.
+    pub(super) fn wants_server(&self) -> bool {
+        !self.client.input.is_empty() || self.must_rebuild() || self.client.passing > 0
+    }
+
+    async fn timer(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {
+        if self.server.is_none() && self.gate.phase == Phase::Open && self.wants_server() {
+            return self.find_server(gate).await;
+        }
+        if self.cancel_waits {
+            self.forward_cancel();
+            return Ok(());
+        }
+        if self.tracker.is_between() && self.shared.options.idle_timeout.is_some() {
+            let message = "terminating connection due to idle-session timeout";
+            return Err(End::Fatal(ErrorFields::fatal(SqlState::IDLE_SESSION_TIMEOUT, message)));
+        }
+        Ok(())
+    }
+
+    pub(super) fn show_instance(&self) {
+        let mut shown = lock(&self.entry().shown);
+        shown.instance = self.server.as_ref().map(|_| self.primary().name.clone());
+    }
+
+    async fn end(mut self, end: End) {
+        let frame = match end {
+            End::ClientLeft => None,
+            End::Fatal(fields) => Some(frame_of(&fields)),
+            End::Forward(frame) => Some(frame.freeze()),
+        };
+        if let Some(frame) = frame {
+            self.client.output.extend_from_slice(&frame);
+            let _ = tokio::time::timeout(Duration::from_secs(5), self.client.flush()).await;
+        }
+        if let Some(mut server) = self.server.take() {
+            // A statement that still runs would hold its locks: a client that vanishes cancels.
+            if !self.tracker.is_between() && !self.commit_in_flight() {
+                self.spawn_cancel(&server);
+            }
+            helios_wire::message::front::terminate(&mut server.link.output);
+            let _ = tokio::time::timeout(Duration::from_secs(1), server.link.flush()).await;
+        }
+    }
+
+    pub(super) fn spawn_cancel(&self, server: &Server) {
+        let shared = Arc::clone(&self.shared);
+        let (endpoint, pid, secret) = (server.endpoint.clone(), server.pid, server.secret.clone());
+        tokio::spawn(async move {
+            let limit = shared.options.connect_timeout;
+            if let Err(e) = backend::cancel(&endpoint, &shared.tls, pid, secret, limit).await {
+                tracing::debug!(error = %e, "cancel request was not delivered");
+            }
+        });
+    }
+
+    /// Forwards the client's cancel request to where its statement runs now, when it is safe: never
+    /// into a COMMIT (design rule 4), never into a question of our own.
+    pub(super) fn forward_cancel(&mut self) {
+        if self.tracker.is_between() {
+            self.cancel_waits = false;
+            return;
+        }
+        if self.commit_in_flight() || self.tracker.expect().head_is_own() {
+            return;
+        }
+        if let Some(server) = &self.server {
+            self.cancel_waits = false;
+            self.cancelled_by_client = true;
+            self.spawn_cancel(server);
+        }
+    }
+
+    /// Whether a COMMIT may be running.
+    pub(super) fn commit_in_flight(&self) -> bool {
+        use helios_session::grammar::Kind;
+        let ends = |k: &Kind| matches!(k, Kind::Commit | Kind::Chain);
+        let front = self.tracker.journal().in_flight().front();
+        front.is_some_and(|e| self.tracker.kinds(e).is_none_or(|kinds| kinds.iter().any(ends)))
+    }
+}
+
+fn far_future() -> Instant {
+    Instant::now() + Duration::from_secs(86_400)
+}

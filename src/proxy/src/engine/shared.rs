@@ -1,0 +1,146 @@
+//! What all sessions of a proxy share.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use helios_api::control::{MigrationEvent, ResumeReport};
+use helios_journal::Pool;
+use helios_session::ReplayMode;
+use helios_telemetry::metrics::Metrics;
+use tokio::sync::{Semaphore, broadcast};
+
+use super::gate::Gate;
+use super::registry::{Registry, lock};
+use crate::backend::Login;
+use crate::tls::BackendTls;
+
+/// Logins and rebuilds of sessions that run side by side: a backend's start is CPU work of the
+/// server's.
+pub const SIDE_BY_SIDE: usize = 64;
+
+/// Events that a slow subscriber may be behind before it misses some.
+const EVENTS: usize = 4096;
+
+/// Limits and options of the engine.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// What a failover does for an open transaction.
+    pub mode: ReplayMode,
+    /// Bytes of journal one session may hold.
+    pub max_journal_bytes: usize,
+    /// Bytes all journals may hold together.
+    pub max_total_journal_bytes: usize,
+    /// How long a replay waits for the new primary to reach the position a transaction has seen.
+    pub write_timeout: Duration,
+    /// How long one session's replay may take.
+    pub max_replay_time: Duration,
+    /// Attempts of a replay that breaks in the middle.
+    pub max_replay_attempts: u32,
+    /// Pause before the second attempt; doubles with every further one.
+    pub replay_backoff: Duration,
+    /// Limit of one login at a server.
+    pub connect_timeout: Duration,
+    /// How long a client waits for a primary before it gets 57P03.
+    pub outage_limit: Duration,
+    /// A client that is silent outside a transaction for so long is disconnected (57P05).
+    pub idle_timeout: Option<Duration>,
+    /// How long the barrier holds new work back for replays.
+    pub barrier_limit: Duration,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            mode: ReplayMode::Transaction,
+            max_journal_bytes: 16 << 20,
+            max_total_journal_bytes: 1 << 30,
+            write_timeout: Duration::from_secs(15),
+            max_replay_time: Duration::from_secs(60),
+            max_replay_attempts: 5,
+            replay_backoff: Duration::from_millis(50),
+            connect_timeout: Duration::from_secs(5),
+            outage_limit: Duration::from_secs(60),
+            idle_timeout: None,
+            barrier_limit: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Shared by all sessions.
+#[derive(Debug)]
+pub struct Shared {
+    /// Phase and topology.
+    pub gate: Arc<Gate>,
+    /// Who is here.
+    pub registry: Arc<Registry>,
+    /// Journal memory.
+    pub pool: Arc<Pool>,
+    /// Metrics.
+    pub metrics: Metrics,
+    /// Options.
+    pub options: EngineOptions,
+    /// TLS towards the servers.
+    pub tls: BackendTls,
+    /// The proxy's own login, for questions about sessions.
+    pub service: Login,
+    /// When the proxy started.
+    pub started: Instant,
+    /// Limits logins that run side by side.
+    pub logins: Semaphore,
+    /// Migration events.
+    pub events: broadcast::Sender<MigrationEvent>,
+    /// What the move under way has come to.
+    pub report: Mutex<ResumeReport>,
+    /// `pg_postmaster_start_time()` of the primary, as last seen in this epoch.
+    pub postmaster_start: Mutex<Option<String>>,
+}
+
+impl Shared {
+    /// Everything a proxy's sessions share.
+    #[must_use]
+    pub fn new(
+        gate: Gate,
+        options: EngineOptions,
+        tls: BackendTls,
+        service: Login,
+        metrics: Metrics,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            gate: Arc::new(gate),
+            registry: Arc::default(),
+            pool: Pool::new(options.max_total_journal_bytes),
+            metrics,
+            options,
+            tls,
+            service,
+            started: Instant::now(),
+            logins: Semaphore::new(SIDE_BY_SIDE),
+            events: broadcast::Sender::new(EVENTS),
+            report: Mutex::default(),
+            postmaster_start: Mutex::default(),
+        })
+    }
+
+    /// Microseconds since the proxy started, at least 1.
+    #[must_use]
+    pub fn now_micros(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX).max(1)
+    }
+
+    /// Tells subscribers; nobody listening is fine.
+    pub fn event(&self, event: MigrationEvent) {
+        let _ = self.events.send(event);
+    }
+
+    /// Takes the report of the move that ends.
+    pub fn take_report(&self) -> ResumeReport {
+        std::mem::take(&mut *lock(&self.report))
+    }
+
+    /// Counts a session that got an error.
+    pub fn count_failed(&self, reason: &str) {
+        let failed: &mut BTreeMap<_, _> = &mut lock(&self.report).failed;
+        *failed.entry(reason.to_owned()).or_default() += 1;
+    }
+}
