@@ -1,0 +1,115 @@
+"""Turns measurements into docs/benchmarks.md."""
+
+import datetime
+import statistics
+
+HEAD = """# Benchmarks
+
+Measured by `make bench` on {date}: {cores} cores ({cpu}), kernel {kernel}, PostgreSQL {postgres}. Client, proxy and servers share these cores, so what one of them takes the others lack: trust the ratios, not the figures.
+
+## How to reproduce
+
+```sh
+make bench                                                    # everything
+BENCH_CASES='tpcb/prepared/8' BENCH_SECONDS=10 make bench     # one case
+BENCH_PARTS=pause BENCH_SESSIONS=1,100 make bench             # the pause alone
+```
+
+`benches/run.py` lists all settings. This run: {seconds} s a run, {repeats} runs a case, scale factor {scale}, {instances} server(s) a cluster.
+"""
+
+THROUGHPUT = """
+## Throughput
+
+pgbench's select-only and TPC-B-like scripts. *PostgreSQL* is the primary itself; *PgBouncer* and the proxy stand in front of a primary with the same settings, on this machine. The subjects run in turn, each round beginning with another. The first figure is the median of transactions a second; the ratio is the median of the ratios to PostgreSQL in the same round. Modes: replay off (`none`), `transaction`, `select`. PgBouncer 1.18 has no prepared statements with transaction pooling: n/a.
+
+| workload | protocol | clients | PostgreSQL | PgBouncer session | PgBouncer transaction | none | transaction | select |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+RATIOS = """
+### Against each other
+
+Median of the ratios within a round.
+
+| workload | protocol | clients | transaction / none | select / none | transaction / PgBouncer session |
+|---|---|---|---|---|---|
+"""
+
+SUBJECTS = (
+    "pgbouncer-session",
+    "pgbouncer-transaction",
+    "helios-none",
+    "helios-transaction",
+    "helios-select",
+)
+
+
+def ratio(runs, above, below):
+    pairs = list(zip(runs[above], runs[below]))
+    return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def shown(value):
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def throughput(results):
+    table, ratios = THROUGHPUT, RATIOS
+    for (workload, protocol, clients), runs in results.items():
+        cells = [workload, protocol, str(clients), f"{statistics.median(runs['postgres']):,.0f}"]
+        for name in SUBJECTS:
+            against = ratio(runs, name, "postgres")
+            tps = "" if against is None else f"{statistics.median(runs[name]):,.0f} "
+            cells.append(f"{tps}({shown(against)})" if tps else "n/a")
+        table += f"| {' | '.join(cells)} |\n"
+        against = [
+            ratio(runs, "helios-transaction", "helios-none"),
+            ratio(runs, "helios-select", "helios-none"),
+            ratio(runs, "helios-transaction", "pgbouncer-session"),
+        ]
+        ratios += f"| {workload} | {protocol} | {clients} | {' | '.join(map(shown, against))} |\n"
+    return table + ratios
+
+
+def memory(results):
+    text = """
+## Memory of an idle session
+
+Growth of the process's resident memory with 1,000 logged-in sessions that have run one statement, for each of them. The proxy runs inside `helios local`; its sessions have a server connection each, as PgBouncer's have with session pooling.
+
+| | bytes a session |
+|---|---|
+"""
+    for name, value in results.items():
+        text += f"| {name} | {value if isinstance(value, str) else f'{value:,.0f}'} |\n"
+    return text
+
+
+def pause(results):
+    text = """
+## Pause of a switchover
+
+Every tenth session is in an open transaction. Up to ten sessions (half of them in a transaction) keep a statement in flight all the while; the pause is the longest that one statement of such a session took, over all of them. Afterwards every session has to answer, and every transaction has to commit. All probes share one thread, so each waits for the others' answers too: the figures are upper bounds.
+
+| sessions | switchovers | median, ms | max, ms |
+|---|---|---|---|
+"""
+    for count, value in results.items():
+        if isinstance(value, str):
+            text += f"| {count:,} | 0 | {value} | |\n"
+        else:
+            cells = f"{value['switchovers']} | {value['median']:.0f} | {value['max']:.0f}"
+            text += f"| {count:,} | {cells} |\n"
+    return text
+
+
+def render(results):
+    facts = {**results["machine"], "date": datetime.date.today().isoformat()}
+    for name in ("seconds", "repeats", "scale", "instances"):
+        facts[name] = results[name]
+    text = HEAD.format(**facts)
+    for name, part in (("throughput", throughput), ("memory", memory), ("pause", pause)):
+        if name in results:
+            text += part(results[name])
+    return text

@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""make bench: measures, and writes docs/benchmarks.md.
+
+BENCH_SECONDS  length of one run of pgbench            (5)
+BENCH_REPEATS  runs of each case, in turn              (3)
+BENCH_CASES    workload/protocol/clients, with *       (*/*/*)   e.g. tpcb/prepared/8,select/*/1
+BENCH_SCALE    pgbench's scale factor                  (10)
+BENCH_INSTANCES  servers of a cluster                  (2)
+BENCH_SESSIONS numbers of sessions for the pause       (1,100,1000)
+BENCH_PARTS    which parts to run                      (throughput,memory,pause)
+BENCH_OUT      where to write                          (docs/benchmarks.md)
+"""
+
+import fnmatch
+import itertools
+import os
+import platform
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import report
+from servers import HELIOS, ROOT, Cluster, PgBouncer
+from sessions import ServerError, idle_memory, switchover_pause
+
+WORKLOADS = ("select", "tpcb")
+PROTOCOLS = ("simple", "extended", "prepared")
+CLIENTS = (1, 8, 64)
+MODES = ("none", "transaction", "select")
+
+
+def setting(name, default):
+    return os.environ.get(f"BENCH_{name}", default)
+
+
+def say(text):
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def pg_bindir():
+    """Where pgbench is: PG_BINDIR, PATH, Debian's layout."""
+    if "PG_BINDIR" in os.environ:
+        return os.environ["PG_BINDIR"]
+    for version in (18, 17, 16, 15):
+        if os.access(f"/usr/lib/postgresql/{version}/bin/pgbench", os.X_OK):
+            return f"/usr/lib/postgresql/{version}/bin"
+    return os.path.dirname(shutil.which("pgbench") or "/usr/bin/pgbench")
+
+
+PGBENCH = f"{pg_bindir()}/pgbench"
+
+
+def pgbench(address, *options):
+    done = subprocess.run(
+        [PGBENCH, *options], env=address.environment(), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"bench: pgbench {' '.join(options)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def measure(address, workload, protocol, clients, seconds):
+    """Transactions a second, connecting left out."""
+    options = ["-n", "-M", protocol, "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(seconds)]
+    if workload == "select":
+        options.append("-S")
+    out = pgbench(address, *options)
+    return float(re.search(r"tps = ([\d.]+) \(without initial", out).group(1))
+
+
+def cases():
+    patterns = setting("CASES", "*/*/*").split(",")
+    for workload, protocol, clients in itertools.product(WORKLOADS, PROTOCOLS, CLIENTS):
+        name = f"{workload}/{protocol}/{clients}"
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            yield workload, protocol, clients
+
+
+def throughput(clusters, bouncers):
+    """For each case the subjects in turn, again and again: what disturbs one disturbs all."""
+    seconds, repeats = int(setting("SECONDS", "5")), int(setting("REPEATS", "3"))
+    subjects = {
+        "postgres": clusters["transaction"].direct,
+        "pgbouncer-session": bouncers["session"].address,
+        "pgbouncer-transaction": bouncers["transaction"].address,
+        **{f"helios-{mode}": clusters[mode].proxy for mode in MODES},
+    }
+    results = {}
+    for case in cases():
+        runs = {name: [] for name in subjects}
+        for turn in range(repeats):
+            # Each round begins with another subject: nobody always follows the same one.
+            names = list(subjects)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                if name == "pgbouncer-transaction" and case[1] == "prepared":
+                    continue  # version 1.18 has no prepared statements in this mode
+                runs[name].append(measure(subjects[name], *case, seconds))
+        results[case] = runs
+        middle = {name: round(statistics.median(tps)) for name, tps in runs.items() if tps}
+        say(f"{'/'.join(map(str, case))}: {middle}")
+    return results
+
+
+def memory(clusters, bouncers, count):
+    found = {}
+    for name, server, address in (
+        ("helios", clusters["transaction"], clusters["transaction"].proxy),
+        ("pgbouncer-session", bouncers["session"], bouncers["session"].address),
+    ):
+        try:
+            found[name] = idle_memory(server.pid, address, count)
+            say(f"{name}: {found[name]:.0f} bytes for each of {count} idle sessions")
+        except (ServerError, OSError) as error:
+            found[name] = str(error)
+            say(f"{name}: {error}")
+    return found
+
+
+def pause(cluster, repeats):
+    found = {}
+    for count in map(int, setting("SESSIONS", "1,100,1000").split(",")):
+        try:
+            found[count] = switchover_pause(cluster, count, repeats)
+        except (ServerError, OSError) as error:
+            found[count] = str(error)
+        say(f"pause with {count} sessions: {found[count]}")
+    return found
+
+
+def machine():
+    with open("/proc/cpuinfo") as file:
+        model = re.search(r"model name\s*: (.*)", file.read())
+    version = subprocess.run([PGBENCH, "--version"], text=True, capture_output=True).stdout.split()
+    return {
+        "cores": os.cpu_count(),
+        "cpu": model.group(1) if model else platform.machine(),
+        "kernel": platform.release(),
+        "postgres": version[2] if len(version) > 2 else "?",
+    }
+
+
+def main():
+    parts = setting("PARTS", "throughput,memory,pause").split(",")
+    instances = int(setting("INSTANCES", "2"))
+    if not HELIOS.exists():
+        raise SystemExit(f"bench: {HELIOS} is missing: run make bench")
+    # A thousand sessions are a thousand sockets, here and in what is started here.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    results = {"machine": machine(), "instances": instances, "scale": setting("SCALE", "10")}
+    results["seconds"], results["repeats"] = setting("SECONDS", "5"), setting("REPEATS", "3")
+    folder = tempfile.mkdtemp(prefix="helios-bench-")
+    os.chmod(folder, 0o755)
+    running = []
+    try:
+        clusters = {}
+        for mode in MODES if "throughput" in parts else ("transaction",):
+            say(f"starting a cluster, mode {mode}")
+            clusters[mode] = Cluster(folder, mode, instances)
+            running.append(clusters[mode])
+            pgbench(clusters[mode].direct, "-i", "-q", "-s", results["scale"])
+        bouncers = {}
+        for pool_mode in ("session", "transaction"):
+            bouncers[pool_mode] = PgBouncer(folder, pool_mode, clusters["transaction"].direct, 1100)
+            running.append(bouncers[pool_mode])
+        if "throughput" in parts:
+            results["throughput"] = throughput(clusters, bouncers)
+        if "memory" in parts:
+            results["memory"] = memory(clusters, bouncers, 1000)
+        if "pause" in parts and instances > 1:
+            results["pause"] = pause(clusters["transaction"], int(setting("REPEATS", "3")))
+    finally:
+        for server in reversed(running):
+            try:
+                server.stop()
+            except (SystemExit, subprocess.SubprocessError) as error:
+                say(f"could not stop: {error}")
+        shutil.rmtree(folder, ignore_errors=True)
+    out = ROOT / setting("OUT", "docs/benchmarks.md")
+    out.write_text(report.render(results))
+    say(f"wrote {out}")
+
+
+main()
