@@ -86,9 +86,7 @@ fn lock(config: &AgentConfig) -> Result<File, AgentFailure> {
         Err(std::fs::TryLockError::WouldBlock) => {
             Err(AgentFailure::AlreadyRunning(config.data_dir.clone()))
         }
-        Err(std::fs::TryLockError::Error(e)) => {
-            Err(AgentFailure::file("could not lock", &path, e))
-        }
+        Err(std::fs::TryLockError::Error(e)) => Err(AgentFailure::file("could not lock", &path, e)),
     }
 }
 
@@ -239,8 +237,20 @@ mod tests {
             (1, fence.clone(), 2, AgentCommand::Bootstrap, false),
             (2, AgentCommand::Shutdown, 2, AgentCommand::Promote, true),
             (3, AgentCommand::Checkpoint, 2, AgentCommand::Promote, false),
-            (3, AgentCommand::Checkpoint, 2, AgentCommand::Bootstrap, true),
-            (2, AgentCommand::Checkpoint, 2, AgentCommand::Bootstrap, false),
+            (
+                3,
+                AgentCommand::Checkpoint,
+                2,
+                AgentCommand::Bootstrap,
+                true,
+            ),
+            (
+                2,
+                AgentCommand::Checkpoint,
+                2,
+                AgentCommand::Bootstrap,
+                false,
+            ),
             (3, fence.clone(), 2, fence, false),
         ];
         for (next_epoch, next, epoch, running, expected) in table {

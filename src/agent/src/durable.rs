@@ -8,13 +8,13 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use helios_api::Epoch;
 use helios_api::agent::AgentError;
-use helios_api::control::Fence;
+use helios_api::{Epoch, Lsn, Xid};
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
 
 use crate::AgentFailure;
-use crate::error::file_failed;
+use crate::error::{failed, file_failed};
 
 /// The record itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,12 +26,38 @@ pub(crate) struct Durable {
     /// writable.
     #[serde(default)]
     pub(crate) fenced_at: Option<Epoch>,
-    /// The last promotion's evidence, so that the same command gets the same answer.
+    /// The last promotion, so that the same command gets the same answer.
     #[serde(default)]
-    pub(crate) promoted: Option<Fence>,
+    pub(crate) promotion: Option<Promotion>,
     /// `pg_rewind` began and has not ended: the data directory may be half of each.
     #[serde(default)]
     pub(crate) torn: bool,
+}
+
+impl Durable {
+    fn encode(&self) -> Result<Vec<u8>, AgentError> {
+        serde_json::to_vec_pretty(self).map_err(failed)
+    }
+}
+
+/// A promotion that was begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Promotion {
+    /// The epoch that it begins.
+    pub(crate) epoch: Epoch,
+    /// What was read in recovery; worth something only if the new timeline begins there.
+    #[serde(default)]
+    pub(crate) evidence: Option<Evidence>,
+}
+
+/// A position in recovery, and the first id that was not completed when everything up to it had
+/// been replayed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Evidence {
+    pub(crate) replayed: Lsn,
+    pub(crate) xid: Xid,
 }
 
 /// The record and the file it lives in.
@@ -67,13 +93,32 @@ impl Store {
         if next == self.record {
             return Ok(());
         }
-        write_whole(
-            &self.path,
-            &serde_json::to_vec_pretty(&next).unwrap_or_default(),
-        )
-        .map_err(file_failed("could not write state file", &self.path))?;
+        let bytes = next.encode()?;
+        write_whole(&self.path, &bytes)
+            .map_err(file_failed("could not write state file", &self.path))?;
         self.record = next;
         Ok(())
+    }
+
+    /// Writes a changed record while the caller does something else. What it resolves to becomes
+    /// the record with [`Store::written`]; no other change may come between.
+    pub(crate) fn write_aside(
+        &self,
+        change: impl FnOnce(&mut Durable),
+    ) -> JoinHandle<Result<Durable, AgentError>> {
+        let mut next = self.record.clone();
+        change(&mut next);
+        let path = self.path.clone();
+        tokio::task::spawn_blocking(move || {
+            let bytes = next.encode()?;
+            write_whole(&path, &bytes).map_err(file_failed("could not write state file", &path))?;
+            Ok(next)
+        })
+    }
+
+    /// Takes over a record that [`Store::write_aside`] has written.
+    pub(crate) fn written(&mut self, record: Durable) {
+        self.record = record;
     }
 }
 

@@ -8,12 +8,28 @@
 //! the latest it has seen is refused; there is never more than one postmaster on the data
 //! directory; "stopped" means that no process of the instance is left.
 
+mod agent;
+mod bootstrap;
 pub mod client;
 mod config;
 mod durable;
 mod error;
+mod files;
+mod follow;
 mod hub;
+mod instance;
+mod observer;
+mod postmaster;
+mod process;
+mod promote;
 mod server;
+mod source;
+mod sql;
+mod stop;
+mod synchronous;
+mod tools;
+mod wal;
 
+pub use agent::run;
 pub use config::{AgentConfig, ServerTls, User};
 pub use error::AgentFailure;

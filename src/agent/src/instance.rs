@@ -1,0 +1,348 @@
+//! The instance: its data directory, its postmaster when one runs, and the gate that every command
+//! goes through (epoch, fence) before a module of its own carries it out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use helios_api::agent::{AgentCommand, AgentError, AgentReply, AgentRequest, InstanceState};
+use helios_api::{Lsn, Timeline};
+use tokio_postgres::Client;
+
+use crate::durable::Store;
+use crate::error::{failed, refused};
+use crate::files::{self, Directory};
+use crate::hub::{Hub, Run};
+use crate::postmaster::Postmaster;
+use crate::wal::Control;
+use crate::{AgentConfig, AgentFailure, process, tools};
+
+/// How long a server may take from its start to its first answer: crash recovery comes before it.
+const START_LIMIT: Duration = Duration::from_secs(300);
+/// How long a running server may take to have a connection for a command.
+const CLIENT_LIMIT: Duration = Duration::from_secs(5);
+
+/// The instance that the agent is in charge of.
+#[derive(Debug)]
+pub(crate) struct Instance {
+    pub(crate) config: Arc<AgentConfig>,
+    pub(crate) store: Store,
+    pub(crate) hub: Hub,
+    pub(crate) postmaster: Option<Postmaster>,
+    /// Major version of `bin_dir`.
+    major: String,
+    runs: u64,
+}
+
+impl Instance {
+    /// Looks at what is there: takes over a running postmaster, kills one that is fenced, and the
+    /// remains of one that died.
+    pub(crate) async fn open(
+        config: AgentConfig,
+        store: Store,
+        hub: Hub,
+    ) -> Result<Self, AgentFailure> {
+        files::prepare_folders(&config)?;
+        let major = major_version(&config).await?;
+        let mut instance = Self {
+            config: Arc::new(config),
+            store,
+            hub,
+            postmaster: None,
+            major,
+            runs: 0,
+        };
+        instance.publish_durable();
+        let config = Arc::clone(&instance.config);
+        let fenced = instance.is_fenced() && !files::is_standby(&config);
+        match process::postmaster(&config.data_dir) {
+            Some((pid, file))
+                if !fenced && file.port == config.port && file.socket_dir == config.socket_dir =>
+            {
+                tracing::info!(%pid, "taking over the running postmaster");
+                let run = instance.next_run();
+                instance.postmaster = Some(Postmaster::adopt(&config, &instance.hub, run, pid));
+            }
+            _ => {
+                let killed = process::kill_all(&config.data_dir).await;
+                let killed = killed.map_err(|e| AgentFailure::Config(e.to_string()))?;
+                if killed > 0 {
+                    tracing::warn!(killed, fenced, "killed processes that were left running");
+                }
+                instance.publish_stopped(killed > 0).await;
+            }
+        }
+        Ok(instance)
+    }
+
+    /// Carries out one command.
+    pub(crate) async fn execute(
+        &mut self,
+        request: AgentRequest,
+    ) -> Result<AgentReply, AgentError> {
+        if self.postmaster.as_ref().is_some_and(Postmaster::has_exited) {
+            self.clean_up_crash().await;
+        }
+        self.accept(&request)?;
+        let AgentRequest { epoch, command } = request;
+        tracing::debug!(%epoch, ?command, "command");
+        // Each is boxed: the largest of these futures would otherwise sit in all callers.
+        let result = match command {
+            AgentCommand::Bootstrap => Box::pin(self.bootstrap()).await,
+            AgentCommand::StartPrimary => Box::pin(self.start_primary()).await,
+            AgentCommand::Follow {
+                primary,
+                timeline,
+                fork,
+            } => Box::pin(self.follow(&primary, timeline, fork)).await,
+            AgentCommand::Checkpoint => Box::pin(self.checkpoint()).await,
+            AgentCommand::Fence { clean } => Box::pin(self.fence(clean)).await,
+            AgentCommand::StopReceiver => Box::pin(self.stop_receiver()).await,
+            AgentCommand::Promote => Box::pin(self.promote(epoch)).await,
+            AgentCommand::SetSynchronous { standbys, number } => {
+                Box::pin(self.set_synchronous(&standbys, number)).await
+            }
+            AgentCommand::Shutdown => Box::pin(self.shut_down()).await,
+        };
+        match &self.postmaster {
+            Some(postmaster) if postmaster.has_exited() => self.clean_up_crash().await,
+            Some(postmaster) => postmaster.poke(),
+            // A command that failed before it started anything may have said "starting".
+            None if matches!(self.hub.state().instance, InstanceState::Starting { .. }) => {
+                self.publish_stopped(false).await;
+            }
+            None => {}
+        }
+        result
+    }
+
+    /// The gate: refuses what is stale or fenced, and makes durable what the command means for the
+    /// epoch before anything is done.
+    fn accept(&mut self, request: &AgentRequest) -> Result<(), AgentError> {
+        let given = request.epoch;
+        let seen = self.store.get().epoch;
+        if given < seen {
+            return Err(AgentError::Stale { given, seen });
+        }
+        let command = &request.command;
+        let writable = matches!(
+            command,
+            AgentCommand::Bootstrap | AgentCommand::StartPrimary | AgentCommand::Promote
+        );
+        let fenced_at = self.store.get().fenced_at;
+        if writable && fenced_at.is_some_and(|at| given <= at) {
+            return Err(refused(format_args!(
+                "instance is fenced in epoch {given}; only a command of a later epoch can make it \
+                 writable"
+            )));
+        }
+        // A standby cannot commit: following in the fence's own epoch leaves the fence on.
+        let lifts = writable || matches!(command, AgentCommand::Follow { .. });
+        self.store.update(|record| {
+            record.epoch = given;
+            if lifts && record.fenced_at.is_some_and(|at| given > at) {
+                record.fenced_at = None;
+            }
+            if matches!(command, AgentCommand::Fence { .. }) {
+                record.fenced_at = Some(given);
+            }
+        })?;
+        self.publish_durable();
+        Ok(())
+    }
+
+    fn is_fenced(&self) -> bool {
+        self.store.get().fenced_at.is_some()
+    }
+
+    fn publish_durable(&self) {
+        self.hub
+            .set_durable(self.store.get().epoch, self.is_fenced());
+    }
+
+    fn next_run(&mut self) -> Run {
+        self.runs += 1;
+        Run(self.runs)
+    }
+
+    /// Resolves when the running postmaster ends; never when none runs.
+    pub(crate) async fn postmaster_gone(&self) {
+        match &self.postmaster {
+            Some(postmaster) => postmaster.exited().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The postmaster has ended by itself: makes sure that its backends have too, and says so.
+    pub(crate) async fn clean_up_crash(&mut self) {
+        let Some(postmaster) = self.postmaster.take() else {
+            return;
+        };
+        // A backend that is busy does not notice for a while, and might still commit.
+        match process::kill_all(&self.config.data_dir).await {
+            Ok(0) => {}
+            Ok(killed) => tracing::debug!(killed, "killed what a dead postmaster left"),
+            Err(error) => tracing::error!(%error, "could not kill what a dead postmaster left"),
+        }
+        let timeline = match self.hub.state().instance {
+            InstanceState::Primary { timeline, .. } | InstanceState::Standby { timeline, .. } => {
+                timeline
+            }
+            _ => Timeline(0),
+        };
+        if timeline != Timeline(0) {
+            // Said at once; pg_control is read after it.
+            self.hub.set(InstanceState::Stopped {
+                crashed: true,
+                clean: false,
+                timeline,
+            });
+        }
+        tracing::warn!(
+            log = postmaster.log_tail(&self.config),
+            "postmaster ended by itself"
+        );
+        self.publish_stopped(true).await;
+    }
+
+    /// Says what the directory is while no postmaster runs.
+    pub(crate) async fn publish_stopped(&self, crashed: bool) {
+        let state = match self.directory() {
+            Ok(Directory::Empty) => InstanceState::Empty,
+            Ok(Directory::Ours) => {
+                let control = Control::read(&self.config).await;
+                if let Err(error) = &control {
+                    tracing::warn!(%error, "could not read pg_control");
+                }
+                InstanceState::Stopped {
+                    crashed,
+                    clean: control.as_ref().is_ok_and(|c| c.clean),
+                    timeline: control.map_or(Timeline(0), |c| c.timeline),
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "data directory cannot be used");
+                InstanceState::Stopped {
+                    crashed,
+                    clean: false,
+                    timeline: Timeline(0),
+                }
+            }
+        };
+        self.hub.set(state);
+    }
+
+    /// What the data directory is.
+    pub(crate) fn directory(&self) -> Result<Directory, AgentError> {
+        files::inspect(&self.config, &self.major)
+    }
+
+    /// Says what is being done while no postmaster runs.
+    pub(crate) fn step(&self, step: &str) {
+        self.hub.set(InstanceState::Starting {
+            step: step.to_owned(),
+        });
+    }
+
+    /// The running postmaster.
+    pub(crate) fn running(&self) -> Result<&Postmaster, AgentError> {
+        self.postmaster
+            .as_ref()
+            .filter(|p| !p.has_exited())
+            .ok_or_else(|| refused("PostgreSQL is not running"))
+    }
+
+    /// Starts the postmaster on the configured directory and waits for its first answer.
+    pub(crate) async fn start(&mut self) -> Result<Arc<Client>, AgentError> {
+        // Proven before each start: two postmasters on one directory destroy it.
+        process::kill_all(&self.config.data_dir).await?;
+        let stale = self.config.data_dir.join("postmaster.pid");
+        files::remove_if_exists(&stale)
+            .map_err(crate::error::file_failed("could not remove", &stale))?;
+        self.check_addresses()?;
+        files::configure(&self.config)?;
+        let run = self.next_run();
+        self.postmaster = Some(Postmaster::spawn(&self.config, &self.hub, run)?);
+        self.client_within(START_LIMIT).await
+    }
+
+    /// The connection for commands.
+    pub(crate) async fn client(&self) -> Result<Arc<Client>, AgentError> {
+        self.client_within(CLIENT_LIMIT).await
+    }
+
+    async fn client_within(&self, limit: Duration) -> Result<Arc<Client>, AgentError> {
+        let postmaster = self.running()?;
+        let mut client = postmaster.client.clone();
+        tokio::select! {
+            biased;
+            () = postmaster.exited() => Err(failed(format_args!(
+                "PostgreSQL ended; its log: {}",
+                postmaster.log_tail(&self.config)
+            ))),
+            found = client.wait_for(Option::is_some) => match found {
+                Ok(found) => found.clone().ok_or_else(|| failed("no connection")),
+                Err(_) => Err(failed("PostgreSQL ended")),
+            },
+            () = tokio::time::sleep(limit) => Err(failed(format_args!(
+                "PostgreSQL accepted no connection within {limit:?}; its log: {}",
+                postmaster.log_tail(&self.config)
+            ))),
+        }
+    }
+
+    /// The last position that was seen of the running instance.
+    pub(crate) fn last_position(&self) -> Lsn {
+        match self.hub.state().instance {
+            InstanceState::Primary { position, .. } => position,
+            InstanceState::Standby {
+                received, replayed, ..
+            } => received.max(replayed),
+            _ => Lsn(0),
+        }
+    }
+
+    /// Finds out before the start whether somebody else has the addresses: PostgreSQL itself goes
+    /// on when only some of them are taken.
+    fn check_addresses(&self) -> Result<(), AgentError> {
+        let port = self.config.port;
+        let socket = self.config.postgres_socket();
+        if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+            return Err(failed(format_args!(
+                "another server listens on \"{}\"; choose another port or socket folder",
+                socket.display()
+            )));
+        }
+        for address in &self.config.listen_addresses {
+            let host = if address == "*" { "0.0.0.0" } else { address };
+            if let Err(error) = std::net::TcpListener::bind((host, port)) {
+                return Err(failed(format_args!(
+                    "could not listen on port {port} of \"{address}\": {error}; \
+                     free the port or choose another one"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Major version of the programs in `bin_dir`.
+async fn major_version(config: &AgentConfig) -> Result<String, AgentFailure> {
+    let mut command = tools::command(config, "postgres");
+    command.arg("--version");
+    let text = tools::output(command, "postgres").await.map_err(|error| {
+        AgentFailure::Config(format!(
+            "bin_dir \"{}\" cannot be used: {error}",
+            config.bin_dir.display()
+        ))
+    })?;
+    let version = text.split_whitespace().nth(2).unwrap_or_default();
+    let major: String = version.chars().take_while(char::is_ascii_digit).collect();
+    match major.parse::<u32>() {
+        Ok(number) if number >= 13 => Ok(major),
+        _ => Err(AgentFailure::Config(format!(
+            "PostgreSQL in \"{}\" is \"{}\"; version 13 or later is needed",
+            config.bin_dir.display(),
+            text.trim()
+        ))),
+    }
+}

@@ -1,0 +1,191 @@
+//! Watches one run of the postmaster over SQL and reports what the instance is.
+//!
+//! Holds two connections from the moment the server accepts them: one for its own questions, one
+//! for commands, so that neither waits for the other and a promotion needs no login.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use helios_api::Timeline;
+use helios_api::agent::{InstanceState, StandbyPosition};
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+use tokio_postgres::Client;
+
+use crate::AgentConfig;
+use crate::hub::{Hub, Run};
+use crate::postmaster::trim_log;
+use crate::sql::{self, Row, SqlError};
+
+/// How often the instance is asked when nothing happens.
+const INTERVAL: Duration = Duration::from_millis(200);
+/// How often a connection is tried while the server starts.
+const CONNECT_INTERVAL: Duration = Duration::from_millis(10);
+/// Silence after which the instance is called unresponsive.
+const SILENCE: Duration = Duration::from_millis(750);
+/// Silence after which the connection is given up for a new one.
+const GIVE_UP: Duration = Duration::from_secs(10);
+/// `statement_timeout` of the connections.
+const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
+/// A running server's log is set aside past this size: a standby without a primary tries 100 times
+/// a second, and each try is logged.
+const LOG_LIMIT: u64 = 64 << 20;
+
+/// Role, timeline and positions in one row, the standbys in the rows after it.
+const QUESTION: &str = "\
+select pg_is_in_recovery(),
+       case when pg_is_in_recovery() then
+         (select greatest(c.timeline_id, r.min_recovery_end_timeline,
+                          (select received_tli from pg_stat_get_wal_receiver()))
+          from pg_control_checkpoint() c, pg_control_recovery() r)
+       else ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int end,
+       case when pg_is_in_recovery() then
+         greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())
+       else pg_current_wal_flush_lsn() end,
+       pg_last_wal_replay_lsn(),
+       (select (extract(epoch from clock_timestamp() - last_msg_receipt_time) * 1000)::bigint
+        from pg_stat_get_wal_receiver() where status = 'streaming');
+select application_name, flush_lsn, sync_state in ('sync', 'quorum')
+from pg_stat_replication where state = 'streaming' and flush_lsn is not null
+order by application_name";
+
+/// Watches one run.
+#[derive(Debug)]
+pub(crate) struct Observer {
+    pub(crate) config: Arc<AgentConfig>,
+    pub(crate) hub: Hub,
+    pub(crate) run: Run,
+    pub(crate) client: watch::Sender<Option<Arc<Client>>>,
+    pub(crate) poke: Arc<Notify>,
+}
+
+impl Observer {
+    /// Watches until it is dropped.
+    pub(crate) async fn watch(self) {
+        let mut heard = None;
+        loop {
+            let (probe, command) = self.connect(heard).await;
+            let command_closed = Arc::clone(&command);
+            self.client.send_replace(Some(command));
+            self.ask(&probe, &command_closed, &mut heard).await;
+            self.client.send_replace(None);
+        }
+    }
+
+    /// Tries until both connections are there. `heard`: when the server last answered.
+    async fn connect(&self, heard: Option<Instant>) -> (Arc<Client>, Arc<Client>) {
+        let began = Instant::now();
+        let endpoint = self.config.unix_endpoint();
+        loop {
+            let login = || {
+                sql::connect(
+                    &endpoint,
+                    &self.config.superuser,
+                    &EMPTY,
+                    STATEMENT_LIMIT,
+                )
+            };
+            match futures_util::try_join!(Box::pin(login()), Box::pin(login())) {
+                Ok(both) => return both,
+                Err(error) => self.report_refusal(&error, heard, began),
+            }
+            tokio::time::sleep(CONNECT_INTERVAL).await;
+        }
+    }
+
+    fn report_refusal(&self, error: &SqlError, heard: Option<Instant>, began: Instant) {
+        let starting = matches!(error, SqlError::Server(e)
+            if e.code() == Some(&tokio_postgres::error::SqlState::CANNOT_CONNECT_NOW));
+        if starting {
+            let step = "recovery".to_owned();
+            self.hub.observe(self.run, InstanceState::Starting { step });
+        } else if let Some(heard) = heard
+            && began.elapsed() > SILENCE
+        {
+            self.report_silence(heard);
+        }
+    }
+
+    fn report_silence(&self, heard: Instant) {
+        let for_ms = u64::try_from(heard.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.hub
+            .observe(self.run, InstanceState::Unresponsive { for_ms });
+    }
+
+    /// Asks until a connection is lost.
+    async fn ask(&self, probe: &Client, command: &Client, heard: &mut Option<Instant>) {
+        while !probe.is_closed() && !command.is_closed() {
+            match self
+                .ask_once(probe, heard.unwrap_or_else(Instant::now))
+                .await
+            {
+                Ok(state) => {
+                    *heard = Some(Instant::now());
+                    self.hub.observe(self.run, state);
+                }
+                Err(SqlError::Timeout(_)) => return,
+                // A promotion between two functions of one question: ask again.
+                Err(error) => tracing::debug!(%error, "question to the instance failed"),
+            }
+            trim_log(&self.config, LOG_LIMIT);
+            let _ = tokio::time::timeout(INTERVAL, self.poke.notified()).await;
+        }
+    }
+
+    /// One question; reports silence while the answer is due.
+    async fn ask_once(&self, probe: &Client, heard: Instant) -> Result<InstanceState, SqlError> {
+        let asked = Instant::now();
+        let answer = probe.simple_query(QUESTION);
+        tokio::pin!(answer);
+        loop {
+            tokio::select! {
+                biased;
+                messages = &mut answer => {
+                    let rows: Vec<Row> = messages?.iter().filter_map(sql::row).collect();
+                    return state(&rows);
+                }
+                () = tokio::time::sleep(INTERVAL) => {}
+            }
+            if asked.elapsed() > GIVE_UP {
+                return Err(SqlError::Timeout(GIVE_UP));
+            }
+            if asked.elapsed() > SILENCE {
+                self.report_silence(heard);
+            }
+        }
+    }
+}
+
+static EMPTY: BTreeMap<String, String> = BTreeMap::new();
+
+/// Reads the answer.
+fn state(rows: &[Row]) -> Result<InstanceState, SqlError> {
+    let (first, others) = rows
+        .split_first()
+        .ok_or_else(|| SqlError::Answer("no row".to_owned()))?;
+    let timeline = Timeline(sql::column(first, 1)?);
+    if sql::column::<String>(first, 0)? == "t" {
+        return Ok(InstanceState::Standby {
+            timeline,
+            received: sql::optional(first, 2)?.unwrap_or_default(),
+            replayed: sql::optional(first, 3)?.unwrap_or_default(),
+            heard_ms: sql::optional::<i64>(first, 4)?.map(|ms| u64::try_from(ms).unwrap_or(0)),
+        });
+    }
+    let standbys = others
+        .iter()
+        .map(|row| {
+            Ok(StandbyPosition {
+                name: sql::column(row, 0)?,
+                flushed: sql::column(row, 1)?,
+                synchronous: sql::column::<String>(row, 2)? == "t",
+            })
+        })
+        .collect::<Result<_, SqlError>>()?;
+    Ok(InstanceState::Primary {
+        timeline,
+        position: sql::column(first, 2)?,
+        standbys,
+    })
+}

@@ -1,0 +1,114 @@
+//! The processes of one instance: found by their working directory, which PostgreSQL makes the
+//! data directory in every process, so that orphans and strangers are told apart from our own.
+//!
+//! Invariant: after [`kill_all`] has returned, no process of the instance runs.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use helios_api::agent::AgentError;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::time::Instant;
+
+use crate::error::failed;
+
+/// How long killed processes may take to vanish (one in uninterruptible sleep stays).
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// All live PostgreSQL processes of a data directory.
+pub(crate) fn of_instance(data_dir: &Path) -> Vec<Pid> {
+    let Ok(data_dir) = data_dir.canonicalize() else {
+        return Vec::new();
+    };
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    processes
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .map(Pid::from_raw)
+        .filter(|pid| belongs(*pid, &data_dir))
+        .collect()
+}
+
+/// The postmaster that `postmaster.pid` names, if it runs on this data directory.
+pub(crate) fn postmaster(data_dir: &Path) -> Option<(Pid, PostmasterFile)> {
+    let file = PostmasterFile::read(data_dir)?;
+    let pid = Pid::from_raw(file.pid);
+    is_of_instance(pid, data_dir).then_some((pid, file))
+}
+
+/// Whether a process runs (a zombie does not) and belongs to the data directory.
+pub(crate) fn is_of_instance(pid: Pid, data_dir: &Path) -> bool {
+    data_dir
+        .canonicalize()
+        .is_ok_and(|data_dir| belongs(pid, &data_dir))
+}
+
+fn belongs(pid: Pid, data_dir: &Path) -> bool {
+    // The link of a zombie cannot be read.
+    let link = |name: &str| std::fs::read_link(format!("/proc/{pid}/{name}"));
+    link("cwd").is_ok_and(|cwd| cwd == data_dir)
+        && link("exe").is_ok_and(|exe| {
+            // "postgres (deleted)" after an upgrade of the package.
+            exe.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("postgres"))
+        })
+}
+
+/// What a running postmaster wrote into `postmaster.pid`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PostmasterFile {
+    pid: i32,
+    pub(crate) port: u16,
+    pub(crate) socket_dir: PathBuf,
+}
+
+impl PostmasterFile {
+    fn read(data_dir: &Path) -> Option<Self> {
+        let text = std::fs::read_to_string(data_dir.join("postmaster.pid")).ok()?;
+        let line = |n: usize| text.lines().nth(n).unwrap_or_default();
+        Some(Self {
+            pid: line(0).parse().ok().filter(|pid| *pid > 1)?,
+            port: line(3).parse().unwrap_or_default(),
+            socket_dir: line(4).into(),
+        })
+    }
+}
+
+/// Sends a signal; a process that has gone already is no error.
+pub(crate) fn signal(pid: Pid, signal: Signal) -> Result<(), AgentError> {
+    match kill(pid, signal) {
+        Ok(()) | Err(Errno::ESRCH) => Ok(()),
+        Err(error) => Err(failed(format_args!(
+            "could not send {signal} to process {pid}: {error}"
+        ))),
+    }
+}
+
+/// Kills whatever of the instance still runs and waits until it is gone. Says how many there were.
+pub(crate) async fn kill_all(data_dir: &Path) -> Result<usize, AgentError> {
+    let deadline = Instant::now() + KILL_LIMIT;
+    let mut killed = 0;
+    loop {
+        // Again until none is found: one may have been forked during the search.
+        let left = of_instance(data_dir);
+        if left.is_empty() {
+            return Ok(killed);
+        }
+        killed = killed.max(left.len());
+        for pid in &left {
+            signal(*pid, Signal::SIGKILL)?;
+        }
+        if Instant::now() > deadline {
+            return Err(failed(format_args!(
+                "{} processes of the instance do not die, the first is {}",
+                left.len(),
+                left[0]
+            )));
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}

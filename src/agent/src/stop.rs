@@ -1,0 +1,77 @@
+//! Stopping: the fence, the orderly end of the agent, and the checkpoint that makes a stop short.
+//!
+//! Invariant: a fence is answered only when no process of the instance is left, whoever started it.
+
+use std::time::Duration;
+
+use helios_api::agent::{AgentError, AgentReply};
+use helios_api::{Lsn, Timeline};
+
+use crate::files::Directory;
+use crate::instance::Instance;
+use crate::wal::{self, Control};
+use crate::{process, sql};
+
+/// How long a fast shutdown may take, with the WAL sent to the standbys.
+const FAST_LIMIT: Duration = Duration::from_secs(10);
+/// How long a checkpoint may take.
+const CHECKPOINT_LIMIT: Duration = Duration::from_secs(600);
+
+impl Instance {
+    pub(crate) async fn fence(&mut self, clean: bool) -> Result<AgentReply, AgentError> {
+        let last = self.last_position();
+        self.stop(clean.then_some(FAST_LIMIT)).await?;
+        self.publish_stopped(false).await;
+        let (end, timeline) = self.held_end(last).await?;
+        Ok(AgentReply::Positions { end, timeline })
+    }
+
+    /// Stops whatever runs and proves that nothing is left.
+    pub(crate) async fn stop(&mut self, fast: Option<Duration>) -> Result<(), AgentError> {
+        match &self.postmaster {
+            Some(postmaster) => postmaster.stop(&self.config, fast).await?,
+            None => drop(process::kill_all(&self.config.data_dir).await?),
+        }
+        self.postmaster = None;
+        Ok(())
+    }
+
+    /// A position that the stopped instance's WAL reaches: exact after a clean stop, else the last
+    /// one that was seen.
+    async fn held_end(&self, last: Lsn) -> Result<(Lsn, Timeline), AgentError> {
+        if !matches!(self.directory(), Ok(Directory::Ours)) {
+            return Ok((Lsn(0), Timeline(0)));
+        }
+        let control = Control::read(&self.config).await?;
+        let timeline = wal::latest_timeline(&self.config, control.timeline)?;
+        Ok((last.max(control.checkpoint).max(control.minimum), timeline))
+    }
+
+    pub(crate) async fn shut_down(&mut self) -> Result<AgentReply, AgentError> {
+        self.stop(Some(FAST_LIMIT)).await?;
+        self.publish_stopped(false).await;
+        Ok(AgentReply::Done)
+    }
+
+    /// The agent ends: PostgreSQL does so first.
+    pub(crate) async fn stop_for_exit(&mut self, limit: Duration) {
+        if let Err(error) = self.stop(Some(limit)).await {
+            tracing::error!(%error, "could not stop PostgreSQL");
+        }
+        self.publish_stopped(false).await;
+    }
+
+    pub(crate) async fn checkpoint(&mut self) -> Result<AgentReply, AgentError> {
+        self.running()?;
+        // A connection of its own: nothing else should wait for the disk.
+        let client = sql::connect(
+            &self.config.unix_endpoint(),
+            &self.config.superuser,
+            &std::collections::BTreeMap::new(),
+            CHECKPOINT_LIMIT,
+        )
+        .await?;
+        sql::rows(&client, "checkpoint", CHECKPOINT_LIMIT).await?;
+        Ok(AgentReply::Done)
+    }
+}
