@@ -16,7 +16,7 @@ Exit status:
 
 /// Keeps PostgreSQL sessions and open transactions alive while the primary moves.
 #[derive(Debug, Parser)]
-#[command(name = "helios", version, about, after_help = EXIT_CODES, propagate_version = true)]
+#[command(name = "helios", version, after_help = EXIT_CODES, propagate_version = true)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) log: LogArgs,
@@ -30,10 +30,23 @@ pub(crate) struct LogArgs {
     /// What to log: error, warn, info, debug, trace, or target=level,...
     ///
     /// Default: info for what keeps running, warn for the rest.
-    #[arg(long, global = true, value_name = "LEVEL", env = "HELIOS_LOG")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "LEVEL",
+        env = "HELIOS_LOG",
+        help_heading = "Log"
+    )]
     pub(crate) log_level: Option<String>,
     /// How log lines look.
-    #[arg(long, global = true, value_enum, default_value_t = LogFormatArg::Text)]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FORMAT",
+        value_enum,
+        default_value_t = LogFormatArg::Text,
+        help_heading = "Log"
+    )]
     pub(crate) log_format: LogFormatArg,
 }
 
@@ -50,9 +63,14 @@ pub(crate) enum LogFormatArg {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run a primary, its standbys and a proxy on this machine
-    #[command(subcommand)]
+    #[command(subcommand, after_help = EXIT_CODES)]
     Local(LocalCommand),
     /// Show open transactions surviving switchovers and crashes, and count what it costs
+    ///
+    /// Starts a throw-away cluster, lets clients transfer money through its proxy, moves and kills
+    /// the primary under them, and compares the databases with what the clients were told. Takes
+    /// a few seconds an event.
+    #[command(after_help = EXIT_CODES)]
     Demo(DemoArgs),
     /// Run the agent of one instance (started by "helios local")
     #[command(hide = true)]

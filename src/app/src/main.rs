@@ -42,7 +42,12 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         _ => None,
     };
     let log_file = workspace.as_ref().map(demo::Workspace::log);
-    set_up_log(&cli.log, &cli.command, log_file.as_deref())?;
+    if let Err(failure) = set_up_log(&cli.log, &cli.command, log_file.as_deref()) {
+        if let Some(workspace) = &workspace {
+            workspace.remove();
+        }
+        return Err(failure);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

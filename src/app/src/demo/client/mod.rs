@@ -27,7 +27,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// Pause before a new connection after an error.
 const RECONNECT_DELAY: Duration = Duration::from_millis(250);
 /// Between two transactions of a client that is not slow, in milliseconds.
-const BREATH: std::ops::Range<u64> = 2..20;
+const BREATH: std::ops::Range<u64> = 10..50;
 
 /// What all clients of a run share.
 #[derive(Debug, Clone)]
