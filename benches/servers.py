@@ -49,21 +49,23 @@ class Cluster:
     def __init__(self, folder, mode, instances):
         self.folder = pathlib.Path(folder) / f"cluster-{mode}"
         port = free_port()
+        # Short, outside of the cluster's folder: the name of a Unix socket has 107 bytes at most.
+        sockets = pathlib.Path(folder) / f"s-{mode}"
+        sockets.mkdir()
         self.run(
             "start", "--detach", "--instances", str(instances), "--mode", mode,
-            "--listen", f"127.0.0.1:{port}",
+            "--listen", f"127.0.0.1:{port}", "--socket-dir", sockets,
         )
         self.pid = self.status()["pid"]
         secret = json.loads((self.folder / "credentials.json").read_text())
         names = (secret["user"], secret["database"])
-        self.proxy = Address("127.0.0.1", port, *names, secret["password"])
         primary = self.primary()
         endpoint = next(i for i in self.status()["instances"] if i["name"] == primary)["endpoint"]
         host = endpoint["host"]
-        self.direct = Address(
-            host if isinstance(host, str) else next(iter(host.values())),
-            endpoint["port"], *names, secret["password"],
-        )
+        self.direct = Address(host, endpoint["port"], *names, secret["password"])
+        # Clients reach all subjects in the same way: by Unix sockets, or by TCP.
+        near = sockets if host.startswith("/") else "127.0.0.1"
+        self.proxy = Address(str(near), port, *names, secret["password"])
         self.admin = Address(
             self.direct.host, self.direct.port, "helios", secret["database"], secret["service_password"]
         )
@@ -95,13 +97,14 @@ class Cluster:
 
 
 class PgBouncer:
-    """Debian's PgBouncer over TCP, trusting its clients, logged in at the primary by password."""
+    """Debian's PgBouncer, trusting its clients, logged in at the primary by password."""
 
     def __init__(self, folder, pool_mode, backend, size):
         self.folder = pathlib.Path(folder) / f"pgbouncer-{pool_mode}"
         self.folder.mkdir()
         port = free_port()
-        self.address = Address("127.0.0.1", port, backend.user, backend.database)
+        near = str(self.folder) if backend.host.startswith("/") else "127.0.0.1"
+        self.address = Address(near, port, backend.user, backend.database)
         password = f" password={backend.password}" if backend.password else ""
         (self.folder / "users.txt").write_text(f'"{backend.user}" "{backend.password}"\n')
         (self.folder / "pgbouncer.ini").write_text(f"""
@@ -111,7 +114,7 @@ class PgBouncer:
 [pgbouncer]
 listen_addr = 127.0.0.1
 listen_port = {port}
-unix_socket_dir =
+unix_socket_dir = {self.folder}
 auth_type = trust
 auth_file = {self.folder}/users.txt
 pool_mode = {pool_mode}
