@@ -2,10 +2,30 @@
 //!
 //! Pure: no I/O, no clock, no runtime, so that every sequence can be stepped through with a death
 //! at every point. Whoever executes decisions saves [`Decision::next`] durably before it carries
-//! out [`Decision::actions`], and feeds results and observations back in.
+//! out [`Decision::actions`], and feeds results and observations back in. Where to look:
+//! `moves` is a change of primary step by step, `steady` the upkeep between, `health` what counts
+//! as a failure, `elect` who may become primary, `sync` whose confirmation commits rest on,
+//! `transition` what may follow on what.
 
+mod decide;
+pub mod elect;
+mod health;
+mod moves;
+pub mod observe;
 pub mod operation;
+mod requests;
+pub mod state;
+mod steady;
+mod sync;
+mod transition;
 
+pub use decide::{Decision, decide};
+pub use observe::{
+    Action, Contact, Failure, Finished, InstanceView, Observation, ProxyCommand, Refusal, Reply,
+    Request,
+};
 pub use operation::{
     Durability, OperationKind, OperationRecord, Outcome, Phase, PhaseDuration, Time,
 };
+pub use state::{ClusterState, Member, Mode, Move, Position, Primary, Settings, Step, SyncState};
+pub use transition::Violation;

@@ -1,0 +1,148 @@
+//! What people ask for, and why they do not always get it.
+
+use std::cmp::Reverse;
+
+use helios_api::InstanceName;
+use helios_api::agent::InstanceState;
+
+use crate::decide::Ctx;
+use crate::elect;
+use crate::health::{self, Health, Up};
+use crate::moves;
+use crate::observe::{Refusal, Request};
+use crate::state::{ClusterState, Mode};
+
+/// Takes a request or refuses it; `Some(id)` when it began an operation.
+pub(crate) fn take(
+    ctx: &mut Ctx<'_>,
+    state: &mut ClusterState,
+    request: &Request,
+) -> Result<Option<u64>, Refusal> {
+    match request {
+        Request::Switchover { to } => switchover(ctx, state, to.as_ref()).map(Some),
+        Request::Fence { instance } => set_fenced(state, instance, true),
+        Request::Unfence { instance } => set_fenced(state, instance, false),
+    }
+}
+
+fn set_fenced(
+    state: &mut ClusterState,
+    name: &InstanceName,
+    fenced: bool,
+) -> Result<Option<u64>, Refusal> {
+    let instance = name.clone();
+    if !state.members.contains_key(name) {
+        return Err(Refusal::Unknown { instance });
+    }
+    if fenced && matches!(state.mode, Mode::Moving(_)) {
+        return Err(Refusal::UnderWay);
+    }
+    if fenced && state.primary_name() == Some(name) {
+        return Err(Refusal::IsPrimary { instance });
+    }
+    if let Some(member) = state.members.get_mut(name) {
+        member.fenced = fenced;
+        member.failures = 0;
+        member.retry_at = crate::Time(0);
+    }
+    Ok(None)
+}
+
+fn switchover(
+    ctx: &mut Ctx<'_>,
+    state: &mut ClusterState,
+    to: Option<&InstanceName>,
+) -> Result<u64, Refusal> {
+    match &state.mode {
+        Mode::Bootstrap => return Err(Refusal::NotReady),
+        Mode::Moving(_) => return Err(Refusal::UnderWay),
+        Mode::Steady => {}
+    }
+    let Some(primary) = state.primary_name().cloned() else {
+        return Err(Refusal::NotReady);
+    };
+    if let Some(name) = to {
+        let instance = name.clone();
+        if !state.members.contains_key(name) {
+            return Err(Refusal::Unknown { instance });
+        }
+        if *name == primary {
+            return Err(Refusal::AlreadyPrimary { instance });
+        }
+    }
+    let up = match health::judge(ctx, state, &primary) {
+        Health::Up(up) => up,
+        Health::Unknown(why) | Health::Down(why) => return Err(Refusal::PrimaryDown { why }),
+    };
+    let candidate = match to {
+        Some(name) => match unfit(ctx, state, &up, name) {
+            None => name.clone(),
+            Some(why) => {
+                let instance = name.clone();
+                return Err(Refusal::NotReadyToTakeOver { instance, why });
+            }
+        },
+        None => best(ctx, state, &up)?,
+    };
+    Ok(moves::begin_switchover(
+        ctx,
+        state,
+        primary,
+        to.cloned(),
+        candidate,
+    ))
+}
+
+/// The standby that would lose least time: synchronous ones first, then the least behind.
+fn best(ctx: &Ctx<'_>, state: &ClusterState, up: &Up<'_>) -> Result<InstanceName, Refusal> {
+    let primary = state.primary_name();
+    let mut why = Vec::new();
+    let mut fit = Vec::new();
+    for name in state.members.keys().filter(|name| Some(*name) != primary) {
+        match unfit(ctx, state, up, name) {
+            Some(reason) => why.push(format!("\"{name}\": {reason}")),
+            None => {
+                let seen = up.standbys.iter().find(|s| s.name == name.as_str());
+                let key = seen.map(|s| (s.synchronous, s.flushed));
+                fit.push((Reverse(key), name));
+            }
+        }
+    }
+    fit.sort();
+    match fit.first() {
+        Some((_, name)) => Ok((*name).clone()),
+        None if why.is_empty() => Err(Refusal::NoStandby {
+            why: "the cluster has only one instance".to_owned(),
+        }),
+        None => Err(Refusal::NoStandby {
+            why: why.join("; "),
+        }),
+    }
+}
+
+/// What a standby lacks to take over in a planned way.
+pub(crate) fn unfit(
+    ctx: &Ctx<'_>,
+    state: &ClusterState,
+    up: &Up<'_>,
+    name: &InstanceName,
+) -> Option<String> {
+    if let Some(why) = elect::lacks(state, ctx.obs, name) {
+        return Some(why);
+    }
+    let Some(seen) = up.standbys.iter().find(|s| s.name == name.as_str()) else {
+        return Some("it does not stream from the primary".to_owned());
+    };
+    let behind = up.position.0.saturating_sub(seen.flushed.0);
+    if behind > ctx.settings.max_lag_bytes {
+        return Some(format!("it is {behind} bytes behind"));
+    }
+    match ctx.obs.agent(name).map(|agent| &agent.instance) {
+        Some(InstanceState::Standby { replayed, .. }) => {
+            let behind = up.position.0.saturating_sub(replayed.0);
+            (behind > ctx.settings.max_lag_bytes)
+                .then(|| format!("it has {behind} bytes left to replay"))
+        }
+        _ => Some("it is not running as a standby".to_owned()),
+    }
+}

@@ -1,0 +1,256 @@
+//! Every sequence, with a death at every point of it.
+//!
+//! Invariants that the model checks in every round: one writable instance at most, nothing
+//! diverged streams, whoever sessions are resumed on holds every acknowledged commit. And it always
+//! ends with a primary, everybody else behind it, and the proxy on it.
+
+mod world;
+
+use helios_cluster::{Durability, OperationKind, Outcome, Refusal, Request, Settings};
+use world::{Fault, Role, World, name};
+
+fn settings(durability: Durability) -> Settings {
+    Settings {
+        durability,
+        ..Settings::default()
+    }
+}
+
+fn running(count: usize, durability: Durability) -> World {
+    let mut world = World::new(count, settings(durability));
+    world.settle();
+    for _ in 0..5 {
+        world.step();
+    }
+    world
+}
+
+/// What a sequence begins with.
+#[derive(Debug, Clone, Copy)]
+enum Start {
+    Switchover,
+    Crash,
+    StandbyCrash,
+    DiesWhenPromoted,
+}
+
+fn begin(world: &mut World, start: Start) {
+    match start {
+        Start::Switchover => world.request = Some(Request::Switchover { to: None }),
+        Start::Crash => world.stop(&name(1)),
+        Start::StandbyCrash => world.stop(&name(2)),
+        Start::DiesWhenPromoted => {
+            let standby = world.instances.get_mut(&name(2)).unwrap();
+            standby.dies_when_promoted = true;
+            world.request = Some(Request::Switchover { to: None });
+        }
+    }
+}
+
+/// Runs a sequence with faults at points counted from its beginning; returns the points it took.
+fn run(
+    count: usize,
+    durability: Durability,
+    start: Start,
+    faults: &[(u64, Fault)],
+    reverse: bool,
+) -> u64 {
+    let mut world = running(count, durability);
+    let base = world.points;
+    world.faults = faults.iter().map(|(at, f)| (base + at, *f)).collect();
+    world.reverse = reverse;
+    begin(&mut world, start);
+    world.step();
+    world.settle();
+    world.check_nothing_lost();
+    assert!(!world.acknowledged.is_empty());
+    let acknowledged = world.acknowledged.len();
+    for _ in 0..20 {
+        world.step();
+    }
+    assert!(
+        world.acknowledged.len() > acknowledged,
+        "commits do not go on: {:#?}
+{}",
+        world.durable,
+        world.trace.join(
+            "
+"
+        )
+    );
+    world.points - base
+}
+
+const STARTS: [Start; 4] = [
+    Start::Switchover,
+    Start::Crash,
+    Start::StandbyCrash,
+    Start::DiesWhenPromoted,
+];
+
+/// One fault of every kind at every point of every sequence.
+fn every_point(count: usize, durability: Durability) {
+    let mut kinds = vec![Fault::Controller];
+    kinds.extend((1..=count).map(Fault::Postmaster));
+    kinds.extend((1..=count).map(Fault::Machine));
+    for start in STARTS {
+        for reverse in [false, true] {
+            let points = run(count, durability, start, &[], reverse);
+            for at in 0..points {
+                for kind in &kinds {
+                    run(count, durability, start, &[(at, *kind)], reverse);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn one_fault_at_every_point_of_two_instances() {
+    every_point(2, Durability::Preferred);
+}
+
+#[test]
+fn one_fault_at_every_point_of_two_instances_with_required_durability() {
+    every_point(2, Durability::Required);
+}
+
+#[test]
+fn one_fault_at_every_point_of_three_instances() {
+    every_point(3, Durability::Preferred);
+}
+
+#[test]
+fn two_faults_at_all_pairs_of_points() {
+    let kinds = [
+        Fault::Controller,
+        Fault::Postmaster(1),
+        Fault::Postmaster(2),
+    ];
+    for start in [Start::Switchover, Start::Crash] {
+        let points = run(2, Durability::Preferred, start, &[], false).min(40);
+        for first in 0..points {
+            for second in (first + 1..points + 10).step_by(2) {
+                for a in kinds {
+                    for b in kinds {
+                        let faults = [(first, a), (second, b)];
+                        run(2, Durability::Preferred, start, &faults, false);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn one_instance_restarts_in_place_and_refuses_a_switchover() {
+    let mut world = running(1, Durability::Preferred);
+    world.stop(&name(1));
+    world.step();
+    world.settle();
+    world.check_nothing_lost();
+    let op = world.durable.operations.last().unwrap();
+    assert_eq!(op.kind, OperationKind::Restart);
+    assert_eq!(world.durable.epoch.0, 1);
+    world.request = Some(Request::Switchover { to: None });
+    world.step();
+    assert!(matches!(
+        world.answers.last(),
+        Some(Err(Refusal::NoStandby { .. }))
+    ));
+}
+
+#[test]
+fn a_switchover_moves_the_primary_and_records_its_phases() {
+    let mut world = running(2, Durability::Preferred);
+    world.request = Some(Request::Switchover { to: Some(name(2)) });
+    world.step();
+    world.settle();
+    let op = world.durable.operations.last().unwrap();
+    assert_eq!(
+        (op.kind, &op.outcome),
+        (OperationKind::Switchover, &Outcome::Succeeded)
+    );
+    assert_eq!((&op.from, &op.to), (&name(1), &name(2)));
+    let phases: Vec<_> = op.phases.iter().map(|p| p.phase.as_str()).collect();
+    assert_eq!(
+        phases,
+        [
+            "prepare", "drain", "fence", "choose", "promote", "replay", "rejoin"
+        ]
+    );
+    assert_eq!(world.durable.epoch.0, 2);
+    assert_eq!(world.durable.fences.len(), 1);
+}
+
+#[test]
+fn requests_are_refused_with_a_reason() {
+    let mut world = running(3, Durability::Preferred);
+    let ask = |request: Request, world: &mut World| {
+        world.request = Some(request);
+        world.step();
+        world.answers.last().cloned().unwrap()
+    };
+    let to = |n: usize| Request::Switchover { to: Some(name(n)) };
+    assert!(matches!(
+        ask(to(9), &mut world),
+        Err(Refusal::Unknown { .. })
+    ));
+    assert!(matches!(
+        ask(to(1), &mut world),
+        Err(Refusal::AlreadyPrimary { .. })
+    ));
+    let fence = |n: usize| Request::Fence { instance: name(n) };
+    assert!(matches!(
+        ask(fence(1), &mut world),
+        Err(Refusal::IsPrimary { .. })
+    ));
+    assert!(matches!(
+        ask(fence(9), &mut world),
+        Err(Refusal::Unknown { .. })
+    ));
+    assert!(matches!(ask(fence(2), &mut world), Ok(None)));
+    assert!(matches!(
+        ask(to(2), &mut world),
+        Err(Refusal::NotReadyToTakeOver { .. })
+    ));
+    world.settle();
+    assert_eq!(world.instances[&name(2)].role, Role::Stopped);
+    let free = Request::Unfence { instance: name(2) };
+    assert!(matches!(ask(free, &mut world), Ok(None)));
+    world.settle();
+    assert_eq!(world.instances[&name(2)].role, Role::Standby);
+    assert!(matches!(ask(to(2), &mut world), Ok(Some(_))));
+    assert!(matches!(ask(to(3), &mut world), Err(Refusal::UnderWay)));
+    world.settle();
+}
+
+#[test]
+fn a_lone_primary_that_had_gone_on_is_never_overtaken() {
+    // The standby dies, commits go on without it, then the primary dies while the standby is on
+    // its way back: it lacks commits, so the primary is started again instead.
+    for delay in 0..60 {
+        let mut world = running(2, Durability::Preferred);
+        world.stop(&name(2));
+        for _ in 0..delay {
+            world.step();
+        }
+        world.stop(&name(1));
+        world.step();
+        world.settle();
+        world.check_nothing_lost();
+    }
+}
+
+#[test]
+fn lists_stay_bounded() {
+    let mut world = running(2, Durability::Preferred);
+    for _ in 0..80 {
+        world.request = Some(Request::Switchover { to: None });
+        world.step();
+        world.settle();
+    }
+    assert_eq!(world.durable.fences.len(), 64);
+    assert_eq!(world.durable.operations.len(), 10);
+    assert_eq!(world.durable.epoch.0, 81);
+}

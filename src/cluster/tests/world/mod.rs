@@ -1,0 +1,586 @@
+//! A small model of instances, agents, a proxy and a client, with a controller that can be killed
+//! between any two things it does.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use helios_api::agent::{
+    AgentCommand, AgentReply, AgentRequest, AgentState, InstanceState, Rejoin, StandbyPosition,
+};
+use helios_api::control::{DrainReport, Fence, ProxyStatus, ResumeReport};
+use helios_api::{Endpoint, Epoch, Host, InstanceName, Lsn, Timeline};
+use helios_cluster::{
+    Action, ClusterState, Contact, Failure, Finished, InstanceView, Mode, Observation,
+    ProxyCommand, Refusal, Reply, Request, Settings, Time, decide,
+};
+
+pub(crate) fn name(n: usize) -> InstanceName {
+    format!("pg-{n}").parse().unwrap()
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    Empty,
+    Stopped,
+    Primary,
+    Standby,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Instance {
+    pub(crate) role: Role,
+    pub(crate) log: Vec<u64>,
+    pub(crate) timeline: u32,
+    standby_signal: bool,
+    following: Option<InstanceName>,
+    receiving: bool,
+    epoch: Epoch,
+    fenced_at: Option<Epoch>,
+    promoted: Option<Fence>,
+    pub(crate) setting: BTreeSet<InstanceName>,
+    /// The agent is dead until this tick.
+    pub(crate) silent_until: u64,
+    /// Promotion kills it.
+    pub(crate) dies_when_promoted: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Proxy {
+    pub(crate) epoch: Epoch,
+    pub(crate) primary: Option<InstanceName>,
+    pub(crate) held: bool,
+}
+
+/// What is injected when the run reaches a point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Controller,
+    Postmaster(usize),
+    /// Agent and postmaster together.
+    Machine(usize),
+}
+
+pub(crate) struct World {
+    pub(crate) settings: Settings,
+    pub(crate) instances: BTreeMap<InstanceName, Instance>,
+    pub(crate) proxy: Proxy,
+    pub(crate) durable: ClusterState,
+    running: Vec<Action>,
+    finished: Vec<Finished>,
+    pub(crate) request: Option<Request>,
+    pub(crate) answers: Vec<Result<Option<u64>, Refusal>>,
+    pub(crate) tick: u64,
+    next_commit: u64,
+    unacknowledged: Vec<u64>,
+    pub(crate) acknowledged: Vec<u64>,
+    /// Points passed so far, and what happens at which.
+    pub(crate) points: u64,
+    pub(crate) faults: Vec<(u64, Fault)>,
+    pub(crate) reverse: bool,
+    pub(crate) trace: Vec<String>,
+}
+
+impl World {
+    pub(crate) fn new(count: usize, settings: Settings) -> Self {
+        let fresh = Instance {
+            role: Role::Empty,
+            log: Vec::new(),
+            timeline: 1,
+            standby_signal: false,
+            following: None,
+            receiving: false,
+            epoch: Epoch(0),
+            fenced_at: None,
+            promoted: None,
+            setting: BTreeSet::new(),
+            silent_until: 0,
+            dies_when_promoted: false,
+        };
+        Self {
+            settings,
+            instances: (1..=count).map(|n| (name(n), fresh.clone())).collect(),
+            proxy: Proxy {
+                epoch: Epoch(0),
+                primary: None,
+                held: false,
+            },
+            durable: ClusterState::default(),
+            running: Vec::new(),
+            finished: Vec::new(),
+            request: None,
+            answers: Vec::new(),
+            tick: 0,
+            next_commit: 1,
+            unacknowledged: Vec::new(),
+            acknowledged: Vec::new(),
+            points: 0,
+            faults: Vec::new(),
+            reverse: false,
+            trace: Vec::new(),
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time(self.tick * 10_000)
+    }
+
+    /// Runs until the cluster is as it should be.
+    pub(crate) fn settle(&mut self) {
+        for _ in 0..6_000 {
+            self.step();
+            if self.is_settled() {
+                return;
+            }
+        }
+        panic!(
+            "never settled: {:#?}\n{}",
+            self.durable,
+            self.trace.join("\n")
+        );
+    }
+
+    fn is_settled(&self) -> bool {
+        let state = &self.durable;
+        let Some(primary) = &state.primary else {
+            return false;
+        };
+        let others = self.instances.keys().filter(|n| **n != primary.name);
+        let followed = others
+            .clone()
+            .filter(|n| !state.members[*n].fenced)
+            .all(|n| {
+                self.streams(n, &primary.name)
+                    && state.members[n].followed == Some(primary.timeline)
+            });
+        let counted = others.clone().all(|n| {
+            state.members[n].fenced || !self.settings.synchronous || state.sync.target().contains(n)
+        });
+        self.request.is_none()
+            && self.running.is_empty()
+            && self.finished.is_empty()
+            && state.mode == Mode::Steady
+            && followed
+            && counted
+            && state.sync.is_settled()
+            && !self.proxy.held
+            && self.proxy.epoch == state.epoch
+            && self.proxy.primary.as_ref() == Some(&primary.name)
+            && self.instances[&primary.name].role == Role::Primary
+    }
+
+    /// One round of everything.
+    pub(crate) fn step(&mut self) {
+        self.tick += 1;
+        self.client();
+        self.replicate();
+        self.confirm();
+        self.check();
+        self.controller();
+        self.check();
+    }
+
+    fn streams(&self, standby: &InstanceName, primary: &InstanceName) -> bool {
+        let (s, p) = (&self.instances[standby], &self.instances[primary]);
+        s.role == Role::Standby
+            && s.receiving
+            && s.following.as_ref() == Some(primary)
+            && p.role == Role::Primary
+    }
+
+    fn client(&mut self) {
+        let Some(target) = self.proxy.primary.clone().filter(|_| !self.proxy.held) else {
+            return;
+        };
+        let instance = self.instances.get_mut(&target).unwrap();
+        if instance.role == Role::Primary && self.unacknowledged.len() < 3 {
+            instance.log.push(self.next_commit);
+            self.unacknowledged.push(self.next_commit);
+            self.next_commit += 1;
+        }
+    }
+
+    /// Standbys receive one record a tick, the second one every other tick only.
+    fn replicate(&mut self) {
+        let names: Vec<_> = self.instances.keys().cloned().collect();
+        for (at, standby) in names.iter().enumerate() {
+            let Some(primary) = self.instances[standby].following.clone() else {
+                continue;
+            };
+            if !self.streams(standby, &primary) || (at % 2 == 1 && self.tick.is_multiple_of(3)) {
+                continue;
+            }
+            self.receive(standby, &primary, 1);
+        }
+    }
+
+    fn receive(&mut self, standby: &InstanceName, primary: &InstanceName, records: usize) {
+        let Instance { log, timeline, .. } = self.instances[primary].clone();
+        let s = self.instances.get_mut(standby).unwrap();
+        assert!(
+            log.starts_with(&s.log),
+            "{standby} streams although it has diverged"
+        );
+        let to = (s.log.len() + records).min(log.len());
+        s.log.extend_from_slice(&log[s.log.len()..to]);
+        s.timeline = timeline;
+    }
+
+    /// Acknowledges what the primary's setting allows.
+    fn confirm(&mut self) {
+        let Some(primary) = self.proxy.primary.clone() else {
+            return;
+        };
+        let p = &self.instances[&primary];
+        if p.role != Role::Primary {
+            // The backend died: the outcome is resolved by evidence, not acknowledged.
+            self.unacknowledged.clear();
+            return;
+        }
+        let confirmed = |commit: &u64| {
+            let by = |n: &InstanceName| {
+                self.streams(n, &primary) && self.instances[n].log.contains(commit)
+            };
+            p.log.contains(commit) && (p.setting.is_empty() || p.setting.iter().any(by))
+        };
+        let (done, waiting): (Vec<u64>, Vec<u64>) =
+            self.unacknowledged.iter().partition(|c| confirmed(c));
+        let (here, _): (Vec<u64>, Vec<u64>) = waiting.iter().partition(|c| p.log.contains(c));
+        self.acknowledged.extend(done);
+        self.unacknowledged = here;
+    }
+
+    fn check(&self) {
+        let primaries: Vec<_> = self
+            .instances
+            .iter()
+            .filter(|(_, i)| i.role == Role::Primary)
+            .map(|(n, _)| n)
+            .collect();
+        assert!(
+            primaries.len() <= 1,
+            "two writable instances {primaries:?}\n{}",
+            self.trace.join("\n")
+        );
+    }
+
+    /// The primary of the durable state holds every acknowledged commit.
+    pub(crate) fn check_nothing_lost(&self) {
+        let primary = self.durable.primary.as_ref().unwrap();
+        let log: BTreeSet<_> = self.instances[&primary.name].log.iter().collect();
+        let lost: Vec<_> = self
+            .acknowledged
+            .iter()
+            .filter(|c| !log.contains(c))
+            .collect();
+        assert!(lost.is_empty(), "lost {lost:?}\n{}", self.trace.join("\n"));
+    }
+
+    /// A point where something may be injected; `true`: the controller dies here.
+    fn point(&mut self, what: &str) -> bool {
+        let at = self.points;
+        self.points += 1;
+        let mut dies = false;
+        for (_, fault) in self.faults.clone().into_iter().filter(|(p, _)| *p == at) {
+            self.trace
+                .push(format!("{} !! {fault:?} at {what}", self.tick));
+            match fault {
+                Fault::Controller => dies = true,
+                Fault::Postmaster(n) => self.stop(&name(n)),
+                Fault::Machine(n) => {
+                    self.stop(&name(n));
+                    let until = self.tick + 30;
+                    self.instances.get_mut(&name(n)).unwrap().silent_until = until;
+                }
+            }
+        }
+        if dies {
+            self.running.clear();
+            self.finished.clear();
+        }
+        dies
+    }
+
+    pub(crate) fn stop(&mut self, name: &InstanceName) {
+        let i = self.instances.get_mut(name).unwrap();
+        if i.role != Role::Empty {
+            i.role = Role::Stopped;
+        }
+    }
+
+    fn controller(&mut self) {
+        let obs = self.observe();
+        let finished = std::mem::take(&mut self.finished);
+        let decision = decide(
+            &self.settings,
+            &self.durable,
+            &Observation { finished, ..obs },
+            self.now(),
+        )
+        .unwrap_or_else(|e| panic!("{e}\n{}", self.trace.join("\n")));
+        if self.point("before save") {
+            return;
+        }
+        if decision.next != self.durable {
+            if let Mode::Moving(m) = &decision.next.mode {
+                self.trace.push(format!(
+                    "{} epoch {} {:?}",
+                    self.tick, decision.next.epoch, m.step
+                ));
+            }
+            let text = serde_json::to_string(&decision.next).unwrap();
+            self.durable = serde_json::from_str(&text).unwrap();
+        }
+        if let Some(answer) = decision.answer {
+            self.request = None;
+            self.answers.push(answer);
+        }
+        if self.point("after save") {
+            return;
+        }
+        let mut actions = decision.actions;
+        if self.reverse {
+            actions.reverse();
+        }
+        for action in actions {
+            self.trace.push(format!("{} {action:?}", self.tick));
+            let result = self.carry_out(&action);
+            // The state changes between the effect and the moment the controller learns of it.
+            if self.point("after effect") {
+                return;
+            }
+            self.check();
+            self.finished.push(Finished { action, result });
+        }
+    }
+
+    fn observe(&self) -> Observation {
+        let view = |n: &InstanceName, i: &Instance| InstanceView {
+            endpoint: Endpoint {
+                host: Host::Unix(format!("/{n}").into()),
+                port: 5432,
+            },
+            contact: if i.silent_until > self.tick {
+                Contact::Silent {
+                    for_ms: 0,
+                    proven_dead: true,
+                }
+            } else {
+                Contact::Answers(Box::new(self.report(n, i)))
+            },
+        };
+        let status = ProxyStatus {
+            epoch: self.proxy.epoch,
+            phase: if self.proxy.held { "held" } else { "running" }.to_owned(),
+            sessions: 1,
+            in_transaction: 0,
+            protected: 1,
+            primary_reachable: true,
+            journal_bytes: 0,
+        };
+        Observation {
+            instances: self
+                .instances
+                .iter()
+                .map(|(n, i)| (n.clone(), view(n, i)))
+                .collect(),
+            proxies: [("proxy".to_owned(), Some(status))].into(),
+            running: self.running.clone(),
+            finished: Vec::new(),
+            request: self.request.clone(),
+        }
+    }
+
+    fn report(&self, n: &InstanceName, i: &Instance) -> AgentState {
+        let end = Lsn(i.log.len() as u64);
+        let timeline = Timeline(i.timeline);
+        let instance = match i.role {
+            Role::Empty => InstanceState::Empty,
+            Role::Stopped => InstanceState::Stopped {
+                crashed: true,
+                clean: false,
+                timeline,
+            },
+            Role::Primary => InstanceState::Primary {
+                timeline,
+                position: end,
+                standbys: self
+                    .instances
+                    .iter()
+                    .filter(|(s, _)| self.streams(s, n))
+                    .map(|(s, other)| StandbyPosition {
+                        name: s.to_string(),
+                        flushed: Lsn(other.log.len() as u64),
+                        synchronous: i.setting.contains(s),
+                    })
+                    .collect(),
+            },
+            Role::Standby => InstanceState::Standby {
+                timeline,
+                received: end,
+                replayed: end,
+                heard_ms: Some(0),
+            },
+        };
+        AgentState {
+            revision: self.tick,
+            name: n.clone(),
+            epoch: i.epoch,
+            fenced: i.fenced_at.is_some(),
+            instance,
+        }
+    }
+
+    fn carry_out(&mut self, action: &Action) -> Result<Reply, Failure> {
+        match action {
+            Action::Agent { instance, request } => self.agent(instance, request).map(Reply::Agent),
+            Action::Proxy { command, .. } => self.proxy(command),
+        }
+    }
+
+    fn proxy(&mut self, command: &ProxyCommand) -> Result<Reply, Failure> {
+        let given = match command {
+            ProxyCommand::Prepare { epoch, .. } | ProxyCommand::Abort { epoch } => *epoch,
+            ProxyCommand::Drain(request) => request.epoch,
+            ProxyCommand::Resume(topology) => topology.epoch,
+        };
+        if given < self.proxy.epoch {
+            return Err(Failure::Stale {
+                seen: self.proxy.epoch,
+            });
+        }
+        match command {
+            ProxyCommand::Prepare { .. } => Ok(Reply::Done),
+            ProxyCommand::Drain(_) => {
+                self.proxy.held = true;
+                Ok(Reply::Drained(DrainReport::default()))
+            }
+            ProxyCommand::Abort { .. } => {
+                self.proxy.held = false;
+                Ok(Reply::Done)
+            }
+            ProxyCommand::Resume(topology) => {
+                self.proxy = Proxy {
+                    epoch: topology.epoch,
+                    primary: Some(topology.primary.name.clone()),
+                    held: false,
+                };
+                self.unacknowledged.clear();
+                self.check_nothing_lost();
+                Ok(Reply::Resumed(ResumeReport::default()))
+            }
+        }
+    }
+
+    fn agent(&mut self, n: &InstanceName, request: &AgentRequest) -> Result<AgentReply, Failure> {
+        let refused = |why: &str| Err(Failure::Refused(why.to_owned()));
+        let tick = self.tick;
+        let i = self.instances.get_mut(n).unwrap();
+        if i.silent_until > tick {
+            return Err(Failure::Failed("no agent".to_owned()));
+        }
+        if request.epoch < i.epoch {
+            return Err(Failure::Stale { seen: i.epoch });
+        }
+        i.epoch = request.epoch;
+        let locked = i.fenced_at.is_some_and(|at| at >= request.epoch);
+        let here = AgentReply::Positions {
+            end: Lsn(i.log.len() as u64),
+            timeline: Timeline(i.timeline),
+        };
+        match &request.command {
+            AgentCommand::Bootstrap if i.role == Role::Empty => i.role = Role::Primary,
+            AgentCommand::StartPrimary if locked => return refused("fenced"),
+            AgentCommand::StartPrimary if i.standby_signal => return refused("a standby"),
+            AgentCommand::StartPrimary if i.role == Role::Empty => return refused("empty"),
+            AgentCommand::StartPrimary => i.role = Role::Primary,
+            AgentCommand::Follow { primary, .. } => {
+                return self.follow(n, &primary.name.clone());
+            }
+            AgentCommand::Fence { clean } => {
+                let was = i.role;
+                i.fenced_at = Some(request.epoch);
+                if *clean && was == Role::Primary {
+                    let standbys: Vec<_> = self.instances.keys().cloned().collect();
+                    for s in standbys.iter().filter(|s| *s != n) {
+                        if self.streams(s, n) {
+                            self.receive(s, n, usize::MAX / 2);
+                        }
+                    }
+                }
+                self.stop(n);
+                return Ok(here);
+            }
+            AgentCommand::StopReceiver if i.role == Role::Standby => {
+                i.receiving = false;
+                return Ok(here);
+            }
+            AgentCommand::Promote => return self.promote(n, request.epoch, locked),
+            AgentCommand::SetSynchronous { standbys, .. } if i.role == Role::Primary => {
+                i.setting = standbys.iter().cloned().collect();
+            }
+            AgentCommand::Checkpoint if matches!(i.role, Role::Primary | Role::Standby) => {}
+            _ => return refused("not in this state"),
+        }
+        Ok(AgentReply::Done)
+    }
+
+    fn follow(&mut self, n: &InstanceName, of: &InstanceName) -> Result<AgentReply, Failure> {
+        let p = self.instances[of].clone();
+        let i = self.instances.get_mut(n).unwrap();
+        if i.role == Role::Primary {
+            return Err(Failure::Refused("fence it first".to_owned()));
+        }
+        if p.role != Role::Primary {
+            return Err(Failure::Failed("the primary does not answer".to_owned()));
+        }
+        let common = i.log.iter().zip(&p.log).take_while(|(a, b)| a == b).count();
+        let how = if common < i.log.len() {
+            Rejoin::Rewound
+        } else {
+            Rejoin::Direct
+        };
+        i.log.truncate(common);
+        i.timeline = p.timeline;
+        i.setting = BTreeSet::new();
+        i.role = Role::Standby;
+        i.standby_signal = true;
+        i.receiving = true;
+        i.following = Some(of.clone());
+        i.fenced_at = None;
+        i.promoted = None;
+        Ok(AgentReply::Following { how })
+    }
+
+    fn promote(
+        &mut self,
+        n: &InstanceName,
+        epoch: Epoch,
+        locked: bool,
+    ) -> Result<AgentReply, Failure> {
+        let i = self.instances.get_mut(n).unwrap();
+        if let Some(fence) = i.promoted.clone().filter(|f| f.epoch == epoch)
+            && i.role == Role::Primary
+        {
+            return Ok(AgentReply::Promoted { fence, micros: 1 });
+        }
+        if i.role != Role::Standby || locked {
+            return Err(Failure::Refused("not a standby".to_owned()));
+        }
+        assert!(!i.receiving, "promoted while it receives");
+        i.timeline += 1;
+        let fence = Fence {
+            epoch,
+            timeline: Timeline(i.timeline),
+            fork: Lsn(i.log.len() as u64),
+            xid: None,
+        };
+        i.promoted = Some(fence.clone());
+        i.standby_signal = false;
+        i.role = Role::Primary;
+        if i.dies_when_promoted {
+            i.dies_when_promoted = false;
+            i.role = Role::Stopped;
+            return Err(Failure::Failed("connection lost".to_owned()));
+        }
+        Ok(AgentReply::Promoted { fence, micros: 1 })
+    }
+}
