@@ -85,13 +85,20 @@ impl Instance {
                 return self.clone_from(source, primary).await;
             }
         }
-        match self.start_standby(source, primary).await? {
-            Stream::Flows => Ok(how),
-            Stream::WalLost => {
+        match self.start_standby(source, primary).await {
+            Ok(Stream::Flows) => Ok(how),
+            Ok(Stream::WalLost) => {
                 tracing::warn!("primary no longer has the WAL that is needed, cloning instead");
                 self.stop(Some(STOP_LIMIT)).await?;
                 self.clone_from(source, primary).await
             }
+            // The configuration was good enough for recovery before it, so the data is not.
+            Err(error) if how == Rejoin::Rewound && self.running().is_err() => {
+                tracing::warn!(%error, "rewound instance does not start, cloning instead");
+                self.stop(None).await?;
+                self.clone_from(source, primary).await
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -137,6 +144,15 @@ impl Instance {
     /// it. "No" only when that is proven.
     async fn has_diverged(&self, source: &Source, control: &Control) -> Result<bool, AgentError> {
         let held = wal::latest_timeline(&self.config, control.timeline)?;
+        // What cannot be read proves nothing, and recovery could not begin there either.
+        let begins = wal::has_record(
+            &self.config,
+            control.checkpoint_timeline,
+            control.checkpoint,
+        );
+        if !begins.await? {
+            return Ok(true);
+        }
         match Standing::of(held, source.timeline, &source.history) {
             Standing::Same => {
                 let end = source.position().await?;

@@ -37,11 +37,19 @@ impl Instance {
     /// Looks at what is there: takes over a running postmaster, kills one that is fenced, and the
     /// remains of one that died.
     pub(crate) async fn open(
-        config: AgentConfig,
+        mut config: AgentConfig,
         store: Store,
         hub: Hub,
     ) -> Result<Self, AgentFailure> {
         files::prepare_folders(&config)?;
+        // The folder on PATH may hold links to some of the programs only.
+        if let Some(folder) = std::fs::canonicalize(config.program("postgres"))
+            .ok()
+            .as_deref()
+            .and_then(std::path::Path::parent)
+        {
+            folder.clone_into(&mut config.bin_dir);
+        }
         let major = major_version(&config).await?;
         let mut instance = Self {
             config: Arc::new(config),

@@ -78,14 +78,7 @@ impl Observer {
         let began = Instant::now();
         let endpoint = self.config.unix_endpoint();
         loop {
-            let login = || {
-                sql::connect(
-                    &endpoint,
-                    &self.config.superuser,
-                    &EMPTY,
-                    STATEMENT_LIMIT,
-                )
-            };
+            let login = || sql::connect(&endpoint, &self.config.superuser, &EMPTY, STATEMENT_LIMIT);
             match futures_util::try_join!(Box::pin(login()), Box::pin(login())) {
                 Ok(both) => return both,
                 Err(error) => self.report_refusal(&error, heard, began),

@@ -48,14 +48,11 @@ pub(crate) fn is_of_instance(pid: Pid, data_dir: &Path) -> bool {
 }
 
 fn belongs(pid: Pid, data_dir: &Path) -> bool {
-    // The link of a zombie cannot be read.
-    let link = |name: &str| std::fs::read_link(format!("/proc/{pid}/{name}"));
-    link("cwd").is_ok_and(|cwd| cwd == data_dir)
-        && link("exe").is_ok_and(|exe| {
-            // "postgres (deleted)" after an upgrade of the package.
-            exe.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with("postgres"))
-        })
+    // The link of a zombie cannot be read. The name can be as long as the link can: that of the
+    // executable is gone earlier, while a killed process is still on its way out.
+    std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data_dir)
+        && std::fs::read_to_string(format!("/proc/{pid}/comm"))
+            .is_ok_and(|name| name.trim_end() == "postgres")
 }
 
 /// What a running postmaster wrote into `postmaster.pid`.

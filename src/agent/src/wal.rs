@@ -20,6 +20,8 @@ pub(crate) struct Control {
     pub(crate) clean: bool,
     /// Start of the last checkpoint's record: after a clean stop of a primary, the last record.
     pub(crate) checkpoint: Lsn,
+    /// The timeline of that record.
+    pub(crate) checkpoint_timeline: Timeline,
     /// The furthest position that data pages may already hold; 0 on a primary.
     pub(crate) minimum: Lsn,
     /// The latest timeline that it names.
@@ -57,6 +59,7 @@ impl Control {
                 .get("Database cluster state")?
                 .starts_with("shut down"),
             checkpoint: number(&fields, "Latest checkpoint location")?,
+            checkpoint_timeline: Timeline(last),
             minimum: number(&fields, "Minimum recovery ending location")?,
             timeline: Timeline(last.max(minimum)),
         })

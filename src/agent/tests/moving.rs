@@ -1,0 +1,234 @@
+//! Moves of the primary on real servers: promotion and its evidence, every way of rejoining.
+
+mod common;
+
+use common::{At, FIRST, Node, crash, folder, follow, insert, numbers, pair, shows};
+use helios_agent::client::ClientError;
+use helios_api::agent::{AgentCommand, AgentError, AgentReply, InstanceState, Rejoin};
+use helios_api::control::Fence;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clean_switchover_and_direct_rejoin_there_and_back() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    insert(&a, 1).await;
+    let synchronous = AgentCommand::SetSynchronous {
+        standbys: vec!["b".parse().unwrap()],
+        number: 1,
+    };
+    a.command(1, synchronous).await;
+    insert(&a, 2).await;
+    let state = a
+        .reach(|s| matches!(s, InstanceState::Primary { standbys, .. } if standbys.iter().any(|s| s.synchronous)))
+        .await;
+    assert!(
+        matches!(state.instance, InstanceState::Primary { standbys, .. } if standbys[0].name == "b")
+    );
+    // What the old primary handed out last, for the fence.
+    let last: i64 = xid(&a).await;
+    a.command(1, AgentCommand::Checkpoint).await;
+    let began = std::time::Instant::now();
+    let reply = a.command(1, AgentCommand::Fence { clean: true }).await;
+    println!("fast stop {:?}", began.elapsed());
+    let AgentReply::Positions { end, .. } = reply else {
+        panic!("{reply:?}")
+    };
+    assert!(common::processes(&a.config).is_empty());
+    let (fence, micros) = b.promote(2).await;
+    println!("promoted in {micros} us");
+    assert!(fence.fork >= end, "{fence:?} {end}");
+    // Every id of the old primary lies below, and new ones start there.
+    let first = u64::try_from(xid(&b).await).unwrap();
+    let bound = fence.xid.expect("proven").0;
+    assert!(
+        u64::try_from(last).unwrap() < bound && bound <= first,
+        "{last} {bound} {first}"
+    );
+    insert(&b, 3).await;
+    // The same command gets the same answer.
+    assert_eq!(b.promote(2).await.0, fence);
+
+    assert_eq!(a.follow(2, &b, &At::from(&fence)).await, Rejoin::Direct);
+    shows(&a, &[1, 2, 3]).await;
+    insert(&b, 4).await;
+    shows(&a, &[1, 2, 3, 4]).await;
+    // Again is no harm.
+    assert_eq!(a.follow(2, &b, &At::from(&fence)).await, Rejoin::Direct);
+
+    b.command(2, AgentCommand::Fence { clean: true }).await;
+    let (back, micros) = a.promote(3).await;
+    println!("promoted back in {micros} us");
+    assert_eq!(back.timeline.0, 3);
+    assert!(back.xid.is_some());
+    assert_eq!(b.follow(3, &a, &At::from(&back)).await, Rejoin::Direct);
+    insert(&a, 5).await;
+    shows(&b, &[1, 2, 3, 4, 5]).await;
+    a.stop().await;
+    b.stop().await;
+}
+
+async fn xid(node: &Node) -> i64 {
+    let sql = node.sql().await;
+    let row = sql
+        .query_one("select pg_current_xact_id()::text::bigint", &[])
+        .await
+        .unwrap();
+    row.get(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crashed_primary_with_commits_of_its_own_is_rewound() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    insert(&a, 1).await;
+    shows(&b, &[1]).await;
+    let (fence, _) = diverge(&a, &b, 2).await;
+    insert(&b, 3).await;
+    let how = a.follow(2, &b, &At::from(&fence)).await;
+    assert_eq!(how, Rejoin::Rewound);
+    shows(&a, &[1, 3]).await;
+    insert(&b, 4).await;
+    shows(&a, &[1, 3, 4]).await;
+    // Whole enough to take over.
+    b.command(2, AgentCommand::Fence { clean: true }).await;
+    a.promote(3).await;
+    insert(&a, 5).await;
+    assert_eq!(numbers(&a).await, [1, 3, 4, 5]);
+}
+
+/// Cuts `b` off, commits on `a` what nobody else has, kills `a`, promotes `b`.
+async fn diverge(a: &Node, b: &Node, epoch: u64) -> (Fence, u64) {
+    b.command(epoch, AgentCommand::StopReceiver).await;
+    let lost = a.sql().await;
+    lost.batch_execute("insert into t select 1000 + i from generate_series(1, 500) i")
+        .await
+        .unwrap();
+    crash(a);
+    a.reach(|s| matches!(s, InstanceState::Stopped { crashed: true, .. }))
+        .await;
+    assert!(common::processes(&a.config).is_empty());
+    b.promote(epoch).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_fence_tells_lost_commits_from_new_ones() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    let kept = xid(&a).await;
+    insert(&a, 1).await;
+    shows(&b, &[1]).await;
+    b.command(2, AgentCommand::StopReceiver).await;
+    let mut lost = Vec::new();
+    for n in 0..20 {
+        insert(&a, 100 + n).await;
+        lost.push(xid(&a).await);
+    }
+    a.command(2, AgentCommand::Fence { clean: false }).await;
+    let (fence, _) = b.promote(2).await;
+    let bound = i64::try_from(fence.xid.expect("proven").0).unwrap();
+    assert!(kept < bound, "{kept} {bound}");
+    assert!(lost.iter().all(|xid| *xid >= bound), "{lost:?} {bound}");
+    // The ids are handed out again, and "committed" without the fence would be a lie.
+    for n in 0..60 {
+        insert(&b, n).await;
+    }
+    let row = b
+        .sql()
+        .await
+        .query_one(
+            "select pg_xact_status($1::text::xid8)",
+            &[&lost[0].to_string()],
+        )
+        .await
+        .unwrap();
+    assert_eq!(row.get::<_, &str>(0), "committed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_rewound_is_cloned() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    insert(&a, 1).await;
+    shows(&b, &[1]).await;
+    let (fence, _) = diverge(&a, &b, 2).await;
+    // The WAL that pg_rewind would read is gone.
+    for entry in std::fs::read_dir(a.config.data_dir.join("pg_wal"))
+        .unwrap()
+        .flatten()
+    {
+        if entry.file_type().unwrap().is_file() {
+            std::fs::write(entry.path(), vec![0; 1 << 20]).unwrap();
+        }
+    }
+    let how = a.follow(2, &b, &At::from(&fence)).await;
+    assert_eq!(how, Rejoin::Cloned);
+    insert(&b, 2).await;
+    shows(&a, &[1, 2]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stale_and_fenced_commands_are_refused() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    let stale = a.try_command(0, AgentCommand::Checkpoint).await;
+    assert!(
+        matches!(stale, Err(ClientError::Agent(AgentError::Stale { .. }))),
+        "{stale:?}"
+    );
+    a.command(1, AgentCommand::Fence { clean: true }).await;
+    assert!(a.state().await.fenced);
+    let refused = a.try_command(1, AgentCommand::StartPrimary).await;
+    assert!(
+        matches!(refused, Err(ClientError::Agent(AgentError::Refused { .. }))),
+        "{refused:?}"
+    );
+    assert!(common::processes(&a.config).is_empty());
+    // Of a later epoch it is an order.
+    a.command(2, AgentCommand::StartPrimary).await;
+    assert!(!a.state().await.fenced);
+    let foreign = b
+        .try_command(
+            2,
+            follow(
+                &a,
+                &At {
+                    fork: Some(helios_api::Lsn(1)),
+                    ..FIRST
+                },
+            ),
+        )
+        .await;
+    assert!(foreign.is_err(), "{foreign:?}");
+    // A primary does not become one by promotion, and a standby does not start as one.
+    assert!(b.try_command(2, AgentCommand::StartPrimary).await.is_err());
+    a.stop().await;
+    b.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_third_instance_is_repointed_without_a_restart() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    let c = Node::start(dir.path(), "c").await;
+    c.follow(1, &a, &FIRST).await;
+    insert(&a, 1).await;
+    shows(&b, &[1]).await;
+    shows(&c, &[1]).await;
+    a.command(1, AgentCommand::Fence { clean: false }).await;
+    let (fence, _) = b.promote(2).await;
+    let before = c.postmaster();
+    assert_eq!(c.follow(2, &b, &At::from(&fence)).await, Rejoin::Direct);
+    assert_eq!(c.postmaster(), before);
+    insert(&b, 2).await;
+    shows(&c, &[1, 2]).await;
+    let state = c
+        .reach(|s| matches!(s, InstanceState::Standby { timeline, .. } if timeline.0 == 2))
+        .await;
+    assert!(matches!(
+        state.instance,
+        InstanceState::Standby {
+            heard_ms: Some(_),
+            ..
+        }
+    ));
+}
