@@ -1,4 +1,11 @@
-//! How clients prove who they are.
+//! How clients prove who they are: trust, SCRAM-SHA-256 or a certificate.
+//!
+//! No clear password is ever asked for. Whatever the method, a user who does not exist looks like
+//! one whose proof is wrong.
+
+mod verifiers;
+
+pub use verifiers::{LookupError, VerifierCache};
 
 /// The method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -11,7 +18,3 @@ pub enum AuthMethod {
     /// A TLS client certificate whose common name is the user.
     Cert,
 }
-
-/// SCRAM verifiers, fetched from the primary's catalog.
-#[derive(Debug, Default)]
-pub struct VerifierCache {}

@@ -89,6 +89,12 @@ impl Gate {
         self.state.borrow().clone()
     }
 
+    /// Number of the current step.
+    #[must_use]
+    pub fn step(&self) -> u64 {
+        self.step.load(Ordering::Relaxed)
+    }
+
     /// For a session to watch.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<GateState> {

@@ -3,6 +3,7 @@
 //! Bytes read wait in `input` until they are processed, bytes to write in `output`. The invariant:
 //! both are bounded; who fills `output` over its mark stops reading from the other side.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -35,13 +36,15 @@ pub struct Link {
     pub passing: usize,
     /// The peer has closed its side.
     pub ended: bool,
+    /// Parameters that the peer, a server, has reported.
+    pub parameters: BTreeMap<String, String>,
 }
 
 impl Link {
     /// A link over `stream`, with bytes that were already read.
     #[must_use]
     pub fn new(stream: Stream, input: BytesMut) -> Self {
-        Self { stream, input, output: BytesMut::new(), passing: 0, ended: false }
+        Self { stream, input, output: BytesMut::new(), passing: 0, ended: false, parameters: BTreeMap::new() }
     }
 
     /// Reads what is there. Ready when something came, the peer closed (`ended`), or it failed.

@@ -28,6 +28,7 @@ fn violation(message: String) -> Event {
 enum Verdict {
     Pass,
     Drop,
+    Replace(ErrorFields),
 }
 
 impl Session {
@@ -127,14 +128,16 @@ impl Session {
     /// Passes on bytes of a large message.
     fn pass_client(&mut self) {
         let n = self.client.passing.min(self.client.input.len());
-        if let Some(server) = self.server.as_mut() {
-            self.tracker.client_more(&self.client.input[..n]);
-            self.client.forward(n, &mut server.link.output);
-        } else {
+        match self.server.as_mut() {
+            Some(server) if !self.dropping_rest => {
+                self.tracker.client_more(&self.client.input[..n]);
+                self.client.forward(n, &mut server.link.output);
+            }
             // The exchange was answered with an error; its rest is of no use.
-            self.client.input.advance(n);
+            _ => self.client.input.advance(n),
         }
         self.client.passing -= n;
+        self.dropping_rest &= self.client.passing > 0;
         self.charge();
     }
 
@@ -190,8 +193,7 @@ impl Session {
         } else {
             self.client.passing = len - self.client.input.len();
             self.client.input.clear();
-            // Nothing of it goes to a server.
-            self.server = None;
+            self.dropping_rest = true;
         }
     }
 
@@ -232,10 +234,13 @@ impl Session {
             }
             match self.server_frame(header.tag, run, header.len)? {
                 Verdict::Pass => run += header.len,
-                Verdict::Drop => {
+                other => {
                     let Some(server) = self.server.as_mut() else { return Ok(()) };
                     server.link.forward(run, &mut self.client.output);
                     server.link.input.advance(header.len);
+                    if let Verdict::Replace(fields) = other {
+                        fields.write_error(&mut self.client.output);
+                    }
                     self.after_drop();
                     run = 0;
                 }
@@ -253,6 +258,14 @@ impl Session {
         let frame = &server.link.input[at..at + len];
         if is_fatal(tag, frame) {
             self.last_words = Some(frame.into());
+            return Ok(Verdict::Drop);
+        }
+        if self.cut && self.cancelled_by_us(tag, frame) {
+            // Proof that nothing of the statement lasts: it runs again on the new primary.
+            if let Some(front) = self.tracker.journal_mut().in_flight_mut().front_mut() {
+                front.undone = true;
+            }
+            self.server = None;
             return Ok(Verdict::Drop);
         }
         let step = self
@@ -299,6 +312,13 @@ impl Session {
         Verdict::Pass
     }
 
+    fn cancelled_by_us(&self, tag: u8, frame: &[u8]) -> bool {
+        tag == backend::ERROR_RESPONSE
+            && !self.cancelled_by_client
+            && &helios_session::reply::sqlstate(frame) == b"57014"
+            && self.tracker.status() == TxnStatus::Idle
+    }
+
     /// A reply of a re-run exchange that the client already has: checked once all of it is here.
     fn skipped(&mut self) -> Verdict {
         let (Some(skip), Some(reply)) = (self.skip, self.tracker.delivered()) else {
@@ -309,7 +329,8 @@ impl Session {
         }
         self.skip = None;
         if reply.digest() != skip.digest {
-            self.fail_running("the statement in flight gave another result than was delivered");
+            self.forced = Some("the statement in flight gave another result than before".into());
+            self.server = None;
         }
         Verdict::Drop
     }
@@ -319,24 +340,13 @@ impl Session {
         let Some(server) = self.server.as_ref() else { return Verdict::Drop };
         let frame = &server.link.input[at..at + len];
         let rolled_back = tag == backend::COMMAND_COMPLETE && frame.get(5..13) == Some(b"ROLLBACK");
-        if tag == backend::ERROR_RESPONSE || (rolled_back && self.front_commits()) {
-            if let Some(fields) = self.instead.take() {
-                let Some(server) = self.server.as_mut() else { return Verdict::Drop };
-                server.link.forward(at, &mut self.client.output);
-                fields.write_error(&mut self.client.output);
-                // The caller drops the frame, which now stands first.
-                self.moved_front = true;
-            }
-            return Verdict::Drop;
+        if tag == backend::ERROR_RESPONSE || (rolled_back && self.commit_in_flight()) {
+            return self.instead.take().map_or(Verdict::Drop, Verdict::Replace);
         }
         if rolled_back {
             self.instead = None;
         }
         Verdict::Pass
-    }
-
-    fn front_commits(&self) -> bool {
-        self.commit_in_flight()
     }
 
     fn state_row(&mut self, at: usize, len: usize) {
@@ -354,6 +364,9 @@ impl Session {
         self.charge();
         self.shared.metrics.exchanges.inc();
         self.cancelled_by_client = false;
+        if self.shared.options.idle_timeout.is_some() {
+            self.last_activity = tokio::time::Instant::now();
+        }
         let entry = self.entry();
         match status {
             TxnStatus::Idle => {
@@ -372,11 +385,11 @@ impl Session {
         if self.tracker.is_between() {
             self.entry().set_state(if status == TxnStatus::Idle { 1 } else { 3 });
         }
-        if touched && self.tracker.is_between() {
+        self.state_due |= touched;
+        if self.state_due && status == TxnStatus::Idle && self.tracker.is_between() {
             self.ask_for_state();
             return Verdict::Drop;
         }
-        self.state_due |= touched;
         Verdict::Pass
     }
 
@@ -397,8 +410,6 @@ impl Session {
                 self.learn_state(state);
             }
             back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
-        } else if self.state_due && self.tracker.is_quiet() && self.tracker.is_between() {
-            self.state_due = false;
         }
     }
 

@@ -85,6 +85,15 @@ pub async fn simple(link: &mut Link, sql: &str) -> Result<Vec<Vec<Option<String>
     }
 }
 
+fn note_parameter(link: &mut Link, tag: u8, frame: &[u8]) {
+    if tag == backend::PARAMETER_STATUS
+        && let Ok((name, value)) = read::parameter_status(frame.get(5..).unwrap_or_default())
+    {
+        let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+        link.parameters.insert(text(name), text(value));
+    }
+}
+
 /// A row's columns as text.
 #[must_use]
 pub fn text_row(body: &[u8]) -> Vec<Option<String>> {
@@ -103,7 +112,9 @@ async fn next_frame(link: &mut Link) -> Result<(u8, bytes::BytesMut), ReplayErro
         if let Some(header) = peek_header(&link.input)?
             && link.input.len() >= header.len
         {
-            return Ok((header.tag, link.input.split_to(header.len)));
+            let frame = link.input.split_to(header.len);
+            note_parameter(link, header.tag, &frame);
+            return Ok((header.tag, frame));
         }
         if !link.read_more().await? {
             return Err(ended());
@@ -167,6 +178,7 @@ async fn collect(link: &mut Link, cycles: usize) -> Result<Vec<Option<u128>>, Re
             && link.input.len() >= header.len
         {
             let frame = link.input.split_to(header.len);
+            note_parameter(link, header.tag, &frame);
             match header.tag {
                 backend::READY_FOR_QUERY => described.push(columns.take()),
                 backend::ROW_DESCRIPTION => {
@@ -249,6 +261,7 @@ fn take_replies(link: &mut Link, tracker: &mut Tracker) -> Result<(), ReplayErro
         && link.input.len() >= header.len
     {
         let frame = link.input.split_to(header.len);
+        note_parameter(link, header.tag, &frame);
         if is_fatal(header.tag, &frame) {
             return Err(ended());
         }

@@ -43,7 +43,7 @@ pub(super) struct Server {
 impl Server {
     pub(super) fn new(conn: BackendConn, epoch: Epoch) -> Self {
         Self {
-            link: Link::new(conn.stream, conn.buf),
+            link: Link { parameters: conn.parameters, ..Link::new(conn.stream, conn.buf) },
             pid: conn.pid,
             secret: conn.secret,
             endpoint: conn.endpoint,
@@ -123,6 +123,19 @@ pub struct Session {
     /// We cancelled the statement in flight ourselves, for a planned move.
     pub(super) cut: bool,
     pub(super) cancelled_by_client: bool,
+    /// The rest of a large client message is thrown away.
+    pub(super) dropping_rest: bool,
+    /// The state changed and has not been asked for yet.
+    pub(super) state_due: bool,
+    /// The transaction must be aborted, for this reason.
+    pub(super) forced: Option<String>,
+    /// Next attempt to find a server, not before.
+    pub(super) retry_at: Option<Instant>,
+    pub(super) last_activity: Instant,
+    /// Process id of the last backend.
+    pub(super) old_pid: Option<i32>,
+    /// Epoch of the last move that was reported.
+    pub(super) shown_epoch: Epoch,
     _permits: (crate::listener::ConnectionPermit, crate::listener::UserPermit),
 }
 
@@ -149,6 +162,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let key = &registered.entry.key;
     back::backend_key_data(&mut link.output, key.pid, &key.secret);
     back::ready_for_query(&mut link.output, TxnStatus::Idle.byte());
+    let pid = conn.pid;
     let account = shared.pool.account(shared.options.max_journal_bytes);
     let member = shared.gate.join();
     let session = Session {
@@ -177,6 +191,13 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         cancel_waits: false,
         cut: false,
         cancelled_by_client: false,
+        dropping_rest: false,
+        state_due: false,
+        forced: None,
+        retry_at: None,
+        last_activity: Instant::now(),
+        old_pid: Some(pid),
+        shown_epoch: epoch,
         _permits: client.permits,
     };
     tracing::debug!(session = %id, "session started");
@@ -280,6 +301,7 @@ impl Session {
             Event::Cancel => {
                 self.entry().cancel.store(false, Ordering::SeqCst);
                 self.cancel_waits = true;
+                self.forward_cancel();
                 Ok(())
             }
             Event::ServerLost => {
@@ -331,6 +353,9 @@ impl Session {
                 Err(event) => return Poll::Ready(event),
             }
             self.acknowledge();
+            if self.needs_server_now() {
+                return Poll::Ready(Event::Timer);
+            }
             let mut moved = false;
             if let Err(event) = self.poll_write(cx) {
                 return Poll::Ready(event);
@@ -435,21 +460,31 @@ impl Session {
     }
 
     fn next_timer(&self) -> Option<Instant> {
-        if self.server.is_none() && self.wants_server() && self.gate.phase == Phase::Open {
-            let pause = Duration::from_millis(20) * 2_u32.pow(self.attempts.min(5));
-            return Some(self.lost_since.unwrap_or_else(Instant::now).max(Instant::now()) + pause);
+        if self.server.is_none() && self.gate.phase == Phase::Open && self.wants_server() {
+            return Some(self.retry_at.unwrap_or_else(Instant::now));
         }
-        if self.cancel_waits && !self.tracker.is_between() {
+        if self.cancel_waits {
             return Some(Instant::now() + Duration::from_millis(2));
         }
         let idle = self.shared.options.idle_timeout?;
-        (self.tracker.status() == TxnStatus::Idle && self.tracker.is_between())
-            .then(|| Instant::now() + idle)
+        Some(self.last_activity + idle.max(Duration::from_secs(1)))
+    }
+
+    /// Whether to look for a backend right away.
+    fn needs_server_now(&self) -> bool {
+        self.server.is_none()
+            && self.gate.phase == Phase::Open
+            && self.wants_server()
+            && self.retry_at.is_none_or(|at| at <= Instant::now())
     }
 
     /// Whether a backend is needed now.
     pub(super) fn wants_server(&self) -> bool {
-        !self.client.input.is_empty() || self.must_rebuild() || self.client.passing > 0
+        !self.client.input.is_empty()
+            || self.must_rebuild()
+            || self.client.passing > 0
+            || self.last_words.is_some()
+            || !self.resend.is_empty()
     }
 
     async fn timer(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {
@@ -460,7 +495,11 @@ impl Session {
             self.forward_cancel();
             return Ok(());
         }
-        if self.tracker.is_between() && self.shared.options.idle_timeout.is_some() {
+        let quiet = self.tracker.is_between() && self.tracker.status() == TxnStatus::Idle;
+        if let Some(limit) = self.shared.options.idle_timeout
+            && quiet
+            && self.last_activity.elapsed() >= limit
+        {
             let message = "terminating connection due to idle-session timeout";
             return Err(End::Fatal(ErrorFields::fatal(SqlState::IDLE_SESSION_TIMEOUT, message)));
         }

@@ -1,4 +1,8 @@
 //! A client's way in: from its first byte to AuthenticationOk.
+//!
+//! [`first`] reads the untyped packets and switches to TLS, [`handshake`] judges the start-up
+//! packet, [`authenticate`] lets the client prove who it is. Nothing here trusts a byte: lengths
+//! are bounded before anything is read, and a time limit is over all of it.
 
 use std::io;
 use std::sync::Arc;
@@ -13,6 +17,10 @@ use crate::backend::Login;
 use crate::listener::{ConnectionPermit, Incoming, Limits, UserPermit};
 use crate::stream::Stream;
 use crate::tls::ServerTls;
+
+mod authenticate;
+mod first;
+mod handshake;
 
 /// What logins need to know of the proxy.
 #[derive(Debug)]
@@ -84,6 +92,11 @@ pub enum LoginError {
 ///
 /// See [`LoginError`].
 pub async fn accept(incoming: Incoming, ctx: &EdgeContext) -> Result<Accepted, LoginError> {
-    let _ = (incoming, ctx);
-    Err(LoginError::Closed)
+    // Boxed: a login's state (a TLS handshake, an exchange) is large, and its caller's future
+    // lives as long as the session.
+    let login = Box::pin(handshake::handshake(incoming, ctx));
+    match tokio::time::timeout(ctx.login_timeout, login).await {
+        Ok(done) => done,
+        Err(_) => Err(LoginError::Timeout(ctx.login_timeout)),
+    }
 }

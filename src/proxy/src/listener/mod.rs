@@ -1,0 +1,239 @@
+//! Where clients come in: sockets, and how many connections may be open.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, UnixListener, UnixStream, lookup_host};
+use tokio_util::sync::CancellationToken;
+
+use crate::stream::Stream;
+pub use limits::{Admission, ConnectionPermit, Limits, UserPermit};
+
+mod limits;
+
+/// Connections that the kernel keeps for us while we are busy.
+const BACKLOG: u32 = 4096;
+/// Pause when no connection can be taken (no file descriptors): retrying at once would spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A client's connection before its first byte.
+#[derive(Debug)]
+pub struct Incoming {
+    /// The connection.
+    pub stream: Stream,
+    /// Its address for people.
+    pub peer: String,
+    /// Its place among all connections.
+    pub admission: Admission,
+}
+
+/// A socket that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody else listens there.
+    #[error("could not listen on {address}: it is already in use")]
+    InUse {
+        /// The address or path.
+        address: String,
+        /// What to do about it.
+        hint: String,
+    },
+    /// Something else.
+    #[error("could not listen on {address}: {source}")]
+    Io {
+        /// The address or path.
+        address: String,
+        /// What happened.
+        source: io::Error,
+    },
+}
+
+impl BindError {
+    /// What to do about it.
+    #[must_use]
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            Self::InUse { hint, .. } => Some(hint),
+            Self::Io { .. } => None,
+        }
+    }
+
+    fn new(address: String, source: io::Error) -> Self {
+        if source.kind() == io::ErrorKind::AddrInUse {
+            let port = address.rsplit(['.', ':']).next().unwrap_or_default();
+            let hint = format!(
+                "is another proxy or a PostgreSQL server running on port {port}? stop it, or \
+                 set another listen_address"
+            );
+            Self::InUse { address, hint }
+        } else {
+            Self::Io { address, source }
+        }
+    }
+}
+
+/// Sockets on which clients are taken.
+#[derive(Debug)]
+pub struct Listener {
+    tcp: Vec<TcpListener>,
+    unix: Option<UnixSocket>,
+    port: u16,
+}
+
+/// A Unix socket, removed on drop.
+#[derive(Debug)]
+struct UnixSocket {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for UnixSocket {
+    fn drop(&mut self) {
+        // When it is gone already there is nothing to do.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Listener {
+    /// Listens on all addresses of `host` (`*` for every one) and, in the folder `unix_dir`, on
+    /// `.s.PGSQL.<port>`. Port 0 takes a free one.
+    ///
+    /// # Errors
+    ///
+    /// A socket cannot be had.
+    pub async fn bind(host: &str, port: u16, unix_dir: Option<&Path>) -> Result<Self, BindError> {
+        let named = format!("{host}:{port}");
+        let addresses: Vec<SocketAddr> = if host == "*" {
+            vec![SocketAddr::from(([0, 0, 0, 0], port))]
+        } else {
+            let found = lookup_host((host, port)).await;
+            found.map_err(|e| BindError::new(named, e))?.collect()
+        };
+        let mut chosen = port;
+        let mut tcp = Vec::with_capacity(addresses.len());
+        for mut address in addresses {
+            address.set_port(chosen);
+            let listener = bind_tcp(address).map_err(|e| BindError::new(address.to_string(), e))?;
+            if let Ok(bound) = listener.local_addr() {
+                chosen = bound.port();
+            }
+            tcp.push(listener);
+        }
+        let unix = match unix_dir {
+            Some(dir) => Some(bind_unix(dir, chosen).await?),
+            None => None,
+        };
+        let port = chosen;
+        Ok(Self { tcp, unix, port })
+    }
+
+    /// The port that clients use.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Takes clients until `stop`, and hands each to `on_client`, which must not block. The
+    /// sockets are closed when this returns.
+    pub async fn run(
+        self,
+        limits: Arc<Limits>,
+        stop: CancellationToken,
+        mut on_client: impl FnMut(Incoming),
+    ) {
+        loop {
+            let accepted = tokio::select! {
+                () = stop.cancelled() => return,
+                accepted = std::future::poll_fn(|cx| self.poll_accept(cx)) => accepted,
+            };
+            let stream = match accepted {
+                Ok(stream) => stream,
+                Err(error) if is_clients_fault(&error) => continue,
+                Err(error) => {
+                    tracing::warn!(%error, "could not take a connection");
+                    tokio::select! {
+                        () = stop.cancelled() => return,
+                        () = tokio::time::sleep(ACCEPT_PAUSE) => continue,
+                    }
+                }
+            };
+            let peer = stream.peer();
+            match limits.admit() {
+                // Too many even to be told so.
+                None => tracing::warn!(peer, "too many connections: closed without an answer"),
+                Some(admission) => on_client(Incoming {
+                    stream,
+                    peer,
+                    admission,
+                }),
+            }
+        }
+    }
+
+    fn poll_accept(&self, cx: &mut std::task::Context<'_>) -> std::task::Poll<io::Result<Stream>> {
+        use std::task::Poll;
+        for listener in &self.tcp {
+            if let Poll::Ready(accepted) = listener.poll_accept(cx) {
+                return Poll::Ready(accepted.and_then(|(socket, _)| Stream::tcp(socket)));
+            }
+        }
+        if let Some(unix) = &self.unix
+            && let Poll::Ready(accepted) = unix.listener.poll_accept(cx)
+        {
+            return Poll::Ready(accepted.map(|(socket, _)| Stream::Unix(socket)));
+        }
+        Poll::Pending
+    }
+}
+
+/// The connection broke before it was taken; the next one may be good.
+fn is_clients_fault(error: &io::Error) -> bool {
+    use io::ErrorKind as Kind;
+    matches!(
+        error.kind(),
+        Kind::ConnectionAborted
+            | Kind::ConnectionReset
+            | Kind::ConnectionRefused
+            | Kind::NotConnected
+            | Kind::InvalidInput
+    )
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        tokio::net::TcpSocket::new_v4()?
+    } else {
+        tokio::net::TcpSocket::new_v6()?
+    };
+    // Or a restart would have to wait for the old connections' TIME_WAIT.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+async fn bind_unix(dir: &Path, port: u16) -> Result<UnixSocket, BindError> {
+    let path = dir.join(format!(".s.PGSQL.{port}"));
+    let named = || path.display().to_string();
+    let listener = match UnixListener::bind(&path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+            // A file that nobody listens on is left over from a crash.
+            match UnixStream::connect(&path).await {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(&path).map_err(|e| BindError::new(named(), e))?;
+                    UnixListener::bind(&path)
+                }
+                _ => Err(e),
+            }
+        }
+        bound => bound,
+    };
+    let listener = listener.map_err(|e| BindError::new(named(), e))?;
+    // As PostgreSQL's (unix_socket_permissions): who may log in is the authentication's business.
+    let open = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(&path, open).map_err(|e| BindError::new(named(), e))?;
+    Ok(UnixSocket { listener, path })
+}
