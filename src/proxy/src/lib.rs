@@ -8,3 +8,7 @@ pub mod listener;
 pub mod login;
 pub mod stream;
 pub mod tls;
+pub mod engine;
+pub mod handle;
+
+pub use handle::{CommandError, Proxy, ProxyHandle, ProxyOptions, StartError};

@@ -720,17 +720,26 @@ impl Tracker {
         }
     }
 
-    /// The session is on a fresh backend that owes nothing; journal and statements stay.
-    pub fn reset_expectations(&mut self) {
-        self.expect = ExpectQueue::default();
-        self.named.clear();
-        self.asked.clear();
-        self.inline_asked.clear();
-        for x in &mut self.xids {
-            x.pending = 0;
-            x.dirty = true;
-            x.known = None;
+    /// A tracker for the session's next backend, which has these statements prepared.
+    #[must_use]
+    pub fn successor(&self, prepared: &[(Vec<u8>, Prepared)]) -> Self {
+        let mut next = Self::new(self.mode);
+        for (name, statement) in prepared {
+            next.prepared.insert(name.clone(), statement.clone());
         }
+        next.prepared.settle();
+        next
+    }
+
+    /// Whether a transaction will be open when everything sent has been run.
+    #[must_use]
+    pub fn projects_open(&self) -> bool {
+        self.projected_open
+    }
+
+    /// The exchange in front was answered by the proxy: its transaction has committed.
+    pub fn committed_front(&mut self) {
+        self.finish(TxnStatus::Idle);
     }
 
     /// The open transaction is gone (aborted by us): the status is what the new backend has.
@@ -748,6 +757,7 @@ impl Tracker {
         self.prepared.settle();
         if self.projected_open {
             self.project(true);
+            self.journal.lose("the transaction was aborted by an earlier failover".into());
         }
     }
 

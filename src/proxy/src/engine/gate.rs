@@ -5,7 +5,7 @@
 //! [`Phase`], and a coordinator goes on only when all sessions have acknowledged or time is up.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use helios_api::control::{MoveReason, Topology};
@@ -62,6 +62,7 @@ pub struct Gate {
     acknowledged: AtomicUsize,
     step: AtomicU64,
     progress: Notify,
+    ending: AtomicBool,
 }
 
 impl Gate {
@@ -80,6 +81,7 @@ impl Gate {
             acknowledged: AtomicUsize::new(0),
             step: AtomicU64::new(1),
             progress: Notify::new(),
+            ending: AtomicBool::new(false),
         }
     }
 
@@ -115,6 +117,18 @@ impl Gate {
             self.acknowledged.store(0, Ordering::SeqCst);
             self.step.store(state.step, Ordering::SeqCst);
         });
+    }
+
+    /// Ends all sessions: the proxy shuts down.
+    pub fn end(&self) {
+        self.ending.store(true, Ordering::SeqCst);
+        self.publish(self.now().phase, None, None);
+    }
+
+    /// Whether sessions are to end.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::SeqCst)
     }
 
     /// A session joins; it has not acknowledged the current step.

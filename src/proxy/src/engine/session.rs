@@ -296,6 +296,11 @@ impl Session {
         match event {
             Event::Gate => {
                 self.gate = gate.borrow_and_update().clone();
+                if self.shared.gate.is_ending() {
+                    let message = "terminating connection because the proxy shuts down";
+                    let fields = ErrorFields::fatal(SqlState::ADMIN_SHUTDOWN, message);
+                    return Err(End::Fatal(fields));
+                }
                 self.gate_changed(gate).await
             }
             Event::Cancel => {
@@ -316,6 +321,7 @@ impl Session {
     /// Moves bytes until something else happens.
     async fn until_event(&mut self, gate: &mut watch::Receiver<GateState>) -> Event {
         let entry = Arc::clone(self.entry());
+        let entry = &*entry;
         let wake = entry.wake.notified();
         let changed = gate.changed();
         tokio::pin!(wake, changed);
@@ -324,7 +330,7 @@ impl Session {
         tokio::pin!(sleep);
         let mut registered = false;
         poll_fn(move |cx| {
-            if !registered || self.must_look(&entry) {
+            if !registered || self.must_look(entry) {
                 registered = true;
                 if changed.as_mut().poll(cx).is_ready() {
                     return Poll::Ready(Event::Gate);

@@ -1,0 +1,412 @@
+//! A running proxy: start, drain, resume, look, stop.
+//!
+//! The handle coordinates; sessions do the work. The invariant: phases of a move are published in
+//! the order of design section 6, one move at a time, and a command of an older epoch is refused.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use helios_api::control::{
+    Backend, DrainReport, DrainRequest, MigrationEvent, MoveReason, ProxyStatus, ResumeReport,
+    SessionInfo, Topology,
+};
+use helios_api::{Endpoint, Epoch, Host};
+use helios_telemetry::metrics::Metrics;
+use tokio::sync::{Mutex, broadcast};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::auth::{AuthMethod, VerifierCache};
+use crate::backend::{self, Login};
+use crate::engine::gate::{Gate, Phase};
+use crate::engine::monitor;
+use crate::engine::registry::lock;
+use crate::engine::session;
+use crate::engine::shared::{EngineOptions, Shared};
+use crate::listener::{BindError, Incoming, Limits, Listener};
+use crate::login::{self, Accepted, EdgeContext};
+use crate::tls::{BackendTls, ServerTls};
+
+/// How long open transactions may go on by themselves once new ones are held, before they are
+/// frozen: long enough for short ones to end, short enough not to be noticed.
+const GRACE: Duration = Duration::from_millis(15);
+
+/// How long frozen sessions may take to finish the statement in flight before it is cut.
+const STATEMENT_GRACE: Duration = Duration::from_millis(15);
+
+/// Everything a proxy is started with.
+#[derive(Debug)]
+pub struct ProxyOptions {
+    /// Host to listen on; `*` for all addresses.
+    pub host: String,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// Folder for a Unix socket.
+    pub unix_socket_dir: Option<PathBuf>,
+    /// How clients prove who they are.
+    pub auth: AuthMethod,
+    /// TLS towards clients.
+    pub tls: Option<ServerTls>,
+    /// TLS towards servers.
+    pub backend_tls: BackendTls,
+    /// The proxy's own login: a superuser, for verifiers and for questions about sessions.
+    pub service: Login,
+    /// Most connections in all.
+    pub max_connections: usize,
+    /// Most connections of one user.
+    pub max_connections_per_user: Option<usize>,
+    /// Limit of a client's login.
+    pub login_timeout: Duration,
+    /// How often the primary is asked whether it lives.
+    pub health_check_interval: Duration,
+    /// How long it may take to answer.
+    pub health_check_timeout: Duration,
+    /// The engine's.
+    pub engine: EngineOptions,
+    /// Metrics registry.
+    pub metrics: Metrics,
+}
+
+/// Why a proxy did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A socket cannot be had.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+}
+
+/// A command that was not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// It belongs to an epoch that is over.
+    #[error("command of epoch {given}, but this proxy is at epoch {current}")]
+    Stale {
+        /// Epoch of the command.
+        given: Epoch,
+        /// Epoch of the proxy.
+        current: Epoch,
+    },
+}
+
+/// The proxy.
+#[derive(Debug)]
+pub struct Proxy;
+
+/// A running proxy. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ProxyHandle(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    shared: Arc<Shared>,
+    verifiers: Arc<VerifierCache>,
+    limits: Arc<Limits>,
+    port: u16,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+    reachable: Arc<AtomicBool>,
+    /// One move at a time.
+    moving: Mutex<()>,
+}
+
+impl Proxy {
+    /// Starts a proxy in front of `topology.primary`.
+    ///
+    /// # Errors
+    /// A socket cannot be had.
+    pub async fn start(
+        options: ProxyOptions,
+        topology: Topology,
+    ) -> Result<ProxyHandle, StartError> {
+        let dir = options.unix_socket_dir.as_deref();
+        let listener = Listener::bind(&options.host, options.port, dir).await?;
+        let port = listener.port();
+        let patience = options.engine.outage_limit;
+        let verifiers = Arc::new(VerifierCache::new(
+            options.service.clone(),
+            options.backend_tls.clone(),
+            patience,
+        ));
+        verifiers.set_endpoint(Some(topology.primary.endpoint.clone()));
+        let limits = Limits::new(options.max_connections, options.max_connections_per_user);
+        let shared = Shared::new(
+            Gate::new(topology),
+            options.engine,
+            options.backend_tls,
+            options.service,
+            options.metrics,
+        );
+        let edge = Arc::new(EdgeContext {
+            auth: options.auth,
+            tls: options.tls,
+            verifiers: Arc::clone(&verifiers),
+            limits: Arc::clone(&limits),
+            login_timeout: options.login_timeout,
+        });
+        let inner = Inner {
+            shared,
+            verifiers,
+            limits: Arc::clone(&limits),
+            port,
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            reachable: Arc::new(AtomicBool::new(true)),
+            moving: Mutex::new(()),
+        };
+        let handle = ProxyHandle(Arc::new(inner));
+        handle.spawn_listener(listener, edge);
+        handle.spawn_monitor(options.health_check_interval, options.health_check_timeout);
+        Ok(handle)
+    }
+}
+
+async fn client(shared: Arc<Shared>, edge: Arc<EdgeContext>, incoming: Incoming) {
+    let peer = incoming.peer.clone();
+    match login::accept(incoming, &edge).await {
+        Ok(Accepted::Cancel { key }) => shared.registry.cancel(key.pid, &key.secret),
+        Ok(Accepted::Session(login)) => {
+            shared.metrics.connections.inc();
+            Box::pin(session::serve(shared, *login)).await;
+        }
+        Err(login::LoginError::Closed) => {}
+        Err(error) => {
+            shared.metrics.connection_refused(refusal(&error));
+            tracing::info!(peer, %error, "client was not let in");
+        }
+    }
+}
+
+fn refusal(error: &login::LoginError) -> &'static str {
+    match error {
+        login::LoginError::Closed | login::LoginError::Io(_) => "connection",
+        login::LoginError::Timeout(_) => "timeout",
+        login::LoginError::Refused(fields) if fields.sqlstate.class() == *b"53" => "limit",
+        login::LoginError::Refused(_) => "refused",
+        login::LoginError::Protocol(_) => "protocol",
+    }
+}
+
+impl ProxyHandle {
+    fn spawn_listener(&self, listener: Listener, edge: Arc<EdgeContext>) {
+        let this = Arc::clone(&self.0);
+        self.0.tasks.spawn(async move {
+            let (tasks, stop) = (this.tasks.clone(), this.stop.clone());
+            let limits = Arc::clone(&this.limits);
+            let shared = Arc::clone(&this.shared);
+            drop(this);
+            let on_client = move |incoming| {
+                tasks.spawn(client(Arc::clone(&shared), Arc::clone(&edge), incoming));
+            };
+            listener.run(limits, stop, on_client).await;
+        });
+    }
+
+    fn spawn_monitor(&self, interval: Duration, timeout: Duration) {
+        let shared = Arc::clone(&self.0.shared);
+        let reachable = Arc::clone(&self.0.reachable);
+        let stop = self.0.stop.clone();
+        self.0.tasks.spawn(async move {
+            let watch = monitor::watch(shared, reachable, interval, timeout);
+            tokio::select! {
+                () = watch => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
+
+    /// The port that clients use.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.0.port
+    }
+
+    /// The metrics registry.
+    #[must_use]
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.shared.metrics
+    }
+
+    fn check_epoch(&self, given: Epoch) -> Result<(), CommandError> {
+        let current = self.0.shared.gate.now().topology.epoch;
+        if given < current { Err(CommandError::Stale { given, current }) } else { Ok(()) }
+    }
+
+    /// Opens a backend on `candidate` for every session, ahead of a planned move, so that the pause
+    /// does not hold their logins. Best effort: a session without one logs in when it moves.
+    pub async fn prepare(&self, candidate: &Backend) {
+        let shared = &self.0.shared;
+        let open = shared.registry.all().into_iter().map(|entry| async move {
+            let Ok(_permit) = shared.logins.acquire().await else { return };
+            let limit = shared.options.connect_timeout;
+            let at = &candidate.endpoint;
+            match backend::connect(at, &shared.tls, &entry.login, limit).await {
+                Ok(conn) => *lock(&entry.warm) = Some(conn),
+                Err(error) => tracing::debug!(%error, "no backend ahead of time"),
+            }
+        });
+        let limit = Duration::from_secs(30);
+        let _ = tokio::time::timeout(limit, futures_util::future::join_all(open)).await;
+    }
+
+    /// Holds new transactions, lets open ones end within a short grace, freezes the rest between
+    /// statements. Sessions that cannot be moved get up to the request's limit to end by themselves
+    /// first, while everybody else goes on.
+    ///
+    /// # Errors
+    /// [`CommandError::Stale`].
+    pub async fn drain(&self, request: &DrainRequest) -> Result<DrainReport, CommandError> {
+        let _one = self.0.moving.lock().await;
+        self.check_epoch(request.epoch)?;
+        let limit = Duration::from_millis(request.timeout_ms);
+        let deadline = Instant::now() + limit;
+        self.wait_for_unprotected(deadline).await;
+        let began = Instant::now();
+        let gate = &self.0.shared.gate;
+        gate.publish(Phase::Hold, None, Some(MoveReason::Switchover));
+        if !gate.all_acknowledged(GRACE).await {
+            gate.publish(Phase::Freeze, None, None);
+            if !gate.all_acknowledged(STATEMENT_GRACE).await {
+                gate.publish(Phase::Cut, None, None);
+                let left = deadline.saturating_duration_since(Instant::now());
+                gate.all_acknowledged(left.max(Duration::from_millis(500))).await;
+            }
+        }
+        let mut report = DrainReport {
+            micros: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
+            ..DrainReport::default()
+        };
+        for info in self.sessions() {
+            match (info.unprotected, info.transaction_age_ms) {
+                (Some(_), _) => report.unprotected += 1,
+                (None, Some(_)) => report.frozen += 1,
+                (None, None) => report.idle += 1,
+            }
+        }
+        Ok(report)
+    }
+
+    async fn wait_for_unprotected(&self, deadline: Instant) {
+        let hurts = |i: &SessionInfo| i.unprotected.is_some() && i.transaction_age_ms.is_some();
+        while Instant::now() < deadline && self.sessions().iter().any(hurts) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// There is a new primary (or the same one again, after a restart): sessions are rebuilt behind
+    /// the barrier of design rule 5.7, then new work is let in.
+    ///
+    /// # Errors
+    /// [`CommandError::Stale`].
+    pub async fn resume(&self, topology: Topology) -> Result<ResumeReport, CommandError> {
+        let _one = self.0.moving.lock().await;
+        self.check_epoch(topology.epoch)?;
+        let began = Instant::now();
+        let shared = &self.0.shared;
+        let gate = &shared.gate;
+        let now = gate.now();
+        let reason = if now.phase == Phase::Open { MoveReason::Failover } else { now.reason };
+        shared.take_report();
+        *lock(&shared.postmaster_start) = None;
+        self.0.verifiers.set_endpoint(Some(topology.primary.endpoint.clone()));
+        let limit = shared.options.barrier_limit;
+        gate.publish(Phase::Replay, Some(topology), Some(reason));
+        gate.all_acknowledged(limit).await;
+        shared.metrics.phase("replay", began.elapsed());
+        gate.publish(Phase::Send, None, None);
+        gate.all_acknowledged(Duration::from_secs(1)).await;
+        gate.publish(Phase::Open, None, None);
+        let mut report = shared.take_report();
+        report.micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.drop_warm();
+        Ok(report)
+    }
+
+    /// Undoes a drain: sessions go on where they are.
+    ///
+    /// # Errors
+    /// [`CommandError::Stale`].
+    pub async fn abort(&self, epoch: Epoch) -> Result<(), CommandError> {
+        let _one = self.0.moving.lock().await;
+        self.check_epoch(epoch)?;
+        self.0.shared.gate.publish(Phase::Open, None, None);
+        self.drop_warm();
+        Ok(())
+    }
+
+    /// Backends that were opened ahead of time for another primary are of no use.
+    fn drop_warm(&self) {
+        let primary = self.0.shared.gate.now().topology.primary.endpoint.clone();
+        for entry in self.0.shared.registry.all() {
+            let mut warm = lock(&entry.warm);
+            if warm.as_ref().is_some_and(|conn| conn.endpoint != primary) {
+                *warm = None;
+            }
+        }
+    }
+
+    /// What the proxy is doing.
+    #[must_use]
+    pub fn status(&self) -> ProxyStatus {
+        let state = self.0.shared.gate.now();
+        let sessions = self.sessions();
+        let count = |f: &dyn Fn(&SessionInfo) -> bool| sessions.iter().filter(|s| f(s)).count();
+        ProxyStatus {
+            epoch: state.topology.epoch,
+            phase: state.phase.name().to_owned(),
+            sessions: sessions.len() as u64,
+            in_transaction: count(&|s| s.transaction_age_ms.is_some()) as u64,
+            protected: count(&|s| s.unprotected.is_none()) as u64,
+            primary_reachable: self.0.reachable.load(Ordering::Relaxed),
+            journal_bytes: self.0.shared.pool.used() as u64,
+        }
+    }
+
+    /// All sessions.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<SessionInfo> {
+        let now = self.0.shared.now_micros();
+        self.0.shared.registry.all().iter().map(|entry| entry.info(now)).collect()
+    }
+
+    /// Migration events from now on. A subscriber that falls far behind misses the oldest.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<MigrationEvent> {
+        self.0.shared.events.subscribe()
+    }
+
+    /// Takes no more clients, lets sessions end by themselves for `grace`, then ends them.
+    pub async fn shutdown(&self, grace: Duration) {
+        self.0.stop.cancel();
+        self.0.tasks.close();
+        if tokio::time::timeout(grace, self.0.tasks.wait()).await.is_err() {
+            self.0.shared.gate.end();
+            let _ = tokio::time::timeout(Duration::from_secs(5), self.0.tasks.wait()).await;
+        }
+    }
+
+    /// Bytes that all journals hold; for tests of the accounting.
+    #[must_use]
+    pub fn journal_bytes(&self) -> usize {
+        self.0.shared.pool.used()
+    }
+
+    /// Refreshes the gauges and renders all metrics in Prometheus' text format.
+    #[must_use]
+    pub fn render_metrics(&self) -> String {
+        let status = self.status();
+        let metrics = self.metrics();
+        let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        metrics.journal_bytes.set(gauge(status.journal_bytes));
+        metrics.protected_sessions.set(gauge(status.protected));
+        metrics.render()
+    }
+}
+
+/// The address that a client on this machine connects to.
+#[must_use]
+pub fn local_endpoint(host: &str, port: u16) -> Endpoint {
+    let host = if host == "*" { "127.0.0.1" } else { host };
+    Endpoint { host: Host::Tcp(host.to_owned()), port }
+}
