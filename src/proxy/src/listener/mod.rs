@@ -108,7 +108,7 @@ impl Listener {
     pub async fn bind(host: &str, port: u16, unix_dir: Option<&Path>) -> Result<Self, BindError> {
         let named = format!("{host}:{port}");
         let addresses: Vec<SocketAddr> = if host == "*" {
-            vec![SocketAddr::from(([0, 0, 0, 0], port))]
+            every_address(port)
         } else {
             let found = lookup_host((host, port)).await;
             found.map_err(|e| BindError::new(named, e))?.collect()
@@ -117,7 +117,11 @@ impl Listener {
         let mut tcp = Vec::with_capacity(addresses.len());
         for mut address in addresses {
             address.set_port(chosen);
-            let listener = bind_tcp(address).map_err(|e| BindError::new(address.to_string(), e))?;
+            let listener = match bind_tcp(address) {
+                // `*` on a machine without IPv6.
+                Err(_) if host == "*" && address.is_ipv6() => continue,
+                bound => bound.map_err(|e| BindError::new(address.to_string(), e))?,
+            };
             if let Ok(bound) = listener.local_addr() {
                 chosen = bound.port();
             }
@@ -203,11 +207,21 @@ fn is_clients_fault(error: &io::Error) -> bool {
     )
 }
 
+fn every_address(port: u16) -> Vec<SocketAddr> {
+    vec![
+        SocketAddr::from(([0, 0, 0, 0], port)),
+        SocketAddr::from(([0_u16; 8], port)),
+    ]
+}
+
 fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() {
         tokio::net::TcpSocket::new_v4()?
     } else {
-        tokio::net::TcpSocket::new_v6()?
+        let socket = tokio::net::TcpSocket::new_v6()?;
+        // IPv4 has a socket of its own.
+        socket2::SockRef::from(&socket).set_only_v6(true)?;
+        socket
     };
     // Or a restart would have to wait for the old connections' TIME_WAIT.
     socket.set_reuseaddr(true)?;

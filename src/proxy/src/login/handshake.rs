@@ -1,8 +1,12 @@
 //! From the start-up packet to a login: versions, options, limits.
 
+use std::time::Duration;
+
+use bytes::BytesMut;
 use helios_wire::message::back;
 use helios_wire::startup::{FirstPacket, Startup};
 use helios_wire::{ErrorFields, SqlState};
+use tokio::io::AsyncWriteExt as _;
 
 use super::authenticate::authenticate;
 use super::first::{First, first_packet};
@@ -13,6 +17,9 @@ use crate::listener::{Admission, Incoming};
 
 /// Newest minor version of protocol 3 that we speak.
 const NEWEST_MINOR: u16 = 2;
+/// How long, and for how many bytes, a refused client may take to hang up.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 256 * 1024;
 
 pub(super) async fn handshake(
     incoming: Incoming,
@@ -83,7 +90,19 @@ pub(super) async fn refuse(client: &mut Framed, error: ErrorFields) -> LoginErro
     error.write_error(&mut client.out);
     // One that has gone needs not be told.
     let _ = client.flush().await;
-    let _ = tokio::io::AsyncWriteExt::shutdown(&mut client.stream).await;
+    let _ = client.stream.shutdown().await;
+    // Closing with unread bytes resets the connection, and the error could be lost on its way.
+    let linger = async {
+        let (mut rest, mut left) = (BytesMut::new(), LINGER_BYTES);
+        while let Ok(n @ 1..) = client.stream.fill(&mut rest, 4096).await {
+            rest.clear();
+            left = left.saturating_sub(n);
+            if left == 0 {
+                return;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LINGER, linger).await;
     LoginError::Refused(error)
 }
 

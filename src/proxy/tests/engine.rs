@@ -1,0 +1,358 @@
+//! The engine in front of one real server: forwarding, and moves onto a fresh backend.
+//!
+//! A move to the same server exercises everything but the loss of the old one: the transaction's
+//! old backend is gone, so what the client goes on with was replayed.
+
+use std::time::Duration;
+
+use futures_util::{StreamExt, TryStreamExt, pin_mut};
+use helios_api::control::{Backend, DrainRequest, Fence, Topology};
+use helios_api::{Endpoint, Epoch, Host, Lsn, Timeline, Xid};
+use helios_proxy::auth::AuthMethod;
+use helios_proxy::backend::{Credentials, Login};
+use helios_proxy::engine::shared::EngineOptions;
+use helios_proxy::tls::BackendTls;
+use helios_proxy::{Proxy, ProxyHandle, ProxyOptions};
+use helios_telemetry::metrics::Metrics;
+use helios_testkit::pg::{PgOptions, PgServer};
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+
+struct Bench {
+    server: PgServer,
+    proxy: ProxyHandle,
+    epoch: u64,
+}
+
+fn topology(server: &PgServer, epoch: u64) -> Topology {
+    let endpoint =
+        Endpoint { host: Host::Unix(server.socket_dir().to_owned()), port: server.port() };
+    let fences = (2..=epoch).map(|e| Fence {
+        epoch: Epoch(e),
+        timeline: Timeline(1),
+        fork: Lsn(0),
+        xid: Some(Xid(u64::MAX)),
+    });
+    Topology {
+        epoch: Epoch(epoch),
+        timeline: Timeline(1),
+        primary: Backend { name: "one".parse().unwrap(), endpoint },
+        fences: fences.collect(),
+    }
+}
+
+impl Bench {
+    async fn start(engine: EngineOptions) -> Self {
+        let server = PgServer::start(PgOptions::default()).await.unwrap();
+        let service = Login {
+            user: "postgres".into(),
+            database: "postgres".into(),
+            params: Vec::new(),
+            credentials: Credentials::None,
+        };
+        let options = ProxyOptions {
+            host: "127.0.0.1".into(),
+            port: 0,
+            unix_socket_dir: None,
+            auth: AuthMethod::Trust,
+            tls: None,
+            backend_tls: BackendTls::disabled(),
+            service,
+            max_connections: 100,
+            max_connections_per_user: None,
+            login_timeout: Duration::from_secs(5),
+            health_check_interval: Duration::from_secs(1),
+            health_check_timeout: Duration::from_secs(1),
+            engine,
+            metrics: Metrics::new(),
+        };
+        let proxy = Proxy::start(options, topology(&server, 1)).await.unwrap();
+        Self { server, proxy, epoch: 1 }
+    }
+
+    async fn client(&self) -> Client {
+        let config = format!(
+            "host=127.0.0.1 port={} user=postgres dbname=postgres",
+            self.proxy.port()
+        );
+        let (client, connection) = tokio_postgres::connect(&config, NoTls).await.unwrap();
+        tokio::spawn(async move { connection.await.ok() });
+        client
+    }
+
+    /// A planned move: drain, then resume on fresh backends.
+    async fn switchover(&mut self) {
+        let request = DrainRequest { epoch: Epoch(self.epoch), timeout_ms: 2000 };
+        self.proxy.drain(&request).await.unwrap();
+        self.resume().await;
+    }
+
+    async fn resume(&mut self) {
+        self.epoch += 1;
+        self.proxy.resume(topology(&self.server, self.epoch)).await.unwrap();
+    }
+}
+
+async fn bench() -> Bench {
+    Bench::start(EngineOptions::default()).await
+}
+
+fn pid_sql() -> &'static str {
+    "SELECT pg_backend_pid()"
+}
+
+async fn backend_pid(client: &Client) -> i32 {
+    client.query_one(pid_sql(), &[]).await.unwrap().get(0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_protocol_is_carried_faithfully() {
+    let bench = bench().await;
+    let mut client = bench.client().await;
+    client.batch_execute("CREATE TABLE t (a int, b text)").await.unwrap();
+    assert_eq!(client.execute("INSERT INTO t VALUES ($1, $2)", &[&1, &"x"]).await.unwrap(), 1);
+    // an error in an extended query, recovery at Sync
+    let error = client.query("SELECT 1 / $1::int", &[&0]).await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "22012");
+    let error = client.query("SELECT nonsense", &[]).await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "42703");
+    // COPY both ways
+    let sink = client.copy_in("COPY t FROM STDIN").await.unwrap();
+    pin_mut!(sink);
+    let data = futures_util::stream::iter((2..1000).map(|n| Ok(format!("{n}\trow\n").into())));
+    data.forward::<std::pin::Pin<&mut tokio_postgres::CopyInSink<bytes::Bytes>>>(sink)
+        .await
+        .unwrap();
+    let out: Vec<bytes::Bytes> =
+        client.copy_out("COPY t TO STDOUT").await.unwrap().try_collect().await.unwrap();
+    assert_eq!(out.len(), 999);
+    // portals with a row limit
+    let transaction = client.transaction().await.unwrap();
+    let portal = transaction.bind("SELECT a FROM t ORDER BY a", &[]).await.unwrap();
+    let first = transaction.query_portal(&portal, 10).await.unwrap();
+    let second = transaction.query_portal(&portal, 10).await.unwrap();
+    assert_eq!((first[0].get::<_, i32>(0), second[0].get::<_, i32>(0)), (1, 11));
+    transaction.rollback().await.unwrap();
+    // several statements in one simple query, an empty one
+    let results = client.simple_query("SELECT 1; SELECT 2; ;").await.unwrap();
+    let rows = results.iter().filter(|m| matches!(m, SimpleQueryMessage::Row(_))).count();
+    assert_eq!(rows, 2);
+    // a row of several MB goes through in pieces
+    let long: String = client.query_one("SELECT repeat('x', 5000000)", &[]).await.unwrap().get(0);
+    assert_eq!(long.len(), 5_000_000);
+    let back: i32 = client.query_one("SELECT length($1::text)", &[&long]).await.unwrap().get(0);
+    assert_eq!(back, 5_000_000);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_keeps_its_order() {
+    let bench = bench().await;
+    let client = bench.client().await;
+    let wait = (0..500).map(|n: i32| {
+        let client = &client;
+        async move { client.query_one("SELECT $1::int", &[&n]).await.unwrap().get::<_, i32>(0) }
+    });
+    let got = futures_util::future::join_all(wait).await;
+    assert_eq!(got, (0..500).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_request_reaches_the_statement() {
+    let bench = bench().await;
+    let client = bench.client().await;
+    let token = client.cancel_token();
+    let slow = tokio::spawn(async move { client.batch_execute("SELECT pg_sleep(30)").await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    token.cancel_query(NoTls).await.unwrap();
+    let error = slow.await.unwrap().unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "57014");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_transaction_moves() {
+    let mut bench = bench().await;
+    let client = bench.client().await;
+    client.batch_execute("CREATE TABLE t (id int, v int); INSERT INTO t VALUES (1, 10)").await.unwrap();
+    let before = backend_pid(&client).await;
+    client.batch_execute("BEGIN").await.unwrap();
+    let update = "UPDATE t SET v = v + 1 WHERE id = $1 RETURNING v";
+    let v: i32 = client.query_one(update, &[&1]).await.unwrap().get(0);
+    assert_eq!(v, 11);
+    bench.switchover().await;
+    let v: i32 = client.query_one(update, &[&1]).await.unwrap().get(0);
+    assert_eq!(v, 12);
+    client.batch_execute("COMMIT").await.unwrap();
+    assert_ne!(backend_pid(&client).await, before);
+    let direct = bench.server.connect().await.unwrap();
+    let v: i32 = direct.query_one("SELECT v FROM t", &[]).await.unwrap().get(0);
+    assert_eq!(v, 12);
+    assert_eq!(bench.proxy.journal_bytes(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_role_and_statements_move() {
+    let mut bench = bench().await;
+    let client = bench.client().await;
+    client.batch_execute("CREATE ROLE boss; SET search_path = pg_catalog, public").await.unwrap();
+    client.batch_execute("SET work_mem = '7MB'; SET my.thing = 'it''s'; SET ROLE boss").await.unwrap();
+    client.batch_execute("PREPARE p (int) AS SELECT $1 * 2").await.unwrap();
+    let statement = client.prepare("SELECT $1::int + 1").await.unwrap();
+    // the transaction changes what it must not change for the session
+    client.batch_execute("BEGIN; SET LOCAL work_mem = '9MB'").await.unwrap();
+    bench.switchover().await;
+    let one = |sql: &'static str| {
+        let client = &client;
+        async move { client.query_one(sql, &[]).await.unwrap().get::<_, String>(0) }
+    };
+    assert_eq!(one("SHOW work_mem").await, "9MB");
+    client.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(one("SHOW work_mem").await, "7MB");
+    assert_eq!(one("SHOW my.thing").await, "it's");
+    assert_eq!(one("SHOW search_path").await, "pg_catalog, public");
+    assert_eq!(one("SELECT current_user::text").await, "boss");
+    let n: i32 = client.query_one(&statement, &[&41]).await.unwrap().get(0);
+    assert_eq!(n, 42);
+    let rows = client.simple_query("EXECUTE p (21)").await.unwrap();
+    assert!(rows.iter().any(|m| matches!(m, SimpleQueryMessage::Row(r) if r.get(0) == Some("42"))));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_in_flight_is_answered_once() {
+    let mut bench = bench().await;
+    let client = bench.client().await;
+    client.batch_execute("CREATE TABLE t (a int)").await.unwrap();
+    client.batch_execute("BEGIN").await.unwrap();
+    client.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    let slow = client.simple_query("SELECT pg_sleep(1); INSERT INTO t VALUES (2)");
+    tokio::pin!(slow);
+    let moved = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        bench.switchover().await;
+        bench
+    };
+    let (result, bench) = tokio::join!(slow, moved);
+    result.unwrap();
+    client.batch_execute("COMMIT").await.unwrap();
+    let direct = bench.server.connect().await.unwrap();
+    let n: i64 = direct.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    assert_eq!(n, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_autocommit_statement_in_flight_runs_once() {
+    let mut bench = bench().await;
+    let client = bench.client().await;
+    client.batch_execute("CREATE TABLE t (a int)").await.unwrap();
+    let slow = client.execute("INSERT INTO t SELECT 1 FROM pg_sleep(1)", &[]);
+    let moved = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        bench.switchover().await;
+        bench
+    };
+    let (result, bench) = tokio::join!(slow, moved);
+    assert_eq!(result.unwrap(), 1);
+    let direct = bench.server.connect().await.unwrap();
+    let n: i64 = direct.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    assert_eq!(n, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_difference_aborts_and_the_session_lives_on() {
+    let mut bench = bench().await;
+    let client = bench.client().await;
+    client.batch_execute("CREATE SEQUENCE s; CREATE TABLE t (a int)").await.unwrap();
+    client.batch_execute("BEGIN; INSERT INTO t VALUES (1)").await.unwrap();
+    let row = client.query_one("INSERT INTO t VALUES (nextval('s')) RETURNING a", &[]);
+    assert_eq!(row.await.unwrap().get::<_, i32>(0), 1);
+    bench.switchover().await;
+    let error = client.batch_execute("INSERT INTO t VALUES (3)").await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "40001");
+    let error = client.batch_execute("INSERT INTO t VALUES (4)").await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "25P02");
+    client.batch_execute("ROLLBACK").await.unwrap();
+    let n: i64 = client.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    assert_eq!(n, 0);
+    // a COMMIT as the first thing it says must not look like a success
+    client.batch_execute("BEGIN; INSERT INTO t VALUES (nextval('s'))").await.unwrap();
+    client.query_one("SELECT nextval('s')", &[]).await.unwrap();
+    client.query_one("INSERT INTO t VALUES (nextval('s')) RETURNING a", &[]).await.unwrap();
+    bench.switchover().await;
+    let error = client.batch_execute("COMMIT").await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "40001");
+    let n: i64 = client.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    assert_eq!(n, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_move_is_known_beforehand_and_never_lost_silently() {
+    let mut bench = bench().await;
+    for (sql, what) in [
+        ("CREATE TEMP TABLE tt (a int)", "temporary object"),
+        ("SELECT pg_advisory_lock(1)", "session advisory lock"),
+        ("LISTEN news", "LISTEN"),
+        ("BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT", "cursor WITH HOLD"),
+    ] {
+        let client = bench.client().await;
+        client.batch_execute(sql).await.unwrap();
+        let reason = bench.proxy.sessions().pop().unwrap().unprotected.unwrap();
+        assert!(reason.contains(what), "{reason}");
+        bench.switchover().await;
+        let error = client.batch_execute("SELECT 1").await.unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "40001", "{what}");
+        client.batch_execute("SELECT 1").await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_administrators_kill_stays_a_kill() {
+    let bench = bench().await;
+    let client = bench.client().await;
+    let pid = backend_pid(&client).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let direct = bench.server.connect().await.unwrap();
+    direct.execute("SELECT pg_terminate_backend($1)", &[&pid]).await.unwrap();
+    let error = client.batch_execute("SELECT 1").await.unwrap_err();
+    let code = error.code().map(|c| c.code().to_owned());
+    assert!(error.is_closed() || code.as_deref() == Some("57P01"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_over_its_limit_is_unprotected_not_half_kept() {
+    let engine = EngineOptions { max_journal_bytes: 10_000, ..EngineOptions::default() };
+    let mut bench = Bench::start(engine).await;
+    let client = bench.client().await;
+    client.batch_execute("CREATE TABLE t (a text); BEGIN").await.unwrap();
+    let long = "x".repeat(3000);
+    for _ in 0..5 {
+        client.execute("INSERT INTO t VALUES ($1)", &[&long]).await.unwrap();
+        assert!(bench.proxy.journal_bytes() <= 10_000);
+    }
+    let reason = bench.proxy.sessions()[0].unprotected.clone().unwrap();
+    assert!(reason.contains("limit of 10000 bytes"), "{reason}");
+    bench.resume().await;
+    let error = client.batch_execute("COMMIT").await.unwrap_err();
+    assert_eq!(error.code().unwrap().code(), "40001");
+    client.batch_execute("BEGIN; INSERT INTO t VALUES ('y'); COMMIT").await.unwrap();
+    let n: i64 = client.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    assert_eq!(n, 1);
+    assert_eq!(bench.proxy.journal_bytes(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_server_is_found_again_with_the_transaction() {
+    let mut bench = bench().await;
+    let client = bench.client().await;
+    client.batch_execute("CREATE TABLE t (a int)").await.unwrap();
+    client.batch_execute("BEGIN; INSERT INTO t VALUES (1)").await.unwrap();
+    client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    bench.server.crash();
+    let commit = client.batch_execute("COMMIT");
+    let boot = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        bench.server.boot().await.unwrap();
+    };
+    let (commit, ()) = tokio::join!(commit, boot);
+    commit.unwrap();
+    let direct = bench.server.connect().await.unwrap();
+    let n: i64 = direct.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    assert_eq!(n, 2);
+}
