@@ -178,107 +178,36 @@ impl Metrics {
     fn try_new() -> Result<Self, prometheus::Error> {
         use names as n;
         let r = Registry::new();
-        let sessions = gauges(&r, n::SESSIONS, "client sessions by state", "state")?;
-        let bytes = counters(
-            &r,
-            n::BYTES,
-            "bytes of protocol traffic by direction",
-            &["direction"],
-        )?;
+        let sessions = gauges(&r, n::SESSIONS, "state")?;
+        let bytes = counters(&r, n::BYTES, &["direction"])?;
         Ok(Self(Arc::new(Handles {
             sessions: SessionState::ALL.map(|s| sessions.with_label_values(&[s.label()])),
-            connections: counter(&r, n::CONNECTIONS, "client connections accepted")?,
-            connections_refused: counters(
-                &r,
-                n::CONNECTIONS_REFUSED,
-                "client connections turned away by reason",
-                &["reason"],
-            )?,
-            journal_bytes: gauge(&r, n::JOURNAL_BYTES, "bytes held by all journals")?,
-            journal_overflows: counter(
-                &r,
-                n::JOURNAL_OVERFLOWS,
-                "transactions that outgrew their journal",
-            )?,
-            migrations: counters(
-                &r,
-                n::SESSION_MIGRATIONS,
-                "session migrations by result and reason",
-                &["result", "reason"],
-            )?,
-            migrations_failed: counter(
-                &r,
-                n::SESSION_MIGRATIONS_FAILED,
-                "session migrations that ended in an error for the client",
-            )?,
-            migrations_successful: counter(
-                &r,
-                n::SESSION_MIGRATIONS_SUCCESSFUL,
-                "session migrations that the client did not notice",
-            )?,
-            replays: counters(
-                &r,
-                n::TRANSACTION_REPLAYS,
-                "replays of open transactions by result",
-                &["result"],
-            )?,
+            connections: counter(&r, n::CONNECTIONS)?,
+            connections_refused: counters(&r, n::CONNECTIONS_REFUSED, &["reason"])?,
+            journal_bytes: gauge(&r, n::JOURNAL_BYTES)?,
+            journal_overflows: counter(&r, n::JOURNAL_OVERFLOWS)?,
+            migrations: counters(&r, n::SESSION_MIGRATIONS, &["result", "reason"])?,
+            migrations_failed: counter(&r, n::SESSION_MIGRATIONS_FAILED)?,
+            migrations_successful: counter(&r, n::SESSION_MIGRATIONS_SUCCESSFUL)?,
+            replays: counters(&r, n::TRANSACTION_REPLAYS, &["result"])?,
             replay_seconds: register(
                 &r,
-                Histogram::with_opts(buckets(
-                    n::TRANSACTION_REPLAY_SECONDS,
-                    "seconds to replay one open transaction",
-                ))?,
+                Histogram::with_opts(buckets(n::TRANSACTION_REPLAY_SECONDS))?,
             )?,
             last_replay: register(
                 &r,
-                Gauge::new(
-                    n::LAST_REPLAY_TIMESTAMP,
-                    "seconds since the Unix epoch when a replay last ended",
-                )?,
+                Gauge::new(n::LAST_REPLAY_TIMESTAMP, n::help(n::LAST_REPLAY_TIMESTAMP))?,
             )?,
-            losses_prevented: counter(
-                &r,
-                n::LOSSES_PREVENTED,
-                "transactions saved by replay or by resolving their outcome",
-            )?,
-            commit_resolutions: counters(
-                &r,
-                n::COMMIT_RESOLUTIONS,
-                "commits in flight resolved by outcome",
-                &["outcome"],
-            )?,
-            pause_seconds: histograms(
-                &r,
-                n::PAUSE_SECONDS,
-                "seconds a session stood still in a move by kind",
-                "kind",
-            )?,
-            phase_seconds: histograms(
-                &r,
-                n::MOVE_PHASE_SECONDS,
-                "seconds a phase of a move took by phase",
-                "phase",
-            )?,
-            exchanges: counter(&r, n::EXCHANGES, "requests answered up to ReadyForQuery")?,
+            losses_prevented: counter(&r, n::LOSSES_PREVENTED)?,
+            commit_resolutions: counters(&r, n::COMMIT_RESOLUTIONS, &["outcome"])?,
+            pause_seconds: histograms(&r, n::PAUSE_SECONDS, "kind")?,
+            phase_seconds: histograms(&r, n::MOVE_PHASE_SECONDS, "phase")?,
+            exchanges: counter(&r, n::EXCHANGES)?,
             bytes_from_client: bytes.with_label_values(&["from_client"]),
             bytes_to_client: bytes.with_label_values(&["to_client"]),
-            protected_sessions: gauge(
-                &r,
-                n::PROTECTED_SESSIONS,
-                "sessions that a failover now would not cost an error",
-            )?,
-            unprotected_sessions: gauges(
-                &r,
-                n::UNPROTECTED_SESSIONS,
-                "sessions that a failover now would cost an error by reason",
-                "reason",
-            )?,
-            backend_up: gauges(
-                &r,
-                n::BACKEND_UP,
-                "1 when the instance answered its last health check",
-                "instance",
-            )?,
+            protected_sessions: gauge(&r, n::PROTECTED_SESSIONS)?,
+            unprotected_sessions: gauges(&r, n::UNPROTECTED_SESSIONS, "reason")?,
+            backend_up: gauges(&r, n::BACKEND_UP, "instance")?,
             registry: r,
         })))
     }
@@ -381,43 +310,34 @@ fn register<C: Collector + Clone + 'static>(r: &Registry, c: C) -> Result<C, pro
     Ok(c)
 }
 
-fn counter(r: &Registry, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
-    register(r, IntCounter::new(name, help)?)
+fn counter(r: &Registry, name: &str) -> Result<IntCounter, prometheus::Error> {
+    register(r, IntCounter::new(name, names::help(name))?)
 }
 
-fn counters(
-    r: &Registry,
-    name: &str,
-    help: &str,
-    labels: &[&str],
-) -> Result<IntCounterVec, prometheus::Error> {
-    register(r, IntCounterVec::new(Opts::new(name, help), labels)?)
+fn counters(r: &Registry, name: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+    register(
+        r,
+        IntCounterVec::new(Opts::new(name, names::help(name)), labels)?,
+    )
 }
 
-fn gauge(r: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-    register(r, IntGauge::new(name, help)?)
+fn gauge(r: &Registry, name: &str) -> Result<IntGauge, prometheus::Error> {
+    register(r, IntGauge::new(name, names::help(name))?)
 }
 
-fn gauges(
-    r: &Registry,
-    name: &str,
-    help: &str,
-    label: &str,
-) -> Result<IntGaugeVec, prometheus::Error> {
-    register(r, IntGaugeVec::new(Opts::new(name, help), &[label])?)
+fn gauges(r: &Registry, name: &str, label: &str) -> Result<IntGaugeVec, prometheus::Error> {
+    register(
+        r,
+        IntGaugeVec::new(Opts::new(name, names::help(name)), &[label])?,
+    )
 }
 
-fn buckets(name: &str, help: &str) -> HistogramOpts {
-    HistogramOpts::new(name, help).buckets(PAUSE_BUCKETS.to_vec())
+fn buckets(name: &str) -> HistogramOpts {
+    HistogramOpts::new(name, names::help(name)).buckets(PAUSE_BUCKETS.to_vec())
 }
 
-fn histograms(
-    r: &Registry,
-    name: &str,
-    help: &str,
-    label: &str,
-) -> Result<HistogramVec, prometheus::Error> {
-    register(r, HistogramVec::new(buckets(name, help), &[label])?)
+fn histograms(r: &Registry, name: &str, label: &str) -> Result<HistogramVec, prometheus::Error> {
+    register(r, HistogramVec::new(buckets(name), &[label])?)
 }
 
 #[cfg(test)]
@@ -467,6 +387,8 @@ mod tests {
             assert!(text.lines().any(|l| l == line), "{line} not in:\n{text}");
         }
         assert!(text.contains(names::LAST_REPLAY_TIMESTAMP));
+        let helped = text.lines().filter(|l| l.starts_with("# HELP"));
+        assert!(helped.clone().count() == 20 && !text.contains(names::NO_HELP));
         m.backend_gone("pg-1");
         m.backend_gone("never there");
         assert!(!m.render().contains("pg-1"));

@@ -51,3 +51,33 @@ pub const PROTECTED_SESSIONS: &str = "helios_protected_sessions";
 pub const UNPROTECTED_SESSIONS: &str = "helios_unprotected_sessions";
 /// Gauge: 1 when the `instance` answered its last health check, else 0.
 pub const BACKEND_UP: &str = "helios_backend_up";
+
+/// Shows that a metric was added without a help text; a test refuses it.
+pub(super) const NO_HELP: &str = "no help";
+
+/// The help text of a metric.
+pub(super) fn help(name: &str) -> &'static str {
+    match name {
+        SESSIONS => "client sessions by state",
+        BYTES => "bytes of protocol traffic by direction",
+        CONNECTIONS => "client connections accepted",
+        CONNECTIONS_REFUSED => "client connections turned away by reason",
+        JOURNAL_BYTES => "bytes held by all journals",
+        JOURNAL_OVERFLOWS => "transactions that outgrew their journal",
+        SESSION_MIGRATIONS => "session migrations by result and reason",
+        SESSION_MIGRATIONS_FAILED => "session migrations that ended in an error for the client",
+        SESSION_MIGRATIONS_SUCCESSFUL => "session migrations that the client did not notice",
+        TRANSACTION_REPLAYS => "replays of open transactions by result",
+        TRANSACTION_REPLAY_SECONDS => "seconds to replay one open transaction",
+        LAST_REPLAY_TIMESTAMP => "seconds since the Unix epoch when a replay last ended",
+        LOSSES_PREVENTED => "transactions saved by replay or by resolving their outcome",
+        COMMIT_RESOLUTIONS => "commits in flight resolved by outcome",
+        PAUSE_SECONDS => "seconds a session stood still in a move by kind",
+        MOVE_PHASE_SECONDS => "seconds a phase of a move took by phase",
+        EXCHANGES => "requests answered up to ReadyForQuery",
+        PROTECTED_SESSIONS => "sessions that a failover now would not cost an error",
+        UNPROTECTED_SESSIONS => "sessions that a failover now would cost an error by reason",
+        BACKEND_UP => "1 when the instance answered its last health check",
+        _ => NO_HELP,
+    }
+}
