@@ -263,10 +263,8 @@ impl Instance {
     pub(crate) async fn start(&mut self) -> Result<Arc<Client>, AgentError> {
         // Proven before each start: two postmasters on one directory destroy it.
         process::kill_all(&self.config.data_dir).await?;
-        let stale = self.config.data_dir.join("postmaster.pid");
-        files::remove_if_exists(&stale)
-            .map_err(crate::error::file_failed("could not remove", &stale))?;
         self.check_addresses()?;
+        process::remove_stale_locks(&self.config.data_dir, &self.config.postgres_socket())?;
         files::configure(&self.config)?;
         let run = self.next_run();
         self.postmaster = Some(Postmaster::spawn(&self.config, &self.hub, run)?);

@@ -24,7 +24,8 @@ use crate::{files, process, tools};
 /// How often a postmaster that is not our child is looked at.
 const ADOPTED_INTERVAL: Duration = Duration::from_millis(10);
 /// How long an immediate shutdown may take before processes are killed.
-const IMMEDIATE_LIMIT: Duration = Duration::from_secs(1);
+/// Short: killing them does no more harm, and a failover waits.
+const IMMEDIATE_LIMIT: Duration = Duration::from_millis(250);
 /// A log that has grown past this is set aside at the next start.
 const LOG_LIMIT: u64 = 16 << 20;
 

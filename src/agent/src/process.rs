@@ -12,7 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::Instant;
 
-use crate::error::failed;
+use crate::error::{failed, file_failed};
+use crate::files::remove_if_exists;
 
 /// How long killed processes may take to vanish (one in uninterruptible sleep stays).
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -73,6 +74,24 @@ impl PostmasterFile {
             socket_dir: line(4).into(),
         })
     }
+}
+
+/// Removes the lock files of a postmaster of this instance that has died; only for whoever has
+/// proven that none runs. PostgreSQL itself goes by the process id, and takes a zombie or a
+/// stranger with the same number for a server.
+pub(crate) fn remove_stale_locks(data_dir: &Path, socket: &Path) -> Result<(), AgentError> {
+    let pid_file = data_dir.join("postmaster.pid");
+    remove_if_exists(&pid_file).map_err(file_failed("could not remove", &pid_file))?;
+    let lock = PathBuf::from(format!("{}.lock", socket.display()));
+    let ours = std::fs::read_to_string(&lock).is_ok_and(|text| {
+        text.lines()
+            .nth(1)
+            .is_some_and(|dir| Path::new(dir) == data_dir)
+    });
+    if ours {
+        remove_if_exists(&lock).map_err(file_failed("could not remove", &lock))?;
+    }
+    Ok(())
 }
 
 /// Sends a signal; a process that has gone already is no error.

@@ -1,5 +1,5 @@
 //! Agents on real servers for tests: each in a task of its own, or as a process that can be killed.
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
