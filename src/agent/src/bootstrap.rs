@@ -49,6 +49,9 @@ impl Instance {
                 "--auth-local=trust",
                 "--auth-host=scram-sha-256",
             ]);
+        if !self.config.syncs() {
+            command.arg("--no-sync");
+        }
         tools::run_long(command, "initdb", |_| {}).await
     }
 

@@ -322,6 +322,13 @@ impl AgentConfig {
         name.into()
     }
 
+    /// Whether the disk is to be waited for; who switches it off for the server means it for the
+    /// programs too.
+    pub(crate) fn syncs(&self) -> bool {
+        let value = self.parameters.get("fsync").map(String::as_str);
+        !matches!(value, Some("off" | "false" | "no" | "0"))
+    }
+
     pub(crate) fn program(&self, name: &str) -> PathBuf {
         self.bin_dir.join(name)
     }

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use helios_api::agent::AgentError;
 use helios_api::{Epoch, Lsn, Xid};
@@ -34,12 +35,6 @@ pub(crate) struct Durable {
     pub(crate) torn: bool,
 }
 
-impl Durable {
-    fn encode(&self) -> Result<Vec<u8>, AgentError> {
-        serde_json::to_vec_pretty(self).map_err(failed)
-    }
-}
-
 /// A promotion that was begun.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -63,8 +58,36 @@ pub(crate) struct Evidence {
 /// The record and the file it lives in.
 #[derive(Debug)]
 pub(crate) struct Store {
-    path: PathBuf,
     record: Durable,
+    file: Arc<RecordFile>,
+    /// Number of the last write.
+    writes: u64,
+}
+
+/// The file, written by one at a time and never with an older record over a newer one: a write
+/// that was begun aside may come late.
+#[derive(Debug)]
+struct RecordFile {
+    path: PathBuf,
+    written: Mutex<u64>,
+}
+
+impl RecordFile {
+    /// Whether the write of this number is on the disk.
+    fn holds(&self, number: u64) -> bool {
+        *self.written.lock().unwrap_or_else(PoisonError::into_inner) == number
+    }
+
+    fn write(&self, number: u64, record: &Durable) -> Result<(), AgentError> {
+        let bytes = serde_json::to_vec_pretty(record).map_err(failed)?;
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if number > *written {
+            write_whole(&self.path, &bytes)
+                .map_err(file_failed("could not write state file", &self.path))?;
+            *written = number;
+        }
+        Ok(())
+    }
 }
 
 impl Store {
@@ -78,7 +101,14 @@ impl Store {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Durable::default(),
             Err(e) => return Err(AgentFailure::file("could not read", &path, e)),
         };
-        Ok(Self { path, record })
+        Ok(Self {
+            record,
+            file: Arc::new(RecordFile {
+                path,
+                written: Mutex::new(0),
+            }),
+            writes: 0,
+        })
     }
 
     /// The record.
@@ -86,39 +116,48 @@ impl Store {
         &self.record
     }
 
-    /// Changes the record. When this returns an error, nothing has changed.
+    /// Changes the record, durably when it returns.
     pub(crate) fn update(&mut self, change: impl FnOnce(&mut Durable)) -> Result<(), AgentError> {
-        let mut next = self.record.clone();
-        change(&mut next);
-        if next == self.record {
-            return Ok(());
+        match self.change(change) {
+            Some((number, record)) => self.file.write(number, &record),
+            None => Ok(()),
         }
-        let bytes = next.encode()?;
-        write_whole(&self.path, &bytes)
-            .map_err(file_failed("could not write state file", &self.path))?;
-        self.record = next;
-        Ok(())
     }
 
-    /// Writes a changed record while the caller does something else. What it resolves to becomes
-    /// the record with [`Store::written`]; no other change may come between.
-    pub(crate) fn write_aside(
-        &self,
-        change: impl FnOnce(&mut Durable),
-    ) -> JoinHandle<Result<Durable, AgentError>> {
-        let mut next = self.record.clone();
-        change(&mut next);
-        let path = self.path.clone();
-        tokio::task::spawn_blocking(move || {
-            let bytes = next.encode()?;
-            write_whole(&path, &bytes).map_err(file_failed("could not write state file", &path))?;
-            Ok(next)
-        })
+    /// Changes the record at once and writes it while the caller does something else, which must
+    /// be harmless should it never become durable. Nothing may be answered before [`Pending::done`].
+    pub(crate) fn update_aside(&mut self, change: impl FnOnce(&mut Durable)) -> Pending {
+        Pending(self.change(change).map(|(number, record)| {
+            let file = Arc::clone(&self.file);
+            tokio::task::spawn_blocking(move || file.write(number, &record))
+        }))
     }
 
-    /// Takes over a record that [`Store::write_aside`] has written.
-    pub(crate) fn written(&mut self, record: Durable) {
-        self.record = record;
+    /// What has to be written. In memory the change counts even if writing fails: a later epoch and
+    /// a fence only ever refuse more.
+    fn change(&mut self, change: impl FnOnce(&mut Durable)) -> Option<(u64, Durable)> {
+        let before = self.record.clone();
+        change(&mut self.record);
+        if self.record == before && self.file.holds(self.writes) {
+            return None;
+        }
+        self.writes += 1;
+        Some((self.writes, self.record.clone()))
+    }
+}
+
+/// A record on its way to the disk.
+#[derive(Debug, Default)]
+#[must_use]
+pub(crate) struct Pending(Option<JoinHandle<Result<(), AgentError>>>);
+
+impl Pending {
+    /// Resolves when the record is durable.
+    pub(crate) async fn done(self) -> Result<(), AgentError> {
+        match self.0 {
+            Some(writing) => writing.await.map_err(failed)?,
+            None => Ok(()),
+        }
     }
 }
 
@@ -148,6 +187,13 @@ mod tests {
         let mut store = Store::open(path.clone()).unwrap();
         assert_eq!(store.get(), &Durable::default());
         store.update(|d| d.epoch = Epoch(7)).unwrap();
+        assert_eq!(Store::open(path.clone()).unwrap().get().epoch, Epoch(7));
+        // One that comes late does not undo a later one.
+        let late = Durable {
+            epoch: Epoch(6),
+            ..Durable::default()
+        };
+        store.file.write(1, &late).unwrap();
         assert_eq!(Store::open(path.clone()).unwrap().get().epoch, Epoch(7));
         std::fs::write(&path, "{\"epoch\":").unwrap();
         assert!(matches!(

@@ -181,6 +181,9 @@ impl Instance {
             "--source-server={} dbname='postgres'",
             conninfo(&self.config, primary)
         ));
+        if !self.config.syncs() {
+            command.arg("--no-sync");
+        }
         tools::run_long(command, "pg_rewind", |_| {}).await?;
         let control = Control::read(&self.config).await?;
         if self.has_diverged(source, &control).await? {
@@ -211,6 +214,9 @@ impl Instance {
             .arg("--slot")
             .arg(self.config.name.slot_name())
             .args(["--wal-method=stream", "--checkpoint=fast", "--progress"]);
+        if !self.config.syncs() {
+            command.arg("--no-sync");
+        }
         let hub = self.hub.clone();
         let backup = tools::run_long(command, "pg_basebackup", |line| {
             if let Some(percent) = percentage(line) {

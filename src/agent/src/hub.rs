@@ -4,6 +4,8 @@
 //! Observations of a postmaster carry the number of its run. Once the agent has said that a run is
 //! over, whatever a late observer still says about it is dropped.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use helios_api::agent::{AgentState, InstanceState};
 use helios_api::{Epoch, InstanceName};
 use tokio::sync::watch;
@@ -26,8 +28,12 @@ pub(crate) struct Hub {
 
 impl Hub {
     pub(crate) fn new(name: InstanceName) -> Self {
+        // Later than any revision of an agent before this one: nobody waits for a number that has
+        // been before.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let millis = now.unwrap_or_default().as_millis();
         let state = AgentState {
-            revision: 1,
+            revision: u64::try_from(millis).unwrap_or_default(),
             name,
             epoch: Epoch(0),
             fenced: false,

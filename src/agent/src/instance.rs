@@ -8,7 +8,7 @@ use helios_api::agent::{AgentCommand, AgentError, AgentReply, AgentRequest, Inst
 use helios_api::{Lsn, Timeline};
 use tokio_postgres::Client;
 
-use crate::durable::Store;
+use crate::durable::{Pending, Store};
 use crate::error::{failed, refused};
 use crate::files::{self, Directory};
 use crate::hub::{Hub, Run};
@@ -90,7 +90,18 @@ impl Instance {
         if self.postmaster.as_ref().is_some_and(Postmaster::has_exited) {
             self.clean_up_crash().await;
         }
-        self.accept(&request)?;
+        let pending = self.accept(&request)?;
+        let fast = matches!(
+            request.command,
+            AgentCommand::Fence { .. } | AgentCommand::Promote
+        );
+        // On the way of a failover the disk works beside the server; see there.
+        let pending = if fast {
+            pending
+        } else {
+            pending.done().await?;
+            Pending::default()
+        };
         let AgentRequest { epoch, command } = request;
         tracing::debug!(%epoch, ?command, "command");
         // Each is boxed: the largest of these futures would otherwise sit in all callers.
@@ -103,9 +114,9 @@ impl Instance {
                 fork,
             } => Box::pin(self.follow(&primary, timeline, fork)).await,
             AgentCommand::Checkpoint => Box::pin(self.checkpoint()).await,
-            AgentCommand::Fence { clean } => Box::pin(self.fence(clean)).await,
+            AgentCommand::Fence { clean } => Box::pin(self.fence(clean, pending)).await,
             AgentCommand::StopReceiver => Box::pin(self.stop_receiver()).await,
-            AgentCommand::Promote => Box::pin(self.promote(epoch)).await,
+            AgentCommand::Promote => Box::pin(self.promote(epoch, pending)).await,
             AgentCommand::SetSynchronous { standbys, number } => {
                 Box::pin(self.set_synchronous(&standbys, number)).await
             }
@@ -123,9 +134,9 @@ impl Instance {
         result
     }
 
-    /// The gate: refuses what is stale or fenced, and makes durable what the command means for the
-    /// epoch before anything is done.
-    fn accept(&mut self, request: &AgentRequest) -> Result<(), AgentError> {
+    /// The gate: refuses what is stale or fenced, and begins to make durable what the command means
+    /// for the epoch.
+    fn accept(&mut self, request: &AgentRequest) -> Result<Pending, AgentError> {
         let given = request.epoch;
         let seen = self.store.get().epoch;
         if given < seen {
@@ -145,7 +156,7 @@ impl Instance {
         }
         // A standby cannot commit: following in the fence's own epoch leaves the fence on.
         let lifts = writable || matches!(command, AgentCommand::Follow { .. });
-        self.store.update(|record| {
+        let pending = self.store.update_aside(|record| {
             record.epoch = given;
             if lifts && record.fenced_at.is_some_and(|at| given > at) {
                 record.fenced_at = None;
@@ -153,9 +164,9 @@ impl Instance {
             if matches!(command, AgentCommand::Fence { .. }) {
                 record.fenced_at = Some(given);
             }
-        })?;
+        });
         self.publish_durable();
-        Ok(())
+        Ok(pending)
     }
 
     fn is_fenced(&self) -> bool {
@@ -212,19 +223,20 @@ impl Instance {
         self.publish_stopped(true).await;
     }
 
-    /// Says what the directory is while no postmaster runs.
-    pub(crate) async fn publish_stopped(&self, crashed: bool) {
+    /// Says what the directory is while no postmaster runs; returns its `pg_control`.
+    pub(crate) async fn publish_stopped(&self, crashed: bool) -> Option<Control> {
+        let mut control = None;
         let state = match self.directory() {
             Ok(Directory::Empty) => InstanceState::Empty,
             Ok(Directory::Ours) => {
-                let control = Control::read(&self.config).await;
-                if let Err(error) = &control {
-                    tracing::warn!(%error, "could not read pg_control");
+                match Control::read(&self.config).await {
+                    Ok(read) => control = Some(read),
+                    Err(error) => tracing::warn!(%error, "could not read pg_control"),
                 }
                 InstanceState::Stopped {
                     crashed,
-                    clean: control.as_ref().is_ok_and(|c| c.clean),
-                    timeline: control.map_or(Timeline(0), |c| c.timeline),
+                    clean: control.as_ref().is_some_and(|c| c.clean),
+                    timeline: control.as_ref().map_or(Timeline(0), |c| c.timeline),
                 }
             }
             Err(error) => {
@@ -237,6 +249,7 @@ impl Instance {
             }
         };
         self.hub.set(state);
+        control
     }
 
     /// What the data directory is.

@@ -12,12 +12,12 @@ use helios_api::{Epoch, Lsn, Timeline, Xid};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
-use crate::durable::{Evidence, Promotion};
+use crate::durable::{Evidence, Pending, Promotion};
 use crate::error::{failed, refused};
 use crate::files::Dynamic;
 use crate::instance::Instance;
 use crate::sql::{self, SqlError};
-use crate::wal::{History, history_file};
+use crate::wal::History;
 
 /// How often the server is asked how far it is.
 const INTERVAL: Duration = Duration::from_millis(1);
@@ -139,12 +139,17 @@ impl Instance {
         }
     }
 
-    pub(crate) async fn promote(&mut self, epoch: Epoch) -> Result<AgentReply, AgentError> {
+    pub(crate) async fn promote(
+        &mut self,
+        epoch: Epoch,
+        record: Pending,
+    ) -> Result<AgentReply, AgentError> {
         let began = Instant::now();
         let client = self.client().await?;
         let known = self.store.get().promotion.clone();
         let evidence = known.filter(|p| p.epoch == epoch).and_then(|p| p.evidence);
         if !in_recovery(&client).await? {
+            record.done().await?;
             return self.promoted_before(&client, epoch, evidence, began).await;
         }
         self.finish_replay(&client).await?;
@@ -152,19 +157,20 @@ impl Instance {
         if !gather(&client, &mut seen).await? {
             return Err(failed("recovery ended before the promotion"));
         }
+        // The epoch is durable before the step that cannot be undone.
+        record.done().await?;
         sql::rows(&client, "select pg_promote(false)", sql::LIMIT).await?;
         // Written while the server is busy. If the agent dies before it is, the outcome of open
         // commits is unknown, which is honest.
         let best = seen.last().copied();
-        let writing = self.store.write_aside(|record| {
+        let writing = self.store.update_aside(|record| {
             record.promotion = Some(Promotion {
                 epoch,
                 evidence: best,
             });
         });
         let ended = self.await_end_of_recovery(&client, &mut seen).await;
-        let written = writing.await.map_err(failed)??;
-        self.store.written(written);
+        writing.done().await?;
         ended?;
         let (timeline, fork) = fork(&client).await?;
         let proof = seen.iter().find(|e| e.replayed == fork).copied();
@@ -277,16 +283,15 @@ async fn gather(client: &Client, seen: &mut Vec<Evidence>) -> Result<bool, SqlEr
 
 /// The timeline that the new primary writes, and where it begins.
 async fn fork(client: &Client) -> Result<(Timeline, Lsn), AgentError> {
-    let timeline = current_timeline(client).await?;
-    if timeline <= Timeline(1) {
+    let sql = "select ('x' || name)::bit(32)::int, \
+               pg_read_file('pg_wal/' || name || '.history', 0, 1048576, true) \
+               from substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) name";
+    let row = sql::one(client, sql, sql::LIMIT).await?;
+    let timeline = Timeline(sql::column(&row, 0)?);
+    let Some(text) = sql::optional::<String>(&row, 1)? else {
         return Err(refused("instance is a primary that was never promoted"));
-    }
-    let sql = format!(
-        "select pg_read_file({})",
-        sql::literal(&format!("pg_wal/{}", history_file(timeline)))
-    );
-    let row = sql::one(client, &sql, sql::LIMIT).await?;
-    let fork = History::parse(&sql::column::<String>(&row, 0)?).and_then(|h| h.begin());
+    };
+    let fork = History::parse(&text).and_then(|h| h.begin());
     fork.map(|fork| (timeline, fork))
         .ok_or_else(|| failed(format_args!("history of timeline {timeline} is damaged")))
 }

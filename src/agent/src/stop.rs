@@ -7,7 +7,7 @@ use std::time::Duration;
 use helios_api::agent::{AgentError, AgentReply};
 use helios_api::{Lsn, Timeline};
 
-use crate::files::Directory;
+use crate::durable::Pending;
 use crate::instance::Instance;
 use crate::wal::{self, Control};
 use crate::{process, sql};
@@ -18,11 +18,18 @@ const FAST_LIMIT: Duration = Duration::from_secs(10);
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(600);
 
 impl Instance {
-    pub(crate) async fn fence(&mut self, clean: bool) -> Result<AgentReply, AgentError> {
+    /// Stops beside the record of the fence being written: a fence that nobody was told of yet may
+    /// still be lost, and stopping does no harm.
+    pub(crate) async fn fence(
+        &mut self,
+        clean: bool,
+        record: Pending,
+    ) -> Result<AgentReply, AgentError> {
         let last = self.last_position();
         self.stop(clean.then_some(FAST_LIMIT)).await?;
-        self.publish_stopped(false).await;
-        let (end, timeline) = self.held_end(last).await?;
+        record.done().await?;
+        let control = self.publish_stopped(false).await;
+        let (end, timeline) = self.held_end(last, control)?;
         Ok(AgentReply::Positions { end, timeline })
     }
 
@@ -38,11 +45,10 @@ impl Instance {
 
     /// A position that the stopped instance's WAL reaches: exact after a clean stop, else the last
     /// one that was seen.
-    async fn held_end(&self, last: Lsn) -> Result<(Lsn, Timeline), AgentError> {
-        if !matches!(self.directory(), Ok(Directory::Ours)) {
+    fn held_end(&self, last: Lsn, control: Option<Control>) -> Result<(Lsn, Timeline), AgentError> {
+        let Some(control) = control else {
             return Ok((Lsn(0), Timeline(0)));
-        }
-        let control = Control::read(&self.config).await?;
+        };
         let timeline = wal::latest_timeline(&self.config, control.timeline)?;
         Ok((last.max(control.checkpoint).max(control.minimum), timeline))
     }

@@ -234,3 +234,35 @@ async fn a_third_instance_is_repointed_without_a_restart() {
         }
     ));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn how_long_promotions_take() {
+    let dir = folder();
+    let (mut a, mut b) = pair(dir.path()).await;
+    let mut at;
+    for epoch in 1..16 {
+        insert(&a, i32::try_from(epoch).unwrap()).await;
+        a.command(epoch, AgentCommand::Checkpoint).await;
+        let began = std::time::Instant::now();
+        a.command(
+            epoch,
+            AgentCommand::Fence {
+                clean: epoch % 2 == 0,
+            },
+        )
+        .await;
+        let fenced = began.elapsed();
+        let (fence, micros) = b.promote(epoch + 1).await;
+        let promoted = began.elapsed() - fenced;
+        at = At::from(&fence);
+        let began = std::time::Instant::now();
+        let how = a.follow(epoch + 1, &b, &at).await;
+        println!(
+            "fence {fenced:?} promote {promoted:?} ({micros} us) proven {} rejoin {how:?} {:?}",
+            fence.xid.is_some(),
+            began.elapsed()
+        );
+        std::mem::swap(&mut a, &mut b);
+    }
+}
