@@ -195,7 +195,8 @@ fn absorb_agent(
             // A checkpoint of *prepare* may have begun before the setting was applied.
             let ours = state.moving().is_none_or(|m| m.step == Step::Replay);
             if applied && ours && !state.sync.is_settled() {
-                state.sync.checkpointed = true;
+                let revision = ctx.obs.agent(name).map_or(0, |agent| agent.revision);
+                state.sync.checkpointed = Some((ctx.now, revision));
             }
         }
         (

@@ -128,8 +128,9 @@ pub struct Member {
 pub struct SyncState {
     /// Never empty; at most a few, because only standbys come and go.
     pub possible: Vec<BTreeSet<InstanceName>>,
-    /// Whether a checkpoint on the primary has proven that all its processes know the last one.
-    pub checkpointed: bool,
+    /// When a checkpoint on the primary proved that all its processes know the last one, and the
+    /// revision of its report at that time.
+    pub checkpointed: Option<(Time, u64)>,
     /// Position that the members of the last one have to reach.
     pub barrier: Option<Lsn>,
 }
@@ -146,7 +147,7 @@ impl SyncState {
     pub fn settled(setting: BTreeSet<InstanceName>) -> Self {
         Self {
             possible: vec![setting],
-            checkpointed: false,
+            checkpointed: None,
             barrier: None,
         }
     }
@@ -167,7 +168,7 @@ impl SyncState {
     pub fn aim(&mut self, setting: BTreeSet<InstanceName>) {
         self.possible.retain(|s| *s != setting);
         self.possible.push(setting);
-        self.checkpointed = false;
+        self.checkpointed = None;
         self.barrier = None;
     }
 }

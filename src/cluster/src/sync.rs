@@ -12,7 +12,7 @@ use helios_api::{InstanceName, Lsn, Timeline};
 use crate::decide::Ctx;
 use crate::health::Up;
 use crate::observe::{Action, Contact};
-use crate::operation::Durability;
+use crate::operation::{Durability, Time};
 use crate::state::{ClusterState, SyncState};
 
 /// The command that gives an instance a setting.
@@ -81,7 +81,7 @@ pub(crate) fn upkeep(ctx: &mut Ctx<'_>, state: &mut ClusterState, up: &Up<'_>) {
         state.sync = SyncState::settled(target);
         return;
     }
-    if !state.sync.checkpointed {
+    let Some(checkpointed) = state.sync.checkpointed else {
         if ctx.now >= retry_at {
             ctx.act(Action::agent(
                 &primary.name,
@@ -90,8 +90,20 @@ pub(crate) fn upkeep(ctx: &mut Ctx<'_>, state: &mut ClusterState, up: &Up<'_>) {
             ));
         }
         return;
+    };
+    if is_later(ctx, &primary.name, checkpointed) {
+        settle(state, up, target);
     }
-    settle(state, up, target);
+}
+
+/// An unchanged report is not given a new revision; after so long it is one of now all the same.
+const REPORT_MS: u64 = 2_000;
+
+/// Whether the primary's report is of a question that was asked after the checkpoint. Questions
+/// are asked one after the other, and one may have been under way.
+fn is_later(ctx: &Ctx<'_>, primary: &InstanceName, (at, revision): (Time, u64)) -> bool {
+    let now = ctx.obs.agent(primary).map_or(0, |agent| agent.revision);
+    now >= revision.saturating_add(2) || ctx.now.millis_since(at) >= REPORT_MS
 }
 
 fn setting_runs(ctx: &Ctx<'_>, primary: &InstanceName) -> bool {
