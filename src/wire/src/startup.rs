@@ -78,7 +78,10 @@ pub fn packet_len(buf: &[u8]) -> Result<Option<usize>, ParseError> {
     };
     let length = u32::from_be_bytes(word) as usize;
     if !(8..=MAX_STARTUP_PACKET).contains(&length) {
-        return Err(ParseError::new("startup", "invalid length of startup packet"));
+        return Err(ParseError::new(
+            "startup",
+            "invalid length of startup packet",
+        ));
     }
     Ok(Some(length))
 }

@@ -56,10 +56,15 @@ pub(super) async fn open(endpoint: &Endpoint, tls: &BackendTls) -> Result<Opened
         return Err(BackendError::protocol(endpoint, "not a TCP connection"));
     };
     let name = server_name(host, tls.mode()).map_err(io)?;
-    match TlsConnector::from(config.clone()).connect(name, socket).await {
+    match TlsConnector::from(config.clone())
+        .connect(name, socket)
+        .await
+    {
         Ok(session) => {
             let chain = session.get_ref().1.peer_certificates();
-            let end_point = chain.and_then(|c| c.first()).and_then(|c| end_point_hash(c));
+            let end_point = chain
+                .and_then(|c| c.first())
+                .and_then(|c| end_point_hash(c));
             let stream = Stream::TlsClient(Box::new(session));
             Ok(Opened { stream, end_point })
         }

@@ -127,12 +127,11 @@ impl Handshake<'_> {
                     _ => Err(self.protocol("no AuthenticationOk behind the SASL exchange")),
                 }
             }
-            Authentication::CleartextPassword | Authentication::Md5Password(_) => {
-                Err(self.unsupported(
+            Authentication::CleartextPassword | Authentication::Md5Password(_) => Err(self
+                .unsupported(
                     "it asks for a clear or MD5 password; the proxy never holds one: use \
                      scram-sha-256 in its pg_hba.conf",
-                ))
-            }
+                )),
             Authentication::Other(code) => {
                 Err(self.unsupported(&format!("it asks for authentication method {code}")))
             }

@@ -14,6 +14,7 @@ use helios_api::control::Backend;
 use crate::auth::AuthMethod;
 use crate::tls::{CertificateFiles, SslMode};
 
+mod build;
 mod keys;
 mod reader;
 mod sections;

@@ -149,7 +149,8 @@ impl<'a, 'p, 't> Section<'a, 'p, 't> {
         let Some(table) = self.table else { return key };
         match (table.get(key), table.get(alias)) {
             (Some(_), Some(second)) => {
-                let message = format!("\"{alias}\" is another name of \"{key}\", which is given too");
+                let message =
+                    format!("\"{alias}\" is another name of \"{key}\", which is given too");
                 self.problems.add(second.span().start, message);
                 key
             }

@@ -93,17 +93,33 @@ fn edge(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<'_
         .set_some("unix_socket_dir", &mut edge.unix_socket_dir, path)
         .set("auth", &mut edge.auth, choice(AUTH))
         .set_some("tls_client_ca", &mut edge.tls_client_ca, path)
-        .set("max_connections", &mut edge.max_connections, count(1, 1_000_000))
+        .set(
+            "max_connections",
+            &mut edge.max_connections,
+            count(1, 1_000_000),
+        )
         .set_some(
             "max_connections_per_user",
             &mut edge.max_connections_per_user,
             count(1, 1_000_000),
         )
-        .set("login_timeout_secs", &mut edge.login_timeout, seconds(1, 600))
-        .set_some("idle_timeout_secs", &mut edge.idle_timeout, seconds(1, 365 * DAY))
+        .set(
+            "login_timeout_secs",
+            &mut edge.login_timeout,
+            seconds(1, 600),
+        )
+        .set_some(
+            "idle_timeout_secs",
+            &mut edge.idle_timeout,
+            seconds(1, 365 * DAY),
+        )
         .set_some("control_address", &mut edge.control_address, address)
         .set_some("control_socket", &mut edge.control_socket, path)
-        .set("session_migration_enabled", &mut edge.session_migration_enabled, boolean);
+        .set(
+            "session_migration_enabled",
+            &mut edge.session_migration_enabled,
+            boolean,
+        );
     // One protocol, and one way of pooling: a backend for each client's session.
     section.get("protocol", choice(&[("postgresql", ()), ("postgres", ())]));
     section.get("mode", choice(&[("session", ())]));
@@ -113,7 +129,10 @@ fn edge(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<'_
         section.problem(&["auth"], message);
     }
     if edge.tls_client_ca.is_some() && edge.tls.is_none() {
-        section.problem(&["tls_client_ca"], "tls_client_ca needs tls_cert and tls_key");
+        section.problem(
+            &["tls_client_ca"],
+            "tls_client_ca needs tls_cert and tls_key",
+        );
     }
     section.finish();
 }
@@ -149,15 +168,31 @@ fn replay(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<
             &mut replay.max_total_journal_bytes,
             bytes(4096, 1024 * GIB),
         )
-        .set("write_timeout_secs", &mut replay.write_timeout, seconds(1, DAY))
+        .set(
+            "write_timeout_secs",
+            &mut replay.write_timeout,
+            seconds(1, DAY),
+        )
         .set(
             "switchover_drain_timeout_secs",
             &mut replay.switchover_drain_timeout,
             seconds(0, DAY),
         )
-        .set("max_replay_attempts", &mut replay.max_replay_attempts, small(1, 1000))
-        .set("replay_backoff_ms", &mut replay.replay_backoff, millis(0, 60_000))
-        .set("max_replay_time_seconds", &mut replay.max_replay_time, seconds(1, DAY))
+        .set(
+            "max_replay_attempts",
+            &mut replay.max_replay_attempts,
+            small(1, 1000),
+        )
+        .set(
+            "replay_backoff_ms",
+            &mut replay.replay_backoff,
+            millis(0, 60_000),
+        )
+        .set(
+            "max_replay_time_seconds",
+            &mut replay.max_replay_time,
+            seconds(1, DAY),
+        )
         .set(
             "replay_on_connection_loss",
             &mut replay.replay_on_connection_loss,
@@ -181,7 +216,11 @@ fn migration(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Proble
     let to = &mut config.migration;
     let mut section = Section::of(file, "session_migration", problems);
     section
-        .set("capture_set_parameters", &mut to.capture_set_parameters, boolean)
+        .set(
+            "capture_set_parameters",
+            &mut to.capture_set_parameters,
+            boolean,
+        )
         .set(
             "capture_prepared_statements",
             &mut to.capture_prepared_statements,
@@ -230,11 +269,7 @@ fn backends(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problem
     }
 }
 
-fn instance(
-    table: &DeTable<'_>,
-    at: usize,
-    problems: &mut Problems<'_>,
-) -> Option<InstanceConfig> {
+fn instance(table: &DeTable<'_>, at: usize, problems: &mut Problems<'_>) -> Option<InstanceConfig> {
     use std::time::Duration;
     let mut section = Section::new("backends.instances", at, Some(table), problems);
     let (mut number, mut priority) = (5432, 100);
@@ -245,7 +280,9 @@ fn instance(
         .set("health_check_interval", &mut interval, duration)
         .set("health_check_timeout", &mut limit, duration);
     let name = required(&mut section, "name", |value| {
-        text(value)?.parse::<InstanceName>().map_err(|e| e.to_string())
+        text(value)?
+            .parse::<InstanceName>()
+            .map_err(|e| e.to_string())
     });
     let host = required(&mut section, "host", |value| {
         let host = text(value)?;
@@ -288,8 +325,16 @@ fn health(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<
     let mut section = Section::of(file, "health_checks", problems);
     section
         .set("check_query", &mut to.check_query, text)
-        .set("failure_threshold", &mut to.failure_threshold, small(1, 1000))
-        .set("success_threshold", &mut to.success_threshold, small(1, 1000));
+        .set(
+            "failure_threshold",
+            &mut to.failure_threshold,
+            small(1, 1000),
+        )
+        .set(
+            "success_threshold",
+            &mut to.success_threshold,
+            small(1, 1000),
+        );
     section.finish();
 }
 
@@ -298,7 +343,11 @@ fn triggers(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problem
     let mut section = Section::of(file, "migration_triggers", problems);
     section
         .set("on_backend_failure", &mut to.on_backend_failure, boolean)
-        .set("on_maintenance_signal", &mut to.on_maintenance_signal, boolean);
+        .set(
+            "on_maintenance_signal",
+            &mut to.on_maintenance_signal,
+            boolean,
+        );
     section.finish();
 }
 

@@ -10,7 +10,9 @@ use super::ListenAddress;
 type Parsed<T> = Result<T, String>;
 
 pub(super) fn boolean(value: &DeValue<'_>) -> Parsed<bool> {
-    value.as_bool().ok_or_else(|| unexpected("true or false", value))
+    value
+        .as_bool()
+        .ok_or_else(|| unexpected("true or false", value))
 }
 
 pub(super) fn text(value: &DeValue<'_>) -> Parsed<String> {
@@ -31,7 +33,9 @@ pub(super) fn integer(min: u64, max: u64) -> impl Fn(&DeValue<'_>) -> Parsed<u64
         let expected = || unexpected(&format!("an integer from {min} to {max}"), value);
         let number = as_integer(value).ok_or_else(expected)?;
         let number = u64::try_from(number).ok();
-        number.filter(|n| (min..=max).contains(n)).ok_or_else(expected)
+        number
+            .filter(|n| (min..=max).contains(n))
+            .ok_or_else(expected)
     }
 }
 
@@ -120,7 +124,9 @@ pub(super) fn choice<T: Copy>(
     choices: &'static [(&'static str, T)],
 ) -> impl Fn(&DeValue<'_>) -> Parsed<T> {
     move |value| {
-        let found = choices.iter().find(|(name, _)| value.as_str() == Some(name));
+        let found = choices
+            .iter()
+            .find(|(name, _)| value.as_str() == Some(name));
         found.map(|(_, choice)| *choice).ok_or_else(|| {
             let names: Vec<String> = choices.iter().map(|(n, _)| format!("\"{n}\"")).collect();
             unexpected(&names.join(" or "), value)

@@ -4,7 +4,7 @@
 //! (`src/include/catalog/pg_proc.dat`).
 
 use bytes::BytesMut;
-use helios_session::state::SNAPSHOT_QUERY;
+use helios_session::state::snapshot_query;
 use helios_session::tracker::Ask;
 use helios_wire::message::front::{self, Format, Target};
 
@@ -16,7 +16,7 @@ const WAL_INSERT_LSN: u32 = 2852;
 const NAME: &[u8] = b"_helios";
 
 /// Appends the messages of a question.
-pub fn ask(out: &mut BytesMut, ask: Ask) {
+pub(super) fn ask(out: &mut BytesMut, ask: Ask) {
     let built = match ask {
         Ask::ByFunctionCall => call(out, XACT_ID_IF_ASSIGNED).and_then(|()| call(out, WAL_INSERT_LSN)),
         Ask::Inline => {
@@ -38,9 +38,9 @@ fn extended(out: &mut BytesMut, sql: &[u8]) -> Result<(), helios_wire::message::
     front::close(out, Target::Statement, NAME)
 }
 
-/// Appends the question for the session's state.
-pub fn snapshot(out: &mut BytesMut) {
-    let built = extended(out, SNAPSHOT_QUERY.as_bytes());
-    debug_assert!(built.is_ok(), "a constant message can be built");
+/// Appends the question for the session's state; `custom` are settings that no view lists.
+pub(super) fn snapshot<'a>(out: &mut BytesMut, custom: impl Iterator<Item = &'a str>) {
+    let built = extended(out, snapshot_query(custom).as_bytes());
+    debug_assert!(built.is_ok(), "a text without zero bytes can be sent");
     front::sync(out);
 }

@@ -399,7 +399,7 @@ impl Session {
         self.state_due = false;
         let Some(server) = self.server.as_mut() else { return };
         self.tracker.push_own_exchange();
-        own::snapshot(&mut server.link.output);
+        own::snapshot(&mut server.link.output, self.tracker.custom_settings());
         self.asking = Some(Snapshot::default());
     }
 

@@ -8,7 +8,6 @@ use std::future::poll_fn;
 use std::io;
 use std::task::Poll;
 
-use helios_api::Lsn;
 use helios_session::expect::Violation;
 use helios_session::grammar::Kind;
 use helios_session::journal::Record;
@@ -24,7 +23,7 @@ use super::own;
 
 /// Why a session could not be rebuilt.
 #[derive(Debug, thiserror::Error)]
-pub enum ReplayError {
+pub(super) enum ReplayError {
     /// The connection broke: it may be tried again.
     #[error("connection to the new primary broke: {0}")]
     Connection(#[from] io::Error),
@@ -50,7 +49,7 @@ pub enum ReplayError {
 impl ReplayError {
     /// Whether another attempt may succeed.
     #[must_use]
-    pub fn is_transient(&self) -> bool {
+    pub(super) fn is_transient(&self) -> bool {
         matches!(self, Self::Connection(_))
     }
 }
@@ -63,7 +62,7 @@ fn ended() -> ReplayError {
 ///
 /// # Errors
 /// The connection's, or the server's error as [`ReplayError::State`].
-pub async fn simple(link: &mut Link, sql: &str) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
+pub(super) async fn simple(link: &mut Link, sql: &str) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
     front::query(&mut link.output, sql.as_bytes())
         .map_err(|e| ReplayError::State(e.to_string()))?;
     link.flush().await?;
@@ -96,7 +95,7 @@ fn note_parameter(link: &mut Link, tag: u8, frame: &[u8]) {
 
 /// A row's columns as text.
 #[must_use]
-pub fn text_row(body: &[u8]) -> Vec<Option<String>> {
+pub(super) fn text_row(body: &[u8]) -> Vec<Option<String>> {
     let text = |v: &[u8]| String::from_utf8_lossy(v).into_owned();
     read::data_row(body).map(|row| row.iter().map(|v| v.map(text)).collect()).unwrap_or_default()
 }
@@ -127,7 +126,7 @@ async fn next_frame(link: &mut Link) -> Result<(u8, bytes::BytesMut), ReplayErro
 ///
 /// # Errors
 /// [`ReplayError::State`] when the server refuses something, or a statement's columns changed.
-pub async fn restore(
+pub(super) async fn restore(
     link: &mut Link,
     state: &Snapshot,
     prepared: &[(Vec<u8>, Prepared)],
@@ -213,7 +212,7 @@ async fn exchange_bytes(link: &mut Link) -> Result<(), ReplayError> {
 ///
 /// # Errors
 /// [`ReplayError::Different`] when something differs that the client may not see differ.
-pub async fn replay(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(), ReplayError> {
+pub(super) async fn replay(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(), ReplayError> {
     let records = old.journal().records();
     let mut sent = 0;
     while new.journal().records().len() < records.len() || !new.is_quiet() {
@@ -235,7 +234,7 @@ pub async fn replay(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result
 ///
 /// # Errors
 /// A recorded message that the tracker would not have let through.
-pub fn feed(
+pub(super) fn feed(
     link: &mut Link,
     tracker: &mut Tracker,
     mut bytes: &[u8],
@@ -274,7 +273,7 @@ fn take_replies(link: &mut Link, tracker: &mut Tracker) -> Result<(), ReplayErro
 
 /// Whether a frame is an error that ends the connection, or the warning that announces it.
 #[must_use]
-pub fn is_fatal(tag: u8, frame: &[u8]) -> bool {
+pub(super) fn is_fatal(tag: u8, frame: &[u8]) -> bool {
     let body = frame.get(5..).unwrap_or_default();
     match tag {
         backend::ERROR_RESPONSE => body.starts_with(b"SFATAL") || body.starts_with(b"SPANIC")
@@ -361,38 +360,11 @@ fn kinds_by_record(old: &Tracker) -> Vec<Vec<Kind>> {
     journal.records().iter().map(|r| old.kinds_of(journal.record_bytes(r))).collect()
 }
 
-/// Waits until the server's WAL has passed `position`.
-///
-/// # Errors
-/// [`ReplayError::Different`] when it does not within `limit`.
-pub async fn wait_for_position(
-    link: &mut Link,
-    position: Lsn,
-    limit: std::time::Duration,
-) -> Result<(), ReplayError> {
-    let reached = async {
-        loop {
-            let rows = simple(link, "SELECT pg_catalog.pg_current_wal_insert_lsn()").await?;
-            let at = rows.first().and_then(|r| r.first()).cloned().flatten();
-            if at.and_then(|t| t.parse::<Lsn>().ok()).is_some_and(|at| at >= position) {
-                return Ok(());
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(limit, reached).await.unwrap_or_else(|_| {
-        Err(ReplayError::Different {
-            statement: 1,
-            what: format!("the new primary has not reached WAL position {position}"),
-        })
-    })
-}
-
 /// Puts a fresh backend into a failed transaction block: what an aborted transaction leaves.
 ///
 /// # Errors
 /// The connection's.
-pub async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError> {
+pub(super) async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError> {
     simple(link, "BEGIN").await?;
     match simple(link, "ROLLBACK TO SAVEPOINT helios_aborted").await {
         Err(ReplayError::State(_)) => Ok(()),
@@ -403,7 +375,7 @@ pub async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError> {
 
 /// The reply that a committed exchange would have got, without its first `delivered` messages.
 #[must_use]
-pub fn committed_reply(messages: &[u8], delivered: u64) -> bytes::BytesMut {
+pub(super) fn committed_reply(messages: &[u8], delivered: u64) -> bytes::BytesMut {
     let mut out = bytes::BytesMut::new();
     let mut rest = messages;
     let mut parts: Vec<bytes::BytesMut> = Vec::new();

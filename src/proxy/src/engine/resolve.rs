@@ -11,7 +11,7 @@ use super::replay::{ReplayError, simple};
 
 /// What became of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub(super) enum Outcome {
     /// It committed.
     Committed,
     /// It did not, and never will.
@@ -24,7 +24,7 @@ pub enum Outcome {
 
 /// What the fences say of a transaction of `epoch`, before the database is asked.
 #[must_use]
-pub fn by_fence(topology: &Topology, epoch: Epoch, xid: Xid) -> Option<Outcome> {
+pub(super) fn by_fence(topology: &Topology, epoch: Epoch, xid: Xid) -> Option<Outcome> {
     if topology.epoch == epoch {
         return None;
     }
@@ -43,7 +43,7 @@ pub fn by_fence(topology: &Topology, epoch: Epoch, xid: Xid) -> Option<Outcome> 
 ///
 /// # Errors
 /// The connection's.
-pub async fn resolve(
+pub(super) async fn resolve(
     link: &mut Link,
     topology: &Topology,
     epoch: Epoch,

@@ -77,7 +77,7 @@ pub(super) enum Event {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Skip {
     pub messages: u64,
-    pub digest: (u64, u128, u64, u128),
+    pub digest: helios_session::reply::Digest,
 }
 
 /// A client session.

@@ -134,7 +134,11 @@ mod tests {
         let second = limits.admit();
         assert!(matches!(second, Some(Admission::Granted(_))));
         let mut turned_away: Vec<_> = (0..OVERFLOW).map(|_| limits.admit()).collect();
-        assert!(turned_away.iter().all(|a| matches!(a, Some(Admission::Full(_)))));
+        assert!(
+            turned_away
+                .iter()
+                .all(|a| matches!(a, Some(Admission::Full(_))))
+        );
         assert!(limits.admit().is_none());
         turned_away.clear();
         drop(first);

@@ -69,7 +69,9 @@ fn certificate(stream: &Stream, user: &str) -> Result<(), Failure> {
     if common_name(certificate).as_deref() == Some(user) {
         Ok(())
     } else {
-        refused(format!("certificate authentication failed for user \"{user}\""))
+        refused(format!(
+            "certificate authentication failed for user \"{user}\""
+        ))
     }
 }
 

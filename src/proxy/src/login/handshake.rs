@@ -151,7 +151,11 @@ fn negotiate(startup: Startup) -> Result<Negotiated, Box<ErrorFields>> {
     let refused_options: Vec<String> = options.into_iter().map(|(name, _)| name).collect();
     Ok(Negotiated {
         // There never was a 3.1: who asks for it gets 3.0, without further ado as in PostgreSQL.
-        minor: if minor >= NEWEST_MINOR { NEWEST_MINOR } else { 0 },
+        minor: if minor >= NEWEST_MINOR {
+            NEWEST_MINOR
+        } else {
+            0
+        },
         announce: minor > NEWEST_MINOR || !refused_options.is_empty(),
         refused_options,
         login: Login {
@@ -187,7 +191,9 @@ mod tests {
 
     #[test]
     fn versions_are_negotiated() {
-        for (asked, given, announce) in [(0, 0, false), (1, 0, false), (2, 2, false), (9999, 2, true)] {
+        for (asked, given, announce) in
+            [(0, 0, false), (1, 0, false), (2, 2, false), (9999, 2, true)]
+        {
             let got = negotiate(startup(asked, &[("user", "u")])).unwrap();
             assert_eq!((got.minor, got.announce), (given, announce), "3.{asked}");
         }

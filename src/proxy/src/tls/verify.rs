@@ -73,8 +73,7 @@ impl Chain {
         match checked {
             // The name comes last: all else was found good.
             Err(Error::InvalidCertificate(
-                CertificateError::NotValidForName
-                | CertificateError::NotValidForNameContext { .. },
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             )) if !self.check_name || is_common_name(certificate, name) => Ok(()),
             checked => checked,
         }

@@ -175,8 +175,8 @@ impl<'a> Reader<'a> {
         match self.i32()? {
             -1 => Ok(None),
             length => {
-                let length =
-                    usize::try_from(length).map_err(|_| self.error("negative length of a value"))?;
+                let length = usize::try_from(length)
+                    .map_err(|_| self.error("negative length of a value"))?;
                 self.take(length).map(Some)
             }
         }

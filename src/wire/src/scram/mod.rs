@@ -145,7 +145,10 @@ fn new_nonce() -> String {
 
 /// A nonce is printable ASCII without a comma.
 fn is_nonce(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| (0x21..=0x7E).contains(&b) && b != b',')
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|b| (0x21..=0x7E).contains(&b) && b != b',')
 }
 
 fn decode_key(text: &str) -> Option<Key> {

@@ -124,7 +124,9 @@ impl Server {
         let (flag, rest) = split(message)?;
         let (authzid, bare) = split(rest)?;
         if !authzid.is_empty() {
-            return Err(ScramError::Malformed("authorization identity is not supported"));
+            return Err(ScramError::Malformed(
+                "authorization identity is not supported",
+            ));
         }
         // The gs2 header, which the client has to repeat, followed by the binding data.
         let mut header = format!("{flag},,").into_bytes();

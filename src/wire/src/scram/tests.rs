@@ -59,7 +59,12 @@ fn captured_keys_log_in_again() {
     assert_eq!(keys, again);
     // Another verifier of another password: the keys are worth nothing there.
     let other = build_verifier("other", b"another salt here", 4096);
-    let denied = exchange(Secret::Keys(&keys), other.parse().unwrap(), Binding::None, None);
+    let denied = exchange(
+        Secret::Keys(&keys),
+        other.parse().unwrap(),
+        Binding::None,
+        None,
+    );
     assert_eq!(denied, Err(ScramError::Denied));
 }
 
@@ -74,7 +79,10 @@ fn wrong_password_and_unknown_user_look_the_same() {
     // The same salt every time, of the same length as PostgreSQL's.
     let first = |verifier| {
         let server = Server::new(verifier, None);
-        server.first_with(b"SCRAM-SHA-256", b"n,,n=,r=abc", "def").unwrap().1
+        server
+            .first_with(b"SCRAM-SHA-256", b"n,,n=,r=abc", "def")
+            .unwrap()
+            .1
     };
     assert_eq!(first(mock), first(Verifier::mock("nobody", &[7; 32])));
     assert_eq!(
@@ -97,7 +105,15 @@ fn channel_binding_fits_or_fails() {
     assert!(exchange(secret, verifier(), Binding::None, Some(hash())).is_ok());
     assert!(exchange(secret, verifier(), Binding::NotOffered, None).is_ok());
     // Another certificate in between, a hidden offer, a binding where there is none.
-    assert!(exchange(secret, verifier(), Binding::EndPoint(vec![8; 32]), Some(hash())).is_err());
+    assert!(
+        exchange(
+            secret,
+            verifier(),
+            Binding::EndPoint(vec![8; 32]),
+            Some(hash())
+        )
+        .is_err()
+    );
     assert!(exchange(secret, verifier(), Binding::NotOffered, Some(hash())).is_err());
     assert!(exchange(secret, verifier(), bound, None).is_err());
 }
@@ -110,7 +126,10 @@ fn server_is_checked() {
         .unwrap();
     let (client, _) = client.finish(answer.as_bytes()).unwrap();
     let wrong = format!("v={}", BASE64.encode([0; 32]));
-    assert_eq!(client.verify(wrong.as_bytes()), Err(ScramError::ServerSignature));
+    assert_eq!(
+        client.verify(wrong.as_bytes()),
+        Err(ScramError::ServerSignature)
+    );
 }
 
 #[test]
@@ -144,9 +163,23 @@ fn secrets_are_not_printed() {
 
 #[test]
 fn malformed_messages_are_errors() {
-    for first in ["", "n", "n,,", "n,,n=", "n,,n=,r=", "n,a=x,n=,r=x", "q,,n=,r=x", "n,,m=x,n=,r=x"] {
+    for first in [
+        "",
+        "n",
+        "n,,",
+        "n,,n=",
+        "n,,n=,r=",
+        "n,a=x,n=,r=x",
+        "q,,n=,r=x",
+        "n,,m=x,n=,r=x",
+    ] {
         let server = Server::new(verifier(), None);
-        assert!(server.first(MECHANISM.as_bytes(), first.as_bytes()).is_err(), "{first}");
+        assert!(
+            server
+                .first(MECHANISM.as_bytes(), first.as_bytes())
+                .is_err(),
+            "{first}"
+        );
     }
     for last in ["", "c=biws", "c=biws,r=x,p=AA==", "c=,r=,p=", ",p="] {
         let server = Server::new(verifier(), None);
