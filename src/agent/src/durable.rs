@@ -125,7 +125,7 @@ impl Store {
     }
 
     /// Changes the record at once and writes it while the caller does something else, which must
-    /// be harmless should it never become durable. Nothing may be answered before [`Pending::done`].
+    /// be harmless should it never become durable.
     pub(crate) fn update_aside(&mut self, change: impl FnOnce(&mut Durable)) -> Pending {
         Pending(self.change(change).map(|(number, record)| {
             let file = Arc::clone(&self.file);

@@ -18,6 +18,8 @@ use crate::{AgentConfig, AgentFailure, process, tools};
 
 /// How long a server may take from its start to its first answer: crash recovery comes before it.
 const START_LIMIT: Duration = Duration::from_secs(300);
+/// The oldest major version that is supported.
+const OLDEST: u32 = 15;
 /// How long a running server may take to have a connection for a command.
 const CLIENT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -357,9 +359,9 @@ async fn major_version(config: &AgentConfig) -> Result<String, AgentFailure> {
     let version = text.split_whitespace().nth(2).unwrap_or_default();
     let major: String = version.chars().take_while(char::is_ascii_digit).collect();
     match major.parse::<u32>() {
-        Ok(number) if number >= 13 => Ok(major),
+        Ok(number) if number >= OLDEST => Ok(major),
         _ => Err(AgentFailure::Config(format!(
-            "PostgreSQL in \"{}\" is \"{}\"; version 13 or later is needed",
+            "PostgreSQL in \"{}\" is \"{}\"; version {OLDEST} or later is needed",
             config.bin_dir.display(),
             text.trim()
         ))),

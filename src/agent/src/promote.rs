@@ -153,34 +153,26 @@ impl Instance {
             return self.promoted_before(&client, epoch, evidence, began).await;
         }
         self.finish_replay(&client).await?;
+        let replayed = began.elapsed();
         let mut seen = Vec::new();
         if !gather(&client, &mut seen).await? {
             return Err(failed("recovery ended before the promotion"));
         }
         // The epoch is durable before the step that cannot be undone.
         record.done().await?;
+        let recorded = began.elapsed();
         sql::rows(&client, "select pg_promote(false)", sql::LIMIT).await?;
-        // Written while the server is busy. If the agent dies before it is, the outcome of open
-        // commits is unknown, which is honest.
+        // Written while the server is busy, and not waited for: the caller has the answer. If the
+        // agent dies before both, the outcome of open commits is unknown, which is honest.
         let best = seen.last().copied();
-        let writing = self.store.update_aside(|record| {
-            record.promotion = Some(Promotion {
-                epoch,
-                evidence: best,
-            });
-        });
+        self.remember(epoch, best);
         let ended = self.await_end_of_recovery(&client, &mut seen).await;
-        writing.done().await?;
+        let recovered = began.elapsed();
         ended?;
         let (timeline, fork) = fork(&client).await?;
         let proof = seen.iter().find(|e| e.replayed == fork).copied();
         if proof != best {
-            self.store.update(|record| {
-                record.promotion = Some(Promotion {
-                    epoch,
-                    evidence: proof,
-                });
-            })?;
+            self.remember(epoch, proof);
         }
         let fence = Fence {
             epoch,
@@ -189,6 +181,7 @@ impl Instance {
             xid: proof.map(|e| e.xid),
         };
         self.report_promoted(&fence);
+        tracing::debug!(?replayed, ?recorded, ?recovered, "phases of the promotion");
         Ok(reply(fence, began))
     }
 
@@ -229,6 +222,17 @@ impl Instance {
             tokio::time::sleep(INTERVAL).await;
         }
         Ok(())
+    }
+
+    fn remember(&mut self, epoch: Epoch, evidence: Option<Evidence>) {
+        let writing = self
+            .store
+            .update_aside(|record| record.promotion = Some(Promotion { epoch, evidence }));
+        tokio::spawn(async move {
+            if let Err(error) = writing.done().await {
+                tracing::warn!(%error, "evidence of the promotion is not durable");
+            }
+        });
     }
 
     fn report_promoted(&self, fence: &Fence) {

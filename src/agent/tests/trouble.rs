@@ -297,3 +297,27 @@ impl Drop for Unmount {
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fence_overtakes_a_clone() {
+    let dir = folder();
+    let a = Node::start(dir.path(), "a").await;
+    let b = Node::start(dir.path(), "b").await;
+    a.command(1, AgentCommand::Bootstrap).await;
+    let follow = common::follow(&a, &FIRST);
+    let cloning = b.try_command(1, follow.clone());
+    let fencing = async {
+        b.reach(|s| matches!(s, InstanceState::Starting { step } if step == "base backup"))
+            .await;
+        b.command(1, AgentCommand::Fence { clean: true }).await
+    };
+    let (cloned, _) = tokio::join!(cloning, fencing);
+    assert!(
+        matches!(cloned, Err(ClientError::Agent(AgentError::Failed { .. }))),
+        "{cloned:?}"
+    );
+    assert_eq!(b.state().await.instance, InstanceState::Empty);
+    b.command(1, follow).await;
+    assert!(b.state().await.fenced);
+    assert!(b.try_command(1, AgentCommand::Promote).await.is_err());
+}
