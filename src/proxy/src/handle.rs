@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::{AuthMethod, VerifierCache};
 use crate::backend::{self, Login};
+use crate::config::{ProxyConfig, ReplayMode};
 use crate::engine::gate::{Gate, Phase};
 use crate::engine::monitor;
 use crate::engine::registry::lock;
@@ -27,7 +28,7 @@ use crate::engine::session;
 use crate::engine::shared::{EngineOptions, Shared};
 use crate::listener::{BindError, Incoming, Limits, Listener};
 use crate::login::{self, Accepted, EdgeContext};
-use crate::tls::{BackendTls, ServerTls};
+use crate::tls::{BackendTls, ServerTls, TlsError};
 
 /// How long open transactions may go on by themselves once new ones are held, before they are
 /// frozen: long enough for short ones to end, short enough not to be noticed.
@@ -69,12 +70,81 @@ pub struct ProxyOptions {
     pub metrics: Metrics,
 }
 
+impl ProxyOptions {
+    /// What a `helios_proxy.toml` says; reads the files that it names.
+    ///
+    /// # Errors
+    /// A certificate, key or password file cannot be used.
+    pub fn from_config(config: &ProxyConfig) -> Result<Self, StartError> {
+        let (edge, backends) = (&config.proxy, &config.backends);
+        let first = backends.instances.first();
+        Ok(Self {
+            host: edge.listen.host.clone(),
+            port: edge.listen.port,
+            unix_socket_dir: edge.unix_socket_dir.clone(),
+            auth: edge.auth,
+            tls: edge.server_tls()?,
+            backend_tls: backends.tls()?,
+            service: backends.service_login().map_err(StartError::Password)?,
+            max_connections: edge.max_connections,
+            max_connections_per_user: edge.max_connections_per_user,
+            login_timeout: edge.login_timeout,
+            health_check_interval: first.map_or(HEALTH, |i| i.health_check_interval),
+            health_check_timeout: first.map_or(HEALTH, |i| i.health_check_timeout),
+            engine: engine_options(config),
+            metrics: Metrics::new(),
+        })
+    }
+}
+
+/// Interval and limit of health checks where no instance is configured.
+const HEALTH: Duration = Duration::from_secs(2);
+
+fn engine_options(config: &ProxyConfig) -> EngineOptions {
+    let (edge, replay, migration) = (&config.proxy, &config.replay, &config.migration);
+    let mode = match replay.mode {
+        _ if !edge.session_migration_enabled => helios_session::ReplayMode::None,
+        ReplayMode::None => helios_session::ReplayMode::None,
+        ReplayMode::Session => helios_session::ReplayMode::Session,
+        ReplayMode::Transaction => helios_session::ReplayMode::Transaction,
+        ReplayMode::Select => helios_session::ReplayMode::Select,
+    };
+    EngineOptions {
+        mode,
+        max_journal_bytes: replay.max_journal_bytes,
+        max_total_journal_bytes: replay.max_total_journal_bytes,
+        max_replay_time: replay.max_replay_time,
+        max_replay_attempts: replay.max_replay_attempts,
+        replay_backoff: replay.replay_backoff,
+        replay_on_connection_loss: replay.replay_on_connection_loss,
+        write_timeout: replay.write_timeout,
+        connect_timeout: config.backends.connect_timeout,
+        outage_limit: migration.migration_timeout,
+        idle_timeout: edge.idle_timeout,
+        capture_settings: migration.capture_set_parameters,
+        capture_prepared: migration.capture_prepared_statements,
+        move_on_failure: config.triggers.on_backend_failure,
+        move_on_maintenance: config.triggers.on_maintenance_signal,
+        log_migrations: config.observability.log_migrations,
+        check_query: config.health.check_query.clone(),
+        failure_threshold: config.health.failure_threshold,
+        success_threshold: config.health.success_threshold,
+        ..EngineOptions::default()
+    }
+}
+
 /// Why a proxy did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A socket cannot be had.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// A certificate or key cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The service user's password cannot be read.
+    #[error("could not read the service user's password file: {0}")]
+    Password(std::io::Error),
 }
 
 /// A command that was not carried out.
@@ -230,7 +300,11 @@ impl ProxyHandle {
 
     fn check_epoch(&self, given: Epoch) -> Result<(), CommandError> {
         let current = self.0.shared.gate.now().topology.epoch;
-        if given < current { Err(CommandError::Stale { given, current }) } else { Ok(()) }
+        if given < current {
+            Err(CommandError::Stale { given, current })
+        } else {
+            Ok(())
+        }
     }
 
     /// Opens a backend on `candidate` for every session, ahead of a planned move, so that the pause
@@ -238,7 +312,9 @@ impl ProxyHandle {
     pub async fn prepare(&self, candidate: &Backend) {
         let shared = &self.0.shared;
         let open = shared.registry.all().into_iter().map(|entry| async move {
-            let Ok(_permit) = shared.logins.acquire().await else { return };
+            let Ok(_permit) = shared.logins.acquire().await else {
+                return;
+            };
             let limit = shared.options.connect_timeout;
             let at = &candidate.endpoint;
             match backend::connect(at, &shared.tls, &entry.login, limit).await {
@@ -270,7 +346,8 @@ impl ProxyHandle {
             if !gate.all_acknowledged(STATEMENT_GRACE).await {
                 gate.publish(Phase::Cut, None, None);
                 let left = deadline.saturating_duration_since(Instant::now());
-                gate.all_acknowledged(left.max(Duration::from_millis(500))).await;
+                gate.all_acknowledged(left.max(Duration::from_millis(500)))
+                    .await;
             }
         }
         let mut report = DrainReport {
@@ -306,10 +383,16 @@ impl ProxyHandle {
         let shared = &self.0.shared;
         let gate = &shared.gate;
         let now = gate.now();
-        let reason = if now.phase == Phase::Open { MoveReason::Failover } else { now.reason };
+        let reason = if now.phase == Phase::Open {
+            MoveReason::Failover
+        } else {
+            now.reason
+        };
         shared.take_report();
         *lock(&shared.postmaster_start) = None;
-        self.0.verifiers.set_endpoint(Some(topology.primary.endpoint.clone()));
+        self.0
+            .verifiers
+            .set_endpoint(Some(topology.primary.endpoint.clone()));
         let limit = shared.options.barrier_limit;
         gate.publish(Phase::Replay, Some(topology), Some(reason));
         gate.all_acknowledged(limit).await;
@@ -367,7 +450,13 @@ impl ProxyHandle {
     #[must_use]
     pub fn sessions(&self) -> Vec<SessionInfo> {
         let now = self.0.shared.now_micros();
-        self.0.shared.registry.all().iter().map(|entry| entry.info(now)).collect()
+        self.0
+            .shared
+            .registry
+            .all()
+            .iter()
+            .map(|entry| entry.info(now))
+            .collect()
     }
 
     /// Migration events from now on. A subscriber that falls far behind misses the oldest.
@@ -380,7 +469,10 @@ impl ProxyHandle {
     pub async fn shutdown(&self, grace: Duration) {
         self.0.stop.cancel();
         self.0.tasks.close();
-        if tokio::time::timeout(grace, self.0.tasks.wait()).await.is_err() {
+        if tokio::time::timeout(grace, self.0.tasks.wait())
+            .await
+            .is_err()
+        {
             self.0.shared.gate.end();
             let _ = tokio::time::timeout(Duration::from_secs(5), self.0.tasks.wait()).await;
         }
@@ -408,5 +500,8 @@ impl ProxyHandle {
 #[must_use]
 pub fn local_endpoint(host: &str, port: u16) -> Endpoint {
     let host = if host == "*" { "127.0.0.1" } else { host };
-    Endpoint { host: Host::Tcp(host.to_owned()), port }
+    Endpoint {
+        host: Host::Tcp(host.to_owned()),
+        port,
+    }
 }

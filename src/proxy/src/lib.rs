@@ -3,12 +3,13 @@
 pub mod auth;
 pub mod backend;
 pub mod config;
+pub mod control;
+pub mod engine;
 mod framed;
+pub mod handle;
 pub mod listener;
 pub mod login;
 pub mod stream;
 pub mod tls;
-pub mod engine;
-pub mod handle;
 
 pub use handle::{CommandError, Proxy, ProxyHandle, ProxyOptions, StartError};

@@ -24,8 +24,10 @@ struct Bench {
 }
 
 fn topology(server: &PgServer, epoch: u64) -> Topology {
-    let endpoint =
-        Endpoint { host: Host::Unix(server.socket_dir().to_owned()), port: server.port() };
+    let endpoint = Endpoint {
+        host: Host::Unix(server.socket_dir().to_owned()),
+        port: server.port(),
+    };
     let fences = (2..=epoch).map(|e| Fence {
         epoch: Epoch(e),
         timeline: Timeline(1),
@@ -35,7 +37,10 @@ fn topology(server: &PgServer, epoch: u64) -> Topology {
     Topology {
         epoch: Epoch(epoch),
         timeline: Timeline(1),
-        primary: Backend { name: "one".parse().unwrap(), endpoint },
+        primary: Backend {
+            name: "one".parse().unwrap(),
+            endpoint,
+        },
         fences: fences.collect(),
     }
 }
@@ -66,7 +71,11 @@ impl Bench {
             metrics: Metrics::new(),
         };
         let proxy = Proxy::start(options, topology(&server, 1)).await.unwrap();
-        Self { server, proxy, epoch: 1 }
+        Self {
+            server,
+            proxy,
+            epoch: 1,
+        }
     }
 
     async fn client(&self) -> Client {
@@ -81,7 +90,10 @@ impl Bench {
 
     /// A planned move: drain, then resume on fresh backends.
     async fn switchover(&mut self) {
-        let request = DrainRequest { epoch: Epoch(self.epoch), timeout_ms: 2000 };
+        let request = DrainRequest {
+            epoch: Epoch(self.epoch),
+            timeout_ms: 2000,
+        };
         self.proxy.drain(&request).await.unwrap();
         self.resume().await;
     }
@@ -99,7 +111,10 @@ impl Bench {
 
     async fn resume(&mut self) {
         self.epoch += 1;
-        self.proxy.resume(topology(&self.server, self.epoch)).await.unwrap();
+        self.proxy
+            .resume(topology(&self.server, self.epoch))
+            .await
+            .unwrap();
     }
 }
 
@@ -121,8 +136,17 @@ async fn backend_pid(client: &Client) -> i32 {
 async fn the_protocol_is_carried_faithfully() {
     let bench = bench().await;
     let mut client = bench.client().await;
-    client.batch_execute("CREATE TABLE t (a int, b text)").await.unwrap();
-    assert_eq!(client.execute("INSERT INTO t VALUES ($1, $2)", &[&1, &"x"]).await.unwrap(), 1);
+    client
+        .batch_execute("CREATE TABLE t (a int, b text)")
+        .await
+        .unwrap();
+    assert_eq!(
+        client
+            .execute("INSERT INTO t VALUES ($1, $2)", &[&1, &"x"])
+            .await
+            .unwrap(),
+        1
+    );
     // an error in an extended query, recovery at Sync
     let error = client.query("SELECT 1 / $1::int", &[&0]).await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "22012");
@@ -135,24 +159,46 @@ async fn the_protocol_is_carried_faithfully() {
     data.forward::<std::pin::Pin<&mut tokio_postgres::CopyInSink<bytes::Bytes>>>(sink)
         .await
         .unwrap();
-    let out: Vec<bytes::Bytes> =
-        client.copy_out("COPY t TO STDOUT").await.unwrap().try_collect().await.unwrap();
+    let out: Vec<bytes::Bytes> = client
+        .copy_out("COPY t TO STDOUT")
+        .await
+        .unwrap()
+        .try_collect()
+        .await
+        .unwrap();
     assert_eq!(out.len(), 999);
     // portals with a row limit
     let transaction = client.transaction().await.unwrap();
-    let portal = transaction.bind("SELECT a FROM t ORDER BY a", &[]).await.unwrap();
+    let portal = transaction
+        .bind("SELECT a FROM t ORDER BY a", &[])
+        .await
+        .unwrap();
     let first = transaction.query_portal(&portal, 10).await.unwrap();
     let second = transaction.query_portal(&portal, 10).await.unwrap();
-    assert_eq!((first[0].get::<_, i32>(0), second[0].get::<_, i32>(0)), (1, 11));
+    assert_eq!(
+        (first[0].get::<_, i32>(0), second[0].get::<_, i32>(0)),
+        (1, 11)
+    );
     transaction.rollback().await.unwrap();
     // several statements in one simple query, an empty one
     let results = client.simple_query("SELECT 1; SELECT 2; ;").await.unwrap();
-    let rows = results.iter().filter(|m| matches!(m, SimpleQueryMessage::Row(_))).count();
+    let rows = results
+        .iter()
+        .filter(|m| matches!(m, SimpleQueryMessage::Row(_)))
+        .count();
     assert_eq!(rows, 2);
     // a row of several MB goes through in pieces
-    let long: String = client.query_one("SELECT repeat('x', 5000000)", &[]).await.unwrap().get(0);
+    let long: String = client
+        .query_one("SELECT repeat('x', 5000000)", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(long.len(), 5_000_000);
-    let back: i32 = client.query_one("SELECT length($1::text)", &[&long]).await.unwrap().get(0);
+    let back: i32 = client
+        .query_one("SELECT length($1::text)", &[&long])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(back, 5_000_000);
 }
 
@@ -162,7 +208,13 @@ async fn a_pipeline_keeps_its_order() {
     let client = bench.client().await;
     let wait = (0..500).map(|n: i32| {
         let client = &client;
-        async move { client.query_one("SELECT $1::int", &[&n]).await.unwrap().get::<_, i32>(0) }
+        async move {
+            client
+                .query_one("SELECT $1::int", &[&n])
+                .await
+                .unwrap()
+                .get::<_, i32>(0)
+        }
     });
     let got = futures_util::future::join_all(wait).await;
     assert_eq!(got, (0..500).collect::<Vec<_>>());
@@ -184,7 +236,10 @@ async fn a_cancel_request_reaches_the_statement() {
 async fn an_open_transaction_moves() {
     let mut bench = bench().await;
     let client = bench.client().await;
-    client.batch_execute("CREATE TABLE t (id int, v int); INSERT INTO t VALUES (1, 10)").await.unwrap();
+    client
+        .batch_execute("CREATE TABLE t (id int, v int); INSERT INTO t VALUES (1, 10)")
+        .await
+        .unwrap();
     let before = backend_pid(&client).await;
     client.batch_execute("BEGIN").await.unwrap();
     let update = "UPDATE t SET v = v + 1 WHERE id = $1 RETURNING v";
@@ -196,7 +251,11 @@ async fn an_open_transaction_moves() {
     client.batch_execute("COMMIT").await.unwrap();
     assert_ne!(backend_pid(&client).await, before);
     let direct = bench.server.connect().await.unwrap();
-    let v: i32 = direct.query_one("SELECT v FROM t", &[]).await.unwrap().get(0);
+    let v: i32 = direct
+        .query_one("SELECT v FROM t", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(v, 12);
     bench.journal_is_empty().await;
 }
@@ -205,16 +264,34 @@ async fn an_open_transaction_moves() {
 async fn settings_role_and_statements_move() {
     let mut bench = bench().await;
     let client = bench.client().await;
-    client.batch_execute("CREATE ROLE boss; SET search_path = pg_catalog, public").await.unwrap();
-    client.batch_execute("SET work_mem = '7MB'; SET my.thing = 'it''s'; SET ROLE boss").await.unwrap();
-    client.batch_execute("PREPARE p (int) AS SELECT $1 * 2").await.unwrap();
+    client
+        .batch_execute("CREATE ROLE boss; SET search_path = pg_catalog, public")
+        .await
+        .unwrap();
+    client
+        .batch_execute("SET work_mem = '7MB'; SET my.thing = 'it''s'; SET ROLE boss")
+        .await
+        .unwrap();
+    client
+        .batch_execute("PREPARE p (int) AS SELECT $1 * 2")
+        .await
+        .unwrap();
     let statement = client.prepare("SELECT $1::int + 1").await.unwrap();
     // the transaction changes what it must not change for the session
-    client.batch_execute("BEGIN; SET LOCAL work_mem = '9MB'").await.unwrap();
+    client
+        .batch_execute("BEGIN; SET LOCAL work_mem = '9MB'")
+        .await
+        .unwrap();
     bench.switchover().await;
     let one = |sql: &'static str| {
         let client = &client;
-        async move { client.query_one(sql, &[]).await.unwrap().get::<_, String>(0) }
+        async move {
+            client
+                .query_one(sql, &[])
+                .await
+                .unwrap()
+                .get::<_, String>(0)
+        }
     };
     assert_eq!(one("SHOW work_mem").await, "9MB");
     client.batch_execute("ROLLBACK").await.unwrap();
@@ -225,16 +302,25 @@ async fn settings_role_and_statements_move() {
     let n: i32 = client.query_one(&statement, &[&41]).await.unwrap().get(0);
     assert_eq!(n, 42);
     let rows = client.simple_query("EXECUTE p (21)").await.unwrap();
-    assert!(rows.iter().any(|m| matches!(m, SimpleQueryMessage::Row(r) if r.get(0) == Some("42"))));
+    assert!(
+        rows.iter()
+            .any(|m| matches!(m, SimpleQueryMessage::Row(r) if r.get(0) == Some("42")))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_statement_in_flight_is_answered_once() {
     let mut bench = bench().await;
     let client = bench.client().await;
-    client.batch_execute("CREATE TABLE t (a int)").await.unwrap();
+    client
+        .batch_execute("CREATE TABLE t (a int)")
+        .await
+        .unwrap();
     client.batch_execute("BEGIN").await.unwrap();
-    client.batch_execute("INSERT INTO t VALUES (1)").await.unwrap();
+    client
+        .batch_execute("INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
     let slow = client.simple_query("SELECT pg_sleep(1); INSERT INTO t VALUES (2)");
     tokio::pin!(slow);
     let moved = async {
@@ -246,7 +332,11 @@ async fn a_statement_in_flight_is_answered_once() {
     result.unwrap();
     client.batch_execute("COMMIT").await.unwrap();
     let direct = bench.server.connect().await.unwrap();
-    let n: i64 = direct.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    let n: i64 = direct
+        .query_one("SELECT count(*) FROM t", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(n, 2);
 }
 
@@ -254,7 +344,10 @@ async fn a_statement_in_flight_is_answered_once() {
 async fn an_autocommit_statement_in_flight_runs_once() {
     let mut bench = bench().await;
     let client = bench.client().await;
-    client.batch_execute("CREATE TABLE t (a int)").await.unwrap();
+    client
+        .batch_execute("CREATE TABLE t (a int)")
+        .await
+        .unwrap();
     let slow = client.execute("INSERT INTO t SELECT 1 FROM pg_sleep(1)", &[]);
     let moved = async {
         tokio::time::sleep(Duration::from_millis(200)).await;
@@ -264,7 +357,11 @@ async fn an_autocommit_statement_in_flight_runs_once() {
     let (result, bench) = tokio::join!(slow, moved);
     assert_eq!(result.unwrap(), 1);
     let direct = bench.server.connect().await.unwrap();
-    let n: i64 = direct.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    let n: i64 = direct
+        .query_one("SELECT count(*) FROM t", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(n, 1);
 }
 
@@ -272,26 +369,52 @@ async fn an_autocommit_statement_in_flight_runs_once() {
 async fn a_difference_aborts_and_the_session_lives_on() {
     let mut bench = bench().await;
     let client = bench.client().await;
-    client.batch_execute("CREATE SEQUENCE s; CREATE TABLE t (a int)").await.unwrap();
-    client.batch_execute("BEGIN; INSERT INTO t VALUES (1)").await.unwrap();
+    client
+        .batch_execute("CREATE SEQUENCE s; CREATE TABLE t (a int)")
+        .await
+        .unwrap();
+    client
+        .batch_execute("BEGIN; INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
     let row = client.query_one("INSERT INTO t VALUES (nextval('s')) RETURNING a", &[]);
     assert_eq!(row.await.unwrap().get::<_, i32>(0), 1);
     bench.switchover().await;
-    let error = client.batch_execute("INSERT INTO t VALUES (3)").await.unwrap_err();
+    let error = client
+        .batch_execute("INSERT INTO t VALUES (3)")
+        .await
+        .unwrap_err();
     assert_eq!(error.code().unwrap().code(), "40001");
-    let error = client.batch_execute("INSERT INTO t VALUES (4)").await.unwrap_err();
+    let error = client
+        .batch_execute("INSERT INTO t VALUES (4)")
+        .await
+        .unwrap_err();
     assert_eq!(error.code().unwrap().code(), "25P02");
     client.batch_execute("ROLLBACK").await.unwrap();
-    let n: i64 = client.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    let n: i64 = client
+        .query_one("SELECT count(*) FROM t", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(n, 0);
     // a COMMIT as the first thing it says must not look like a success
-    client.batch_execute("BEGIN; INSERT INTO t VALUES (nextval('s'))").await.unwrap();
+    client
+        .batch_execute("BEGIN; INSERT INTO t VALUES (nextval('s'))")
+        .await
+        .unwrap();
     client.query_one("SELECT nextval('s')", &[]).await.unwrap();
-    client.query_one("INSERT INTO t VALUES (nextval('s')) RETURNING a", &[]).await.unwrap();
+    client
+        .query_one("INSERT INTO t VALUES (nextval('s')) RETURNING a", &[])
+        .await
+        .unwrap();
     bench.switchover().await;
     let error = client.batch_execute("COMMIT").await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "40001");
-    let n: i64 = client.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    let n: i64 = client
+        .query_one("SELECT count(*) FROM t", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(n, 0);
 }
 
@@ -302,7 +425,10 @@ async fn what_cannot_move_is_known_beforehand_and_never_lost_silently() {
         ("CREATE TEMP TABLE tt (a int)", "temporary object"),
         ("SELECT pg_advisory_lock(1)", "session advisory lock"),
         ("LISTEN news", "LISTEN"),
-        ("BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT", "cursor WITH HOLD"),
+        (
+            "BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT",
+            "cursor WITH HOLD",
+        ),
     ] {
         let client = bench.client().await;
         client.batch_execute(sql).await.unwrap();
@@ -322,22 +448,37 @@ async fn an_administrators_kill_stays_a_kill() {
     let pid = backend_pid(&client).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     let direct = bench.server.connect().await.unwrap();
-    direct.execute("SELECT pg_terminate_backend($1)", &[&pid]).await.unwrap();
+    direct
+        .execute("SELECT pg_terminate_backend($1)", &[&pid])
+        .await
+        .unwrap();
     let error = client.batch_execute("SELECT 1").await.unwrap_err();
     let code = error.code().map(|c| c.code().to_owned());
-    assert!(error.is_closed() || code.as_deref() == Some("57P01"), "{error}");
+    assert!(
+        error.is_closed() || code.as_deref() == Some("57P01"),
+        "{error}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_journal_over_its_limit_is_unprotected_not_half_kept() {
-    let engine = EngineOptions { max_journal_bytes: 10_000, ..EngineOptions::default() };
+    let engine = EngineOptions {
+        max_journal_bytes: 10_000,
+        ..EngineOptions::default()
+    };
     let mut bench = Bench::start(engine).await;
     let client = bench.client().await;
-    client.batch_execute("CREATE TABLE t (a text)").await.unwrap();
+    client
+        .batch_execute("CREATE TABLE t (a text)")
+        .await
+        .unwrap();
     client.batch_execute("BEGIN").await.unwrap();
     let long = "x".repeat(3000);
     for _ in 0..5 {
-        client.execute("INSERT INTO t VALUES ($1)", &[&long]).await.unwrap();
+        client
+            .execute("INSERT INTO t VALUES ($1)", &[&long])
+            .await
+            .unwrap();
         assert!(bench.proxy.journal_bytes() <= 10_000);
     }
     let reason = bench.proxy.sessions()[0].unprotected.clone().unwrap();
@@ -345,8 +486,15 @@ async fn a_journal_over_its_limit_is_unprotected_not_half_kept() {
     bench.resume().await;
     let error = client.batch_execute("COMMIT").await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "40001");
-    client.batch_execute("BEGIN; INSERT INTO t VALUES ('y'); COMMIT").await.unwrap();
-    let n: i64 = client.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    client
+        .batch_execute("BEGIN; INSERT INTO t VALUES ('y'); COMMIT")
+        .await
+        .unwrap();
+    let n: i64 = client
+        .query_one("SELECT count(*) FROM t", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(n, 1);
     bench.journal_is_empty().await;
 }
@@ -355,9 +503,18 @@ async fn a_journal_over_its_limit_is_unprotected_not_half_kept() {
 async fn a_restarted_server_is_found_again_with_the_transaction() {
     let mut bench = bench().await;
     let client = bench.client().await;
-    client.batch_execute("CREATE TABLE t (a int)").await.unwrap();
-    client.batch_execute("BEGIN; INSERT INTO t VALUES (1)").await.unwrap();
-    client.batch_execute("INSERT INTO t VALUES (2)").await.unwrap();
+    client
+        .batch_execute("CREATE TABLE t (a int)")
+        .await
+        .unwrap();
+    client
+        .batch_execute("BEGIN; INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    client
+        .batch_execute("INSERT INTO t VALUES (2)")
+        .await
+        .unwrap();
     bench.server.crash();
     let commit = client.batch_execute("COMMIT");
     let boot = async {
@@ -367,6 +524,10 @@ async fn a_restarted_server_is_found_again_with_the_transaction() {
     let (commit, ()) = tokio::join!(commit, boot);
     commit.unwrap();
     let direct = bench.server.connect().await.unwrap();
-    let n: i64 = direct.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
+    let n: i64 = direct
+        .query_one("SELECT count(*) FROM t", &[])
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(n, 2);
 }

@@ -53,6 +53,51 @@ pub fn statements(sql: &str) -> Vec<Kind> {
     }
 }
 
+/// Names of custom settings (`a.b`) that a text may set, by SET or by `set_config('a.b', …)`.
+///
+/// PostgreSQL lists them in no view; the backend is asked for each. A name too many does no harm.
+#[must_use]
+pub fn custom_settings(sql: &str) -> Vec<String> {
+    let parse = SourceFile::parse(sql);
+    let tree = parse.tree();
+    let tokens: Vec<_> = tree
+        .syntax()
+        .descendants_with_tokens()
+        .filter_map(|e| e.into_token())
+        .filter(|t| !matches!(t.kind(), SyntaxKind::WHITESPACE | SyntaxKind::COMMENT))
+        .collect();
+    let text = |at: usize| tokens.get(at).map_or("", |t| t.text());
+    let mut names = Vec::new();
+    for at in 0..tokens.len() {
+        let word = text(at);
+        if word.eq_ignore_ascii_case("set") {
+            let scope = ["session", "local"]
+                .iter()
+                .any(|s| text(at + 1).eq_ignore_ascii_case(s));
+            let first = at + 1 + usize::from(scope);
+            if text(first + 1) == "." {
+                names.push(format!("{}.{}", bare(text(first)), bare(text(first + 2))));
+            }
+        } else if word.eq_ignore_ascii_case("set_config") && text(at + 1) == "(" {
+            let name = text(at + 2).trim_matches('\'');
+            if name.contains('.') {
+                names.push(name.to_ascii_lowercase());
+            }
+        }
+    }
+    names
+}
+
+fn bare(identifier: &str) -> String {
+    match identifier
+        .strip_prefix('"')
+        .and_then(|i| i.strip_suffix('"'))
+    {
+        Some(quoted) => quoted.replace("\"\"", "\""),
+        None => identifier.to_ascii_lowercase(),
+    }
+}
+
 /// The statement, when a text holds exactly one.
 #[must_use]
 pub fn single(sql: &str) -> Kind {
@@ -154,6 +199,13 @@ impl Kind {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn custom_names() {
+        let sql = "set a.b = 1; SET LOCAL c.D to 'x'; select set_config('e.f', 'v', false); \
+                   set work_mem = 1; set session \"G\".h = 2";
+        assert_eq!(custom_settings(sql), ["a.b", "c.d", "e.f", "G.h"]);
+    }
 
     #[test]
     fn kinds() {

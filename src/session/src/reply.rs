@@ -69,6 +69,15 @@ pub struct CommandResult {
     pub rows_hash: u128,
 }
 
+/// A reply as one value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Digest {
+    messages: u64,
+    shape: u128,
+    finished_rows: u128,
+    open_rows: (u64, u128),
+}
+
 /// The reply to one exchange, as far as it has come.
 #[derive(Clone, Default)]
 pub struct Reply {
@@ -78,6 +87,8 @@ pub struct Reply {
     pub shape: u128,
     /// Messages, without the asynchronous ones.
     pub messages: u64,
+    /// Hash of the rows of all finished commands.
+    all_rows: u128,
     rows: u64,
     rows_hash: u128,
     large: Option<Box<Xxh3>>,
@@ -143,6 +154,7 @@ impl Reply {
             rows_hash: self.rows_hash,
         });
         self.shape = fold(self.shape, xxh3_128(frame));
+        self.all_rows = fold(self.all_rows, self.rows_hash);
         self.rows = 0;
         self.rows_hash = 0;
     }
@@ -177,8 +189,13 @@ impl Reply {
 
     /// Everything so far, as one value: two replies with the same digest are the same.
     #[must_use]
-    pub fn digest(&self) -> (u64, u128, u64, u128) {
-        (self.messages, self.shape, self.rows, self.rows_hash)
+    pub fn digest(&self) -> Digest {
+        Digest {
+            messages: self.messages,
+            shape: self.shape,
+            finished_rows: self.all_rows,
+            open_rows: (self.rows, self.rows_hash),
+        }
     }
 
     /// Rows of the command that has not ended yet.
@@ -274,6 +291,9 @@ mod tests {
         a.add(b'C', &frame(b'C', b"SELECT 2\0"));
         assert_eq!(a.commands[0].rows, 2);
         assert!(a.completed(b"SELECT 2"));
+        b.add(b'C', &frame(b'C', b"SELECT 2\0"));
+        assert_eq!(a.shape, b.shape);
+        assert_ne!(a, b, "rows of finished commands count");
     }
 
     #[test]

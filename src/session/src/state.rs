@@ -147,6 +147,18 @@ WHERE pronamespace = pg_catalog.pg_my_temp_schema() LIMIT 1) \
 UNION ALL (SELECT 'x', 'temporary object', typname::pg_catalog.text FROM pg_catalog.pg_type \
 WHERE typnamespace = pg_catalog.pg_my_temp_schema() LIMIT 1)";
 
+/// [`SNAPSHOT_QUERY`], with the custom settings that the session may have set.
+#[must_use]
+pub fn snapshot_query<'a>(custom: impl Iterator<Item = &'a str>) -> String {
+    let mut sql = SNAPSHOT_QUERY.to_owned();
+    for name in custom {
+        let name = literal(name);
+        sql.push_str(" UNION ALL SELECT 'g', ");
+        sql.push_str(&format!("{name}, pg_catalog.current_setting({name}, true)"));
+    }
+    sql
+}
+
 impl Snapshot {
     /// Takes one row of [`SNAPSHOT_QUERY`]; `login` is the role that logged in.
     pub fn add_row(&mut self, kind: &str, name: &str, value: &str, login: &str) {

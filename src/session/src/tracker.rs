@@ -3,7 +3,7 @@
 //! The engine hands over every frame before it forwards it. The tracker says whether it goes on,
 //! and when the proxy should ask the server something of its own, in the same flight.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use helios_api::{Lsn, Xid};
@@ -61,6 +61,9 @@ pub enum ServerStep {
     Unsolicited,
 }
 
+/// Most custom settings that one session is followed for.
+const MAX_CUSTOM: usize = 1000;
+
 /// What is known of the id of one (projected) transaction.
 #[derive(Debug, Default, Clone, Copy)]
 struct XidKnowledge {
@@ -101,6 +104,8 @@ pub struct Tracker {
     /// The open transaction may have changed session state.
     touched: bool,
     chained: bool,
+    /// Custom settings that statements of this session may have set.
+    custom: BTreeSet<String>,
 }
 
 impl Tracker {
@@ -122,6 +127,7 @@ impl Tracker {
             sequence: 0,
             touched: false,
             chained: false,
+            custom: BTreeSet::new(),
         }
     }
 
@@ -576,9 +582,29 @@ impl Tracker {
         Ok(ServerStep::Completed { status, touched })
     }
 
+    /// Remembers the custom settings that the exchange in front names.
+    fn note_custom_settings(&mut self) {
+        let Some(front) = self.journal.in_flight().front().filter(|e| e.touches) else {
+            return;
+        };
+        let texts = self.texts_of(self.journal.exchange_bytes(front));
+        let names: Vec<_> = texts
+            .iter()
+            .flat_map(|t| grammar::custom_settings(t))
+            .collect();
+        let room = MAX_CUSTOM.saturating_sub(self.custom.len());
+        self.custom.extend(names.into_iter().take(room));
+    }
+
+    /// Custom settings that statements of this session may have set.
+    pub fn custom_settings(&self) -> impl Iterator<Item = &str> {
+        self.custom.iter().map(String::as_str)
+    }
+
     /// The exchange in front is answered: moves journal, ids and statements on.
     fn finish(&mut self, status: TxnStatus) {
         self.note_end_inside(status);
+        self.note_custom_settings();
         let Some(exchange) = self.journal.complete(status) else {
             return;
         };
@@ -690,6 +716,32 @@ impl Tracker {
         kinds
     }
 
+    /// The statements' texts that a sequence of client messages runs.
+    fn texts_of(&self, messages: &[u8]) -> Vec<String> {
+        let mut texts = Vec::new();
+        let mut rest = messages;
+        while let Ok(Some(header)) = helios_wire::peek_header(rest) {
+            let frame = rest.get(..header.len).unwrap_or(rest);
+            let body = frame.get(5..).unwrap_or_default();
+            match header.tag {
+                frontend::QUERY => texts.push(text(until_zero(body)).into_owned()),
+                frontend::PARSE => texts.push(parse_text(frame).into_owned()),
+                frontend::BIND => {
+                    let portal = until_zero(body);
+                    let name = until_zero(body.get(portal.len() + 1..).unwrap_or_default());
+                    texts.extend(
+                        self.prepared
+                            .get(name)
+                            .map(|p| parse_text(&p.parse).into_owned()),
+                    );
+                }
+                _ => {}
+            }
+            rest = rest.get(header.len..).unwrap_or_default();
+        }
+        texts
+    }
+
     /// What is in flight, for the decision.
     #[must_use]
     pub fn in_flight(&self) -> Vec<InFlight> {
@@ -728,6 +780,7 @@ impl Tracker {
             next.prepared.insert(name.clone(), statement.clone());
         }
         next.prepared.settle();
+        next.custom.clone_from(&self.custom);
         next
     }
 
@@ -757,7 +810,8 @@ impl Tracker {
         self.prepared.settle();
         if self.projected_open {
             self.project(true);
-            self.journal.lose("the transaction was aborted by an earlier failover".into());
+            self.journal
+                .lose("the transaction was aborted by an earlier failover".into());
         }
     }
 
@@ -851,6 +905,12 @@ fn parse_kind(frame: &[u8]) -> (&[u8], Kind) {
     let name = until_zero(body);
     let sql = until_zero(body.get(name.len() + 1..).unwrap_or_default());
     (name, grammar::single(&text(sql)))
+}
+
+fn parse_text(frame: &[u8]) -> std::borrow::Cow<'_, str> {
+    let body = frame.get(5..).unwrap_or_default();
+    let name = until_zero(body);
+    text(until_zero(body.get(name.len() + 1..).unwrap_or_default()))
 }
 
 /// FunctionCallResponse with a binary 8-byte result; `None` for NULL.

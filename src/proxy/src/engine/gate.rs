@@ -135,7 +135,10 @@ impl Gate {
     #[must_use]
     pub fn join(self: &Arc<Self>) -> Member {
         self.sessions.fetch_add(1, Ordering::SeqCst);
-        Member { gate: Arc::clone(self), acknowledged: 0 }
+        Member {
+            gate: Arc::clone(self),
+            acknowledged: 0,
+        }
     }
 
     /// Waits until all sessions have acknowledged the current step; `false` when time is up.
@@ -200,11 +203,17 @@ mod tests {
     use helios_api::{Endpoint, Epoch, Host, Timeline};
 
     fn gate() -> Arc<Gate> {
-        let endpoint = Endpoint { host: Host::Tcp("localhost".into()), port: 1 };
+        let endpoint = Endpoint {
+            host: Host::Tcp("localhost".into()),
+            port: 1,
+        };
         Arc::new(Gate::new(Topology {
             epoch: Epoch(1),
             timeline: Timeline(1),
-            primary: Backend { name: "a".parse().unwrap(), endpoint },
+            primary: Backend {
+                name: "a".parse().unwrap(),
+                endpoint,
+            },
             fences: Vec::new(),
         }))
     }

@@ -44,7 +44,14 @@ impl Link {
     /// A link over `stream`, with bytes that were already read.
     #[must_use]
     pub fn new(stream: Stream, input: BytesMut) -> Self {
-        Self { stream, input, output: BytesMut::new(), passing: 0, ended: false, parameters: BTreeMap::new() }
+        Self {
+            stream,
+            input,
+            output: BytesMut::new(),
+            passing: 0,
+            ended: false,
+            parameters: BTreeMap::new(),
+        }
     }
 
     /// Reads what is there. Ready when something came, the peer closed (`ended`), or it failed.

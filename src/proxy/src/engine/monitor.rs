@@ -24,6 +24,7 @@ pub async fn watch(
 ) {
     let mut gate = shared.gate.watch();
     let mut link: Option<(helios_api::Epoch, Link)> = None;
+    let (mut good, mut bad) = (0_u32, 0_u32);
     loop {
         let state = gate.borrow_and_update().clone();
         if state.phase == Phase::Open {
@@ -35,26 +36,50 @@ pub async fn watch(
                 link = Some((epoch, fresh));
                 *lock(&shared.postmaster_start) = started;
             }
+            (good, bad) = if up {
+                (good.saturating_add(1), 0)
+            } else {
+                (0, bad.saturating_add(1))
+            };
+            let up = match reachable.load(Ordering::Relaxed) {
+                true => bad < shared.options.failure_threshold,
+                false => good >= shared.options.success_threshold,
+            };
             if reachable.swap(up, Ordering::Relaxed) != up {
                 tracing::info!(primary = %state.topology.primary.name, up, "primary's health changed");
             }
-            shared.metrics.backend_up(state.topology.primary.name.as_str(), up);
+            shared
+                .metrics
+                .backend_up(state.topology.primary.name.as_str(), up);
         }
-        let pause = if link.is_some() { interval } else { interval.min(Duration::from_millis(100)) };
+        let pause = if link.is_some() {
+            interval
+        } else {
+            interval.min(Duration::from_millis(100))
+        };
         let _ = tokio::time::timeout(pause, gate.changed()).await;
     }
 }
 
 async fn check(shared: &Shared, old: Option<Link>) -> Option<(Link, Option<String>)> {
     if let Some(mut link) = old
+        && simple(&mut link, &shared.options.check_query).await.is_ok()
         && let Ok(rows) = simple(&mut link, CHECK).await
     {
-        return Some((link, rows.first().and_then(|r| r.first()).cloned().flatten()));
+        return Some((
+            link,
+            rows.first().and_then(|r| r.first()).cloned().flatten(),
+        ));
     }
     let at = shared.gate.now().topology.primary.endpoint.clone();
     let limit = shared.options.connect_timeout;
-    let conn = backend::connect(&at, &shared.tls, &shared.service, limit).await.ok()?;
+    let conn = backend::connect(&at, &shared.tls, &shared.service, limit)
+        .await
+        .ok()?;
     let mut link = Link::new(conn.stream, conn.buf);
     let rows = simple(&mut link, CHECK).await.ok()?;
-    Some((link, rows.first().and_then(|r| r.first()).cloned().flatten()))
+    Some((
+        link,
+        rows.first().and_then(|r| r.first()).cloned().flatten(),
+    ))
 }

@@ -155,13 +155,22 @@ impl Session {
 
     fn is_cancellable(&self) -> bool {
         let in_flight = self.tracker.journal().in_flight();
-        let [one] = in_flight.as_slices().0 else { return false };
+        let [one] = in_flight.as_slices().0 else {
+            return false;
+        };
         let alone = self.tracker.status() == TxnStatus::Idle && in_flight.len() == 1;
-        let all_or_nothing =
-            |k: &Kind| matches!(k, Kind::Read | Kind::LockingRead | Kind::Write | Kind::Harmless);
+        let all_or_nothing = |k: &Kind| {
+            matches!(
+                k,
+                Kind::Read | Kind::LockingRead | Kind::Write | Kind::Harmless
+            )
+        };
         alone
             && one.closed
-            && self.tracker.kinds(one).is_some_and(|k| k.len() == 1 && k.iter().all(all_or_nothing))
+            && self
+                .tracker
+                .kinds(one)
+                .is_some_and(|k| k.len() == 1 && k.iter().all(all_or_nothing))
     }
 
     fn plan(&self) -> Plan {
@@ -260,7 +269,8 @@ impl Session {
         let epoch = self.gate.topology.epoch;
         let from = self.gate.phase;
         let superseded = watch.wait_for(move |g| {
-            g.topology.epoch != epoch || (g.phase != Phase::Open && g.phase < from)
+            g.topology.epoch != epoch
+                || (g.phase != Phase::Open && g.phase < from)
                 || (from == Phase::Open && g.phase != Phase::Open)
         });
         let limit = self.shared.options.max_replay_time;
@@ -279,13 +289,18 @@ impl Session {
         let mut server = Server::new(conn, topology.epoch);
         self.check_last_words(&mut server, topology).await?;
         if self.epoch == topology.epoch && self.must_rebuild() {
+            if !self.shared.options.replay_on_connection_loss {
+                self.forced = Some("replay after a lost connection is switched off".into());
+            }
             self.end_old_backend(topology).await?;
         }
         let began = Instant::now();
         let had_work = self.must_rebuild();
         self.rebuild_on(server, topology).await?;
         if had_work {
-            self.shared.metrics.replay(ReplayResult::Success, began.elapsed());
+            self.shared
+                .metrics
+                .replay(ReplayResult::Success, began.elapsed());
             lock(&self.shared.report).replayed += 1;
         }
         Ok(())
@@ -294,7 +309,9 @@ impl Session {
     /// A backend on the primary: one opened ahead of time, or a new one.
     async fn connect(&mut self, topology: &Topology) -> Result<BackendConn, Attempt> {
         let at = &topology.primary.endpoint;
-        let warm = lock(&self.entry().warm).take().filter(|c| c.endpoint == *at);
+        let warm = lock(&self.entry().warm)
+            .take()
+            .filter(|c| c.endpoint == *at);
         if let Some(conn) = warm {
             return Ok(conn);
         }
@@ -323,7 +340,9 @@ impl Session {
         server: &mut Server,
         topology: &Topology,
     ) -> Result<(), Attempt> {
-        let Some(frame) = self.last_words.take() else { return Ok(()) };
+        let Some(frame) = self.last_words.take() else {
+            return Ok(());
+        };
         if self.epoch != topology.epoch || self.gate.phase != Phase::Open {
             return Ok(());
         }
@@ -349,7 +368,9 @@ impl Session {
     /// Only the connection broke, the primary lives: the old backend is terminated and waited for,
     /// before anything of it is resolved or run again (design rule 4).
     async fn end_old_backend(&mut self, topology: &Topology) -> Result<(), Attempt> {
-        let Some(pid) = self.old_pid else { return Ok(()) };
+        let Some(pid) = self.old_pid else {
+            return Ok(());
+        };
         let shared = std::sync::Arc::clone(&self.shared);
         let limit = shared.options.connect_timeout;
         let at = &topology.primary.endpoint;
@@ -381,6 +402,7 @@ impl Session {
         }
         loop {
             let plan = match self.forced.take() {
+                _ if !self.may_move(topology) => Plan::Disconnect,
                 Some(reason) => Plan::Abort { reason },
                 None => self.plan(),
             };
@@ -395,10 +417,14 @@ impl Session {
                     match outcome.map_err(retry)? {
                         Outcome::Committed if at == 0 => self.deliver_commit()?,
                         Outcome::Committed => {
-                            self.outcome_unknown("the transaction has committed, results are lost")?;
+                            self.outcome_unknown(
+                                "the transaction has committed, results are lost",
+                            )?;
                         }
                         Outcome::Aborted => {
-                            self.shared.metrics.commit_resolution(CommitOutcome::NotCommitted);
+                            self.shared
+                                .metrics
+                                .commit_resolution(CommitOutcome::NotCommitted);
                             return self.again(server).await;
                         }
                         Outcome::InProgress => {
@@ -410,6 +436,15 @@ impl Session {
                 Plan::Abort { reason } => return self.abort(server, &reason).await,
                 Plan::Replay => return self.again(server).await,
             }
+        }
+    }
+
+    fn may_move(&self, topology: &Topology) -> bool {
+        let options = &self.shared.options;
+        match self.gate.reason {
+            _ if self.epoch == topology.epoch => true,
+            MoveReason::Switchover => options.move_on_maintenance,
+            MoveReason::Failover | MoveReason::ConnectionLoss => options.move_on_failure,
         }
     }
 
@@ -443,7 +478,9 @@ impl Session {
             Err(e) => {
                 // The backend is in an unknown state; the abort needs a fresh one.
                 self.forced = Some(e.to_string());
-                self.shared.metrics.replay(ReplayResult::Mismatch, Duration::ZERO);
+                self.shared
+                    .metrics
+                    .replay(ReplayResult::Mismatch, Duration::ZERO);
                 Err(retry(e))
             }
         }
@@ -463,16 +500,23 @@ impl Session {
     }
 
     fn prepared_at_begin(&self) -> Vec<(Vec<u8>, Prepared)> {
-        self.tracker.prepared().at_begin().map(|(n, p)| (n.to_vec(), p.clone())).collect()
+        self.tracker
+            .prepared()
+            .at_begin()
+            .map(|(n, p)| (n.to_vec(), p.clone()))
+            .collect()
     }
 
     /// Keeps what was in flight, to be sent in the phase *send*.
     fn remember_in_flight(&mut self) -> Result<(), Attempt> {
         let journal = self.tracker.journal();
         let exchanges = journal.in_flight().iter();
-        self.resend =
-            exchanges.map(|e| (journal.exchange_bytes(e).to_vec(), e.at_micros)).collect();
-        let Some(front) = journal.in_flight().front() else { return Ok(()) };
+        self.resend = exchanges
+            .map(|e| (journal.exchange_bytes(e).to_vec(), e.at_micros))
+            .collect();
+        let Some(front) = journal.in_flight().front() else {
+            return Ok(());
+        };
         if front.reply.inside_message() {
             return Err(Attempt::End(End::Fatal(
                 ErrorFields::fatal(
@@ -511,7 +555,9 @@ impl Session {
         if !self.rebuilt && self.resend.is_empty() {
             return Ok(());
         }
-        let Some(server) = self.server.as_mut() else { return Ok(()) };
+        let Some(server) = self.server.as_mut() else {
+            return Ok(());
+        };
         self.rebuilt = false;
         for (bytes, at_micros) in std::mem::take(&mut self.resend) {
             replay::feed(&mut server.link, &mut self.tracker, &bytes, at_micros).map_err(|e| {
@@ -524,9 +570,15 @@ impl Session {
     /// The session goes on: events and figures.
     fn released(&mut self) {
         self.lost_since = None;
-        let Some(since) = self.held_since.take() else { return };
+        let Some(since) = self.held_since.take() else {
+            return;
+        };
         let took = since.elapsed();
-        let reason = if self.moved_by_gate() { self.gate.reason } else { MoveReason::ConnectionLoss };
+        let reason = if self.moved_by_gate() {
+            self.gate.reason
+        } else {
+            MoveReason::ConnectionLoss
+        };
         let kind = match reason {
             MoveReason::Switchover => "switchover",
             MoveReason::Failover => "failover",
@@ -542,6 +594,10 @@ impl Session {
             micros: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
             state_bytes: self.account.used() as u64,
         });
+        if self.shared.options.log_migrations {
+            let (instance, state_bytes) = (&self.primary().name, self.account.used());
+            tracing::info!(%session, reason = kind, ?took, %instance, state_bytes, "session moved");
+        }
         self.shown_epoch = self.gate.topology.epoch;
     }
 
@@ -552,21 +608,27 @@ impl Session {
     /// A COMMIT is known to have committed: the client gets what is still missing of its answer.
     fn deliver_commit(&mut self) -> Result<(), Attempt> {
         let journal = self.tracker.journal();
-        let Some(front) = journal.in_flight().front() else { return Ok(()) };
+        let Some(front) = journal.in_flight().front() else {
+            return Ok(());
+        };
         if !front.closed {
             return self.outcome_unknown("the transaction has committed, its answer is lost");
         }
         let reply = replay::committed_reply(journal.exchange_bytes(front), front.reply.messages);
         self.client.output.extend_from_slice(&reply);
         self.tracker.committed_front();
-        self.shared.metrics.commit_resolution(CommitOutcome::Committed);
+        self.shared
+            .metrics
+            .commit_resolution(CommitOutcome::Committed);
         self.shared.metrics.losses_prevented.inc();
         lock(&self.shared.report).resolved += 1;
         Ok(())
     }
 
     fn outcome_unknown(&mut self, why: &str) -> Result<(), Attempt> {
-        self.shared.metrics.commit_resolution(CommitOutcome::Unknown);
+        self.shared
+            .metrics
+            .commit_resolution(CommitOutcome::Unknown);
         let fields = ErrorFields::error(
             SqlState::TRANSACTION_RESOLUTION_UNKNOWN,
             "the outcome of the transaction is unknown, because the primary failed while it ran",
@@ -608,7 +670,10 @@ impl Session {
             reason: self.gate.reason,
             micros: u64::try_from(micros).unwrap_or(u64::MAX),
             sqlstate: fields.sqlstate.as_str().to_owned(),
-            error: fields.detail.clone().unwrap_or_else(|| fields.message.clone()),
+            error: fields
+                .detail
+                .clone()
+                .unwrap_or_else(|| fields.message.clone()),
         });
         tracing::info!(
             session = %self.entry().id,
@@ -648,7 +713,9 @@ impl Session {
                 self.answer_in_flight(&fields)?;
             }
         } else {
-            replay::fail_transaction(&mut server.link).await.map_err(retry)?;
+            replay::fail_transaction(&mut server.link)
+                .await
+                .map_err(retry)?;
             next.abandon(TxnStatus::Failed);
             self.remember_in_flight()?;
             self.skip = None;

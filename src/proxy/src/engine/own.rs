@@ -18,7 +18,9 @@ const NAME: &[u8] = b"_helios";
 /// Appends the messages of a question.
 pub(super) fn ask(out: &mut BytesMut, ask: Ask) {
     let built = match ask {
-        Ask::ByFunctionCall => call(out, XACT_ID_IF_ASSIGNED).and_then(|()| call(out, WAL_INSERT_LSN)),
+        Ask::ByFunctionCall => {
+            call(out, XACT_ID_IF_ASSIGNED).and_then(|()| call(out, WAL_INSERT_LSN))
+        }
         Ask::Inline => {
             let sql = b"SELECT pg_catalog.pg_current_xact_id_if_assigned()";
             extended(out, sql).map(|()| front::flush(out))

@@ -21,7 +21,10 @@ use super::session::{End, Event, Session};
 pub(super) const MAX_WHOLE: usize = 64 << 20;
 
 fn violation(message: String) -> Event {
-    Event::End(End::Fatal(ErrorFields::fatal(SqlState::PROTOCOL_VIOLATION, message)))
+    Event::End(End::Fatal(ErrorFields::fatal(
+        SqlState::PROTOCOL_VIOLATION,
+        message,
+    )))
 }
 
 /// What to do with the server's frame under the cursor.
@@ -41,9 +44,17 @@ impl Session {
     fn pump_client(&mut self) -> Result<(), Event> {
         loop {
             if self.client.input.is_empty() {
-                return if self.client.ended { Err(Event::End(End::ClientLeft)) } else { Ok(()) };
+                return if self.client.ended {
+                    Err(Event::End(End::ClientLeft))
+                } else {
+                    Ok(())
+                };
             }
-            if self.server.as_ref().is_some_and(|s| s.link.output.len() >= HIGH_WATER) {
+            if self
+                .server
+                .as_ref()
+                .is_some_and(|s| s.link.output.len() >= HIGH_WATER)
+            {
                 return Ok(());
             }
             if self.client.passing > 0 {
@@ -52,7 +63,13 @@ impl Session {
             }
             let header = match peek_header(&self.client.input) {
                 Ok(Some(header)) => header,
-                Ok(None) => return if self.client.ended { Err(Event::End(End::ClientLeft)) } else { Ok(()) },
+                Ok(None) => {
+                    return if self.client.ended {
+                        Err(Event::End(End::ClientLeft))
+                    } else {
+                        Ok(())
+                    };
+                }
                 Err(e) => return Err(violation(e.to_string())),
             };
             if header.tag == frontend::TERMINATE {
@@ -60,7 +77,11 @@ impl Session {
             }
             let whole = self.client.input.len() >= header.len;
             if !whole && self.needs_whole(header.tag, header.len)? {
-                return if self.client.ended { Err(Event::End(End::ClientLeft)) } else { Ok(()) };
+                return if self.client.ended {
+                    Err(Event::End(End::ClientLeft))
+                } else {
+                    Ok(())
+                };
             }
             if self.answer_ourselves(header.tag, header.len, whole)? {
                 continue;
@@ -68,7 +89,11 @@ impl Session {
             if self.corked() || self.tracker.expect().len() >= MAX_EXPECTED {
                 return Ok(());
             }
-            self.client_frame(header.tag, header.len.min(self.client.input.len()), header.len)?;
+            self.client_frame(
+                header.tag,
+                header.len.min(self.client.input.len()),
+                header.len,
+            )?;
         }
     }
 
@@ -82,7 +107,9 @@ impl Session {
                 Ok(self.client.input.len() < WHOLE / 16)
             }
             _ if len <= MAX_WHOLE => Ok(true),
-            _ => Err(violation(format!("message of {len} bytes is over the limit"))),
+            _ => Err(violation(format!(
+                "message of {len} bytes is over the limit"
+            ))),
         }
     }
 
@@ -112,7 +139,9 @@ impl Session {
         if began {
             self.entry().set_state(2);
         }
-        let Some(server) = self.server.as_mut() else { return Ok(()) };
+        let Some(server) = self.server.as_mut() else {
+            return Ok(());
+        };
         if let Some(ask) = step.ask_before {
             own::ask(&mut server.link.output, ask);
         }
@@ -153,9 +182,10 @@ impl Session {
             self.shared.metrics.journal_overflows.inc();
             self.show_protection();
         }
-        self.entry()
-            .journal_bytes
-            .store(self.account.used() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.entry().journal_bytes.store(
+            self.account.used() as u64,
+            std::sync::atomic::Ordering::Relaxed,
+        );
     }
 
     /// Answers the client's message without a server, where the session owes it an error.
@@ -171,7 +201,9 @@ impl Session {
         if !self.tracker.at_boundary() || !self.tracker.is_between() || self.corked_by_move() {
             return Ok(false);
         }
-        let Some(fields) = self.refuse.take() else { return Ok(false) };
+        let Some(fields) = self.refuse.take() else {
+            return Ok(false);
+        };
         fields.write_error(&mut self.client.output);
         self.drop_client_message(len, whole);
         match tag {
@@ -200,7 +232,9 @@ impl Session {
     fn pump_server(&mut self) -> Result<(), Event> {
         let mut run = 0;
         loop {
-            let Some(server) = self.server.as_mut() else { return Ok(()) };
+            let Some(server) = self.server.as_mut() else {
+                return Ok(());
+            };
             if self.client.output.len() >= HIGH_WATER {
                 break;
             }
@@ -208,7 +242,8 @@ impl Session {
             if server.link.passing > 0 && !input.is_empty() {
                 let n = server.link.passing.min(input.len());
                 server.link.passing -= n;
-                self.tracker.server_more(&input[..n], server.link.passing == 0);
+                self.tracker
+                    .server_more(&input[..n], server.link.passing == 0);
                 run += n;
                 continue;
             }
@@ -235,7 +270,9 @@ impl Session {
             match self.server_frame(header.tag, run, header.len)? {
                 Verdict::Pass => run += header.len,
                 other => {
-                    let Some(server) = self.server.as_mut() else { return Ok(()) };
+                    let Some(server) = self.server.as_mut() else {
+                        return Ok(());
+                    };
                     server.link.forward(run, &mut self.client.output);
                     server.link.input.advance(header.len);
                     if let Verdict::Replace(fields) = other {
@@ -254,7 +291,9 @@ impl Session {
 
     /// Looks at one whole frame of the server's, at `at` of its input.
     fn server_frame(&mut self, tag: u8, at: usize, len: usize) -> Result<Verdict, Event> {
-        let Some(server) = self.server.as_ref() else { return Ok(Verdict::Drop) };
+        let Some(server) = self.server.as_ref() else {
+            return Ok(Verdict::Drop);
+        };
         let frame = &server.link.input[at..at + len];
         if is_fatal(tag, frame) {
             self.last_words = Some(frame.into());
@@ -282,7 +321,10 @@ impl Session {
             }
             ServerStep::OwnReady => Ok(Verdict::Drop),
             ServerStep::Unsolicited => {
-                let frame = self.server.as_ref().map(|s| s.link.input[at..at + len].into());
+                let frame = self
+                    .server
+                    .as_ref()
+                    .map(|s| s.link.input[at..at + len].into());
                 self.last_words = frame;
                 Ok(Verdict::Drop)
             }
@@ -291,7 +333,9 @@ impl Session {
     }
 
     fn forwarded(&mut self, tag: u8, at: usize, len: usize) -> Verdict {
-        let Some(server) = self.server.as_ref() else { return Verdict::Drop };
+        let Some(server) = self.server.as_ref() else {
+            return Verdict::Drop;
+        };
         let frame = &server.link.input[at..at + len];
         if tag == backend::PARAMETER_STATUS
             && let Ok((name, value)) = read::parameter_status(&frame[5..])
@@ -300,7 +344,10 @@ impl Session {
             self.known.insert(text(name), text(value));
             return Verdict::Pass;
         }
-        if matches!(tag, backend::NOTICE_RESPONSE | backend::NOTIFICATION_RESPONSE) {
+        if matches!(
+            tag,
+            backend::NOTICE_RESPONSE | backend::NOTIFICATION_RESPONSE
+        ) {
             return Verdict::Pass;
         }
         if self.skip.is_some() {
@@ -337,7 +384,9 @@ impl Session {
 
     /// In a transaction that was aborted by us, its first error is ours.
     fn replaced(&mut self, tag: u8, at: usize, len: usize) -> Verdict {
-        let Some(server) = self.server.as_ref() else { return Verdict::Drop };
+        let Some(server) = self.server.as_ref() else {
+            return Verdict::Drop;
+        };
         let frame = &server.link.input[at..at + len];
         let rolled_back = tag == backend::COMMAND_COMPLETE && frame.get(5..13) == Some(b"ROLLBACK");
         if tag == backend::ERROR_RESPONSE || (rolled_back && self.commit_in_flight()) {
@@ -383,7 +432,8 @@ impl Session {
             }
         }
         if self.tracker.is_between() {
-            self.entry().set_state(if status == TxnStatus::Idle { 1 } else { 3 });
+            self.entry()
+                .set_state(if status == TxnStatus::Idle { 1 } else { 3 });
         }
         self.state_due |= touched;
         if self.state_due && status == TxnStatus::Idle && self.tracker.is_between() {
@@ -397,7 +447,9 @@ impl Session {
     /// so that a failover never finds a state that nobody knows.
     fn ask_for_state(&mut self) {
         self.state_due = false;
-        let Some(server) = self.server.as_mut() else { return };
+        let Some(server) = self.server.as_mut() else {
+            return;
+        };
         self.tracker.push_own_exchange();
         own::snapshot(&mut server.link.output, self.tracker.custom_settings());
         self.asking = Some(Snapshot::default());
@@ -425,8 +477,18 @@ impl Session {
 
     /// Why a failover now would cost this session an error.
     pub(super) fn unprotected(&self) -> Option<String> {
-        let lost = self.tracker.journal().lost().map(str::to_owned);
-        lost.or_else(|| self.state.immovable.first().cloned())
+        let options = &self.shared.options;
+        if let Some(lost) = self.tracker.journal().lost() {
+            return Some(lost.to_owned());
+        }
+        if !options.capture_settings && !self.state.settings.is_empty() {
+            return Some("settings, which are not captured".into());
+        }
+        let statements = !self.tracker.prepared().is_empty() || !self.state.prepared.is_empty();
+        if !options.capture_prepared && statements {
+            return Some("prepared statements, which are not captured".into());
+        }
+        self.state.immovable.first().cloned()
     }
 
     /// Shows it in the list of sessions.

@@ -60,7 +60,14 @@ pub struct CancelKey {
     pub secret: Vec<u8>,
 }
 
-const STATES: [&str; 6] = ["connecting", "idle", "active", "in transaction", "held", "migrating"];
+const STATES: [&str; 6] = [
+    "connecting",
+    "idle",
+    "active",
+    "in transaction",
+    "held",
+    "migrating",
+];
 
 impl Entry {
     /// Sets the state, by its number (see [`Entry::state`]).
@@ -74,7 +81,11 @@ impl Entry {
         let shown = lock(&self.shown).clone();
         let began = self.began.load(Ordering::Relaxed);
         let state = usize::try_from(self.state.load(Ordering::Relaxed)).unwrap_or(0);
-        let application = self.login.params.iter().find(|(k, _)| k == "application_name");
+        let application = self
+            .login
+            .params
+            .iter()
+            .find(|(k, _)| k == "application_name");
         SessionInfo {
             id: self.id,
             state: STATES.get(state).copied().unwrap_or("idle").to_owned(),
@@ -127,13 +138,19 @@ impl Registry {
         });
         lock(&self.sessions).insert(id, Arc::clone(&entry));
         lock(&self.keys).insert(entry.key.clone(), Arc::clone(&entry));
-        Registered { registry: Arc::clone(self), entry }
+        Registered {
+            registry: Arc::clone(self),
+            entry,
+        }
     }
 
     /// Asks the session with this key to cancel what it runs; a wrong key is ignored, as in
     /// PostgreSQL.
     pub fn cancel(&self, pid: i32, secret: &[u8]) {
-        let key = CancelKey { pid, secret: secret.to_vec() };
+        let key = CancelKey {
+            pid,
+            secret: secret.to_vec(),
+        };
         let entry = lock(&self.keys).get(&key).cloned();
         if let Some(entry) = entry {
             entry.cancel.store(true, Ordering::SeqCst);

@@ -8,13 +8,13 @@ use std::future::poll_fn;
 use std::io;
 use std::task::Poll;
 
+use helios_session::TxnStatus;
 use helios_session::expect::Violation;
 use helios_session::grammar::Kind;
 use helios_session::journal::Record;
 use helios_session::state::{Prepared, Snapshot};
 use helios_session::tracker::{ServerStep, Tracker};
 use helios_session::verify::{Isolation, Verdict, compare};
-use helios_session::TxnStatus;
 use helios_wire::message::{back, front, read};
 use helios_wire::{FrameError, backend, peek_header};
 
@@ -62,7 +62,10 @@ fn ended() -> ReplayError {
 ///
 /// # Errors
 /// The connection's, or the server's error as [`ReplayError::State`].
-pub(super) async fn simple(link: &mut Link, sql: &str) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
+pub(super) async fn simple(
+    link: &mut Link,
+    sql: &str,
+) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
     front::query(&mut link.output, sql.as_bytes())
         .map_err(|e| ReplayError::State(e.to_string()))?;
     link.flush().await?;
@@ -97,12 +100,16 @@ fn note_parameter(link: &mut Link, tag: u8, frame: &[u8]) {
 #[must_use]
 pub(super) fn text_row(body: &[u8]) -> Vec<Option<String>> {
     let text = |v: &[u8]| String::from_utf8_lossy(v).into_owned();
-    read::data_row(body).map(|row| row.iter().map(|v| v.map(text)).collect()).unwrap_or_default()
+    read::data_row(body)
+        .map(|row| row.iter().map(|v| v.map(text)).collect())
+        .unwrap_or_default()
 }
 
 fn describe_error(body: &[u8]) -> String {
-    helios_wire::ErrorFields::parse(body)
-        .map_or_else(|e| e.to_string(), |f| format!("{} ({})", f.message, f.sqlstate.as_str()))
+    helios_wire::ErrorFields::parse(body).map_or_else(
+        |e| e.to_string(),
+        |f| format!("{} ({})", f.message, f.sqlstate.as_str()),
+    )
 }
 
 /// The next whole frame of a connection that only we use.
@@ -153,9 +160,14 @@ pub(super) async fn restore(
     let expected: Vec<_> = order(prepared).map(|(_, p)| p.columns).collect();
     let described = collect(link, cycles).await?;
     let first = cycles - expected.len();
-    for (columns, seen) in expected.iter().zip(described.get(first..).unwrap_or_default()) {
+    for (columns, seen) in expected
+        .iter()
+        .zip(described.get(first..).unwrap_or_default())
+    {
         if columns.is_some() && columns != seen {
-            return Err(ReplayError::State("columns of a prepared statement changed".into()));
+            return Err(ReplayError::State(
+                "columns of a prepared statement changed".into(),
+            ));
         }
     }
     Ok(())
@@ -212,7 +224,11 @@ async fn exchange_bytes(link: &mut Link) -> Result<(), ReplayError> {
 ///
 /// # Errors
 /// [`ReplayError::Different`] when something differs that the client may not see differ.
-pub(super) async fn replay(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(), ReplayError> {
+pub(super) async fn replay(
+    link: &mut Link,
+    old: &Tracker,
+    new: &mut Tracker,
+) -> Result<(), ReplayError> {
     let records = old.journal().records();
     let mut sent = 0;
     while new.journal().records().len() < records.len() || !new.is_quiet() {
@@ -276,10 +292,12 @@ fn take_replies(link: &mut Link, tracker: &mut Tracker) -> Result<(), ReplayErro
 pub(super) fn is_fatal(tag: u8, frame: &[u8]) -> bool {
     let body = frame.get(5..).unwrap_or_default();
     match tag {
-        backend::ERROR_RESPONSE => body.starts_with(b"SFATAL") || body.starts_with(b"SPANIC")
-            || helios_wire::message::error::error_fields(body).any(|f| {
-                matches!(f, Ok((b'V', b"FATAL" | b"PANIC")))
-            }),
+        backend::ERROR_RESPONSE => {
+            body.starts_with(b"SFATAL")
+                || body.starts_with(b"SPANIC")
+                || helios_wire::message::error::error_fields(body)
+                    .any(|f| matches!(f, Ok((b'V', b"FATAL" | b"PANIC"))))
+        }
         // quickdie() in src/backend/tcop/postgres.c sends these as warnings and exits.
         backend::NOTICE_RESPONSE => {
             matches!(&helios_session::reply::sqlstate(frame), b"57P01" | b"57P02")
@@ -313,7 +331,10 @@ async fn verify(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(),
             Verdict::Same => {}
             Verdict::RowsDiffer => soft = soft.or(Some(index + 1)),
             Verdict::Different(what) => {
-                return Err(ReplayError::Different { statement: index + 1, what });
+                return Err(ReplayError::Different {
+                    statement: index + 1,
+                    what,
+                });
             }
         }
     }
@@ -347,7 +368,10 @@ async fn isolation(link: &mut Link) -> Result<String, ReplayError> {
         match tag {
             backend::READY_FOR_QUERY => return Ok(level),
             backend::FUNCTION_CALL_RESPONSE => {
-                let value = read::function_call_response(body).ok().flatten().unwrap_or_default();
+                let value = read::function_call_response(body)
+                    .ok()
+                    .flatten()
+                    .unwrap_or_default();
                 level = String::from_utf8_lossy(value).into_owned();
             }
             _ => {}
@@ -357,7 +381,11 @@ async fn isolation(link: &mut Link) -> Result<String, ReplayError> {
 
 fn kinds_by_record(old: &Tracker) -> Vec<Vec<Kind>> {
     let journal = old.journal();
-    journal.records().iter().map(|r| old.kinds_of(journal.record_bytes(r))).collect()
+    journal
+        .records()
+        .iter()
+        .map(|r| old.kinds_of(journal.record_bytes(r)))
+        .collect()
 }
 
 /// Puts a fresh backend into a failed transaction block: what an aborted transaction leaves.
@@ -369,7 +397,9 @@ pub(super) async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError>
     match simple(link, "ROLLBACK TO SAVEPOINT helios_aborted").await {
         Err(ReplayError::State(_)) => Ok(()),
         Err(e) => Err(e),
-        Ok(_) => Err(ReplayError::State("the transaction block did not fail".into())),
+        Ok(_) => Err(ReplayError::State(
+            "the transaction block did not fail".into(),
+        )),
     }
 }
 

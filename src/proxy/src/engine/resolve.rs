@@ -28,7 +28,11 @@ pub(super) fn by_fence(topology: &Topology, epoch: Epoch, xid: Xid) -> Option<Ou
     if topology.epoch == epoch {
         return None;
     }
-    let first_after = topology.fences.iter().filter(|f| f.epoch > epoch).min_by_key(|f| f.epoch);
+    let first_after = topology
+        .fences
+        .iter()
+        .filter(|f| f.epoch > epoch)
+        .min_by_key(|f| f.epoch);
     match first_after {
         Some(fence) if fence.epoch == epoch.next() => match fence.xid {
             Some(fence) if xid >= fence => Some(Outcome::Aborted),
@@ -86,7 +90,10 @@ mod tests {
             timeline: Timeline(1),
             primary: Backend {
                 name: "a".parse().unwrap(),
-                endpoint: Endpoint { host: Host::Tcp("x".into()), port: 1 },
+                endpoint: Endpoint {
+                    host: Host::Tcp("x".into()),
+                    port: 1,
+                },
             },
             fences: fences.collect(),
         }
@@ -105,7 +112,10 @@ mod tests {
 
     #[test]
     fn a_missing_fence_means_unknown() {
-        assert_eq!(by_fence(&topology(2, &[]), Epoch(1), Xid(1)), Some(Outcome::Unknown));
+        assert_eq!(
+            by_fence(&topology(2, &[]), Epoch(1), Xid(1)),
+            Some(Outcome::Unknown)
+        );
         let t = topology(3, &[(3, Some(9))]);
         assert_eq!(by_fence(&t, Epoch(1), Xid(1)), Some(Outcome::Unknown));
         let t = topology(2, &[(2, None)]);

@@ -43,7 +43,10 @@ pub(super) struct Server {
 impl Server {
     pub(super) fn new(conn: BackendConn, epoch: Epoch) -> Self {
         Self {
-            link: Link { parameters: conn.parameters, ..Link::new(conn.stream, conn.buf) },
+            link: Link {
+                parameters: conn.parameters,
+                ..Link::new(conn.stream, conn.buf)
+            },
             pid: conn.pid,
             secret: conn.secret,
             endpoint: conn.endpoint,
@@ -136,7 +139,10 @@ pub struct Session {
     pub(super) old_pid: Option<i32>,
     /// Epoch of the last move that was reported.
     pub(super) shown_epoch: Epoch,
-    _permits: (crate::listener::ConnectionPermit, crate::listener::UserPermit),
+    _permits: (
+        crate::listener::ConnectionPermit,
+        crate::listener::UserPermit,
+    ),
 }
 
 /// Runs a client's session from its login to its end.
@@ -243,13 +249,19 @@ async fn open_first(
 
 /// Whether a server refuses because it starts, stops or recovers (57P01 to 57P03).
 pub(super) fn is_away(code: &SqlState) -> bool {
-    [SqlState::ADMIN_SHUTDOWN, SqlState::CRASH_SHUTDOWN, SqlState::CANNOT_CONNECT_NOW]
-        .contains(code)
+    [
+        SqlState::ADMIN_SHUTDOWN,
+        SqlState::CRASH_SHUTDOWN,
+        SqlState::CANNOT_CONNECT_NOW,
+    ]
+    .contains(code)
 }
 
 /// Whether the server said that it takes writes (`in_hot_standby`, reported since PostgreSQL 14).
 pub(super) fn is_primary(conn: &BackendConn) -> bool {
-    conn.parameters.get("in_hot_standby").is_none_or(|v| v == "off")
+    conn.parameters
+        .get("in_hot_standby")
+        .is_none_or(|v| v == "off")
 }
 
 pub(super) fn no_primary(why: &str) -> ErrorFields {
@@ -430,7 +442,9 @@ impl Session {
     /// Bytes of input to hold: a corked client is read up to one buffer, to notice that it leaves.
     fn read_limit(&self) -> usize {
         match helios_wire::peek_header(&self.client.input) {
-            Ok(Some(header)) if self.server.is_some() => header.len.min(super::pump::MAX_WHOLE).max(READ),
+            Ok(Some(header)) if self.server.is_some() => {
+                header.len.min(super::pump::MAX_WHOLE).max(READ)
+            }
             _ => READ,
         }
     }
@@ -507,7 +521,10 @@ impl Session {
             && self.last_activity.elapsed() >= limit
         {
             let message = "terminating connection due to idle-session timeout";
-            return Err(End::Fatal(ErrorFields::fatal(SqlState::IDLE_SESSION_TIMEOUT, message)));
+            return Err(End::Fatal(ErrorFields::fatal(
+                SqlState::IDLE_SESSION_TIMEOUT,
+                message,
+            )));
         }
         Ok(())
     }
@@ -570,7 +587,11 @@ impl Session {
         use helios_session::grammar::Kind;
         let ends = |k: &Kind| matches!(k, Kind::Commit | Kind::Chain);
         let front = self.tracker.journal().in_flight().front();
-        front.is_some_and(|e| self.tracker.kinds(e).is_none_or(|kinds| kinds.iter().any(ends)))
+        front.is_some_and(|e| {
+            self.tracker
+                .kinds(e)
+                .is_none_or(|kinds| kinds.iter().any(ends))
+        })
     }
 }
 

@@ -47,6 +47,24 @@ pub struct EngineOptions {
     pub idle_timeout: Option<Duration>,
     /// How long the barrier holds new work back for replays.
     pub barrier_limit: Duration,
+    /// Settings and role move; otherwise a session that has changed them is unprotected.
+    pub capture_settings: bool,
+    /// Prepared statements move; otherwise a session that has them is unprotected.
+    pub capture_prepared: bool,
+    /// A transaction is replayed when only its connection broke.
+    pub replay_on_connection_loss: bool,
+    /// Sessions move when the primary fails; otherwise their connections end.
+    pub move_on_failure: bool,
+    /// Sessions move at a planned switchover; otherwise their connections end.
+    pub move_on_maintenance: bool,
+    /// Every move of a session is logged at level INFO.
+    pub log_migrations: bool,
+    /// What the health check runs.
+    pub check_query: String,
+    /// Failed checks in a row after which the primary counts as unreachable.
+    pub failure_threshold: u32,
+    /// Good checks in a row after which it counts as reachable again.
+    pub success_threshold: u32,
 }
 
 impl Default for EngineOptions {
@@ -63,6 +81,15 @@ impl Default for EngineOptions {
             outage_limit: Duration::from_secs(60),
             idle_timeout: None,
             barrier_limit: Duration::from_secs(5),
+            capture_settings: true,
+            capture_prepared: true,
+            replay_on_connection_loss: true,
+            move_on_failure: true,
+            move_on_maintenance: true,
+            log_migrations: true,
+            check_query: "SELECT 1".into(),
+            failure_threshold: 3,
+            success_threshold: 1,
         }
     }
 }
@@ -125,7 +152,9 @@ impl Shared {
     /// Microseconds since the proxy started, at least 1.
     #[must_use]
     pub fn now_micros(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX).max(1)
+        u64::try_from(self.started.elapsed().as_micros())
+            .unwrap_or(u64::MAX)
+            .max(1)
     }
 
     /// Tells subscribers; nobody listening is fine.
