@@ -72,6 +72,8 @@ pub(crate) enum Command {
     /// a few seconds an event.
     #[command(after_help = EXIT_CODES)]
     Demo(DemoArgs),
+    /// Check a proxy's configuration file
+    Proxy(ProxyArgs),
     /// Run the agent of one instance (started by "helios local")
     #[command(hide = true)]
     Agent(AgentArgs),
@@ -298,6 +300,17 @@ fn count(min: u64, max: u64) -> impl clap::builder::TypedValueParser<Value = usi
     clap::value_parser!(u64)
         .range(min..=max)
         .try_map(usize::try_from)
+}
+
+/// `proxy`.
+#[derive(Debug, Args)]
+pub(crate) struct ProxyArgs {
+    /// The configuration
+    #[arg(long, value_name = "FILE", default_value = "helios_proxy.toml")]
+    pub(crate) config: PathBuf,
+    /// Say all that is wrong with it, each with its line, and end
+    #[arg(long, required = true)]
+    pub(crate) check: bool,
 }
 
 /// `agent`.

@@ -32,8 +32,10 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<(), Failure> {
-    if let Command::Completions { shell } = &cli.command {
-        return completions(*shell);
+    match &cli.command {
+        Command::Completions { shell } => return completions(*shell),
+        Command::Proxy(args) => return commands::proxy::check(args),
+        _ => {}
     }
     raise_file_limit();
     // The demo has a terminal of its own to draw on: its log goes to a file.
@@ -60,7 +62,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             (Command::Status(args), _) => commands::show::status(args).await,
             (Command::Sessions(args), _) => commands::show::sessions(args).await,
             (Command::Switchover(args), _) => commands::show::switchover(args).await,
-            (Command::Completions { .. } | Command::Demo(_), _) => Ok(()),
+            (Command::Completions { .. } | Command::Proxy(_) | Command::Demo(_), _) => Ok(()),
         }
     })
 }

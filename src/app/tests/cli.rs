@@ -71,6 +71,14 @@ fn mistakes_are_told_apart() {
         2,
         "/nonexistent/agent.json",
     );
+    let config = nowhere.path().join("helios_proxy.toml");
+    std::fs::write(&config, "[proxy]\nlisten_adress = \"127.0.0.1:6432\"\n").unwrap();
+    let config = config.to_str().unwrap();
+    fails(
+        &["proxy", "--check", "--config", config],
+        2,
+        "helios_proxy.toml:2",
+    );
     fails(&["local", "destroy", "--data-dir", dir], 2, "--yes");
     fails(&["demo", "--clients", "many"], 2, "--clients");
     fails(&["dmeo"], 2, "demo");

@@ -1,6 +1,7 @@
 //! One module a group of commands; each is thin: ask a library, show the answer.
 
 pub(crate) mod local;
+pub(crate) mod proxy;
 pub(crate) mod serve;
 pub(crate) mod show;
 pub(crate) mod start;

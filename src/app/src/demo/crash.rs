@@ -22,7 +22,9 @@ pub(crate) fn kill_server(pid: i32) -> Result<usize, String> {
         ));
     }
     // Backends lead process groups of their own (the postmaster calls setsid for each), so the
-    // tree is walked. First the postmaster, which would otherwise see its children die one by one.
+    // tree is walked; the postmaster stands still meanwhile, or a child that it forks would escape.
+    let postmaster = Pid::from_raw(pid);
+    kill(postmaster, Signal::SIGSTOP).map_err(|e| format!("could not stop postmaster: {e}"))?;
     let mut victims = vec![pid];
     victims.extend(descendants(pid, &parents()));
     let mut killed = 0;

@@ -12,6 +12,8 @@ mod cluster;
 mod crash;
 mod plan;
 mod progress;
+#[cfg(test)]
+mod proxy_tests;
 mod record;
 mod report;
 #[cfg(test)]
