@@ -5,6 +5,7 @@
 
 pub mod driver;
 pub mod raw;
+pub mod restart;
 pub mod sources;
 pub mod subject;
 

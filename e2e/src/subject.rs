@@ -11,11 +11,13 @@ use tokio_postgres::{Client, Config, NoTls};
 
 use crate::Result;
 use crate::driver::Target;
+use crate::restart::RestartingServer;
 
 /// A cluster with its proxy in this process, in a directory of its own.
 ///
-/// With `HELIOS_E2E_DIRECT` set it is PostgreSQL alone and a switchover does nothing: that tells a
-/// fault of a test from one of the product.
+/// To tell faults apart, `HELIOS_E2E_SUBJECT` puts something smaller in its place: `direct` is
+/// PostgreSQL alone, where a switchover does nothing; `restart` is the proxy in front of one server
+/// that restarts instead.
 #[derive(Debug)]
 pub struct Subject {
     what: What,
@@ -27,6 +29,7 @@ pub struct Subject {
 enum What {
     Cluster(Box<LocalCluster>),
     Direct(Box<PgServer>),
+    Restart(Box<RestartingServer>),
 }
 
 impl Subject {
@@ -48,14 +51,26 @@ impl Subject {
         let dir = tempfile::Builder::new().prefix("helios-e2e-").tempdir()?;
         // The servers' user has to pass through.
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
-        if std::env::var_os("HELIOS_E2E_DIRECT").is_some() {
-            let server = PgServer::start(PgOptions::default()).await?;
-            let target = target(&server.conninfo())?;
-            return Ok(Self {
-                what: What::Direct(Box::new(server)),
-                target,
-                dir,
-            });
+        match std::env::var("HELIOS_E2E_SUBJECT").as_deref() {
+            Ok("direct") => {
+                let server = PgServer::start(PgOptions::default()).await?;
+                let target = target(&server.conninfo())?;
+                return Ok(Self {
+                    what: What::Direct(Box::new(server)),
+                    target,
+                    dir,
+                });
+            }
+            Ok("restart") => {
+                let server = RestartingServer::start().await?;
+                let target = server.target();
+                return Ok(Self {
+                    what: What::Restart(Box::new(server)),
+                    target,
+                    dir,
+                });
+            }
+            _ => {}
         }
         let data = dir.path().join("data");
         let builder = LocalCluster::builder()
@@ -89,7 +104,7 @@ impl Subject {
     pub fn cluster(&self) -> Option<&LocalCluster> {
         match &self.what {
             What::Cluster(cluster) => Some(cluster),
-            What::Direct(_) => None,
+            What::Direct(_) | What::Restart(_) => None,
         }
     }
 
@@ -102,6 +117,7 @@ impl Subject {
         let mut config = Config::new();
         match &self.what {
             What::Direct(server) => return Ok(server.connect().await?),
+            What::Restart(server) => return server.admin().await,
             What::Cluster(cluster) => {
                 let status = cluster.status().await;
                 let primary = status.primary.ok_or("no primary")?;
@@ -132,8 +148,10 @@ impl Subject {
     ///
     /// It was refused or aborted.
     pub async fn switchover(&self) -> Result<()> {
-        let Some(cluster) = self.cluster() else {
-            return Ok(());
+        let cluster = match &self.what {
+            What::Cluster(cluster) => cluster,
+            What::Restart(server) => return server.restart().await,
+            What::Direct(_) => return Ok(()),
         };
         let before = cluster.status().await.primary;
         Box::pin(cluster.switchover(None)).await?;
@@ -146,8 +164,10 @@ impl Subject {
 
     /// Stops everything.
     pub async fn stop(self) {
-        if let What::Cluster(cluster) = self.what {
-            Box::pin(cluster.shutdown()).await;
+        match self.what {
+            What::Cluster(cluster) => Box::pin(cluster.shutdown()).await,
+            What::Restart(server) => server.stop().await,
+            What::Direct(_) => {}
         }
     }
 }
