@@ -1,0 +1,237 @@
+//! What a client's message means: requests it makes, statements it carries, when to ask the server
+//! something of our own.
+
+use std::sync::Arc;
+
+use helios_wire::frontend;
+
+use super::texts::until_zero;
+use super::{Ask, ClientStep, Named, Tracker, XidKnowledge};
+use crate::expect::{Expect, Owner};
+use crate::keyword::{Hint, hint, touches_session};
+use crate::state::Prepared;
+use crate::{ReplayMode, TxnStatus};
+
+impl Tracker {
+    pub(super) fn opens_exchange(&self, tag: u8) -> bool {
+        match self.journal.in_flight().back() {
+            None => true,
+            Some(last) => last.closed && !(last.copy_tail && tag == frontend::SYNC),
+        }
+    }
+
+    pub(super) fn back_closed(&self) -> bool {
+        self.journal.in_flight().back().is_some_and(|e| e.closed)
+    }
+
+    pub(super) fn copy_frame(&mut self, expect: Option<Expect>, frame: &[u8]) -> ClientStep {
+        if let Some(expect) = expect {
+            self.expect.push(expect, Owner::Client);
+        }
+        if let Some(last) = self.journal.in_flight_mut().back_mut() {
+            last.copy_tail = last.closed;
+        }
+        self.client_more(frame);
+        ClientStep::default()
+    }
+
+    pub(super) fn push_request(&mut self, expect: Option<Expect>, named: Option<Named>) {
+        let Some(expect) = expect else { return };
+        if self.expect.push(expect, Owner::Client)
+            && let Some(named) = named
+        {
+            self.named.push_back(named);
+        }
+    }
+
+    /// Notes what a frame means for the exchange that it belongs to.
+    pub(super) fn note(&mut self, tag: u8, frame: &[u8], hint: Option<Hint>, touches: bool) {
+        let statement =
+            matches!(hint, Some(Hint::Read | Hint::Write)) || tag == frontend::FUNCTION_CALL;
+        if statement && let Some(last) = self.xids.back_mut() {
+            last.dirty = true;
+        }
+        if self.mode != ReplayMode::None {
+            self.journal.append(frame);
+        }
+        match hint {
+            Some(Hint::Begin) => self.project(true),
+            Some(Hint::Commit | Hint::Rollback) => self.project(false),
+            _ => {}
+        }
+        let Some(exchange) = self.journal.in_flight_mut().back_mut() else {
+            return;
+        };
+        exchange.writes |= hint == Some(Hint::Write) || tag == frontend::FUNCTION_CALL;
+        exchange.touches |= touches;
+        match tag {
+            frontend::QUERY | frontend::FUNCTION_CALL => {
+                exchange.closed = true;
+                exchange.ready_owed = 1;
+                if tag == frontend::QUERY {
+                    // A simple query ends the unnamed statement.
+                    self.prepared.remove(b"");
+                }
+            }
+            frontend::SYNC => {
+                exchange.closed = true;
+                exchange.copy_tail = false;
+                exchange.ready_owed += 1;
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn project(&mut self, open: bool) {
+        if open || self.projected_open {
+            self.transaction += 1;
+            self.xids.push_back(XidKnowledge {
+                transaction: self.transaction,
+                ..Default::default()
+            });
+        }
+        self.projected_open = open;
+    }
+
+    /// Looks into the few messages that carry a statement or a statement's name.
+    pub(super) fn look(&self, tag: u8, frame: &[u8]) -> Looked {
+        let body = frame.get(5..).unwrap_or_default();
+        match tag {
+            frontend::QUERY => {
+                let sql = until_zero(body);
+                Looked {
+                    hint: Some(hint(sql)),
+                    touches: touches_session(sql),
+                    named: None,
+                }
+            }
+            frontend::PARSE => {
+                let name = until_zero(body);
+                let sql = until_zero(body.get(name.len() + 1..).unwrap_or_default());
+                let (hint, touches) = (hint(sql), touches_session(sql));
+                let statement = Prepared {
+                    parse: Arc::from(frame),
+                    hint,
+                    touches,
+                    made_inside: false,
+                    columns: None,
+                };
+                let named = Some(Named::Parse(name.to_vec(), statement));
+                Looked {
+                    hint: None,
+                    touches,
+                    named,
+                }
+            }
+            frontend::BIND => {
+                let portal = until_zero(body);
+                let name = until_zero(body.get(portal.len() + 1..).unwrap_or_default());
+                match self.statement(name) {
+                    Some(s) => Looked {
+                        hint: Some(s.hint),
+                        touches: s.touches,
+                        named: None,
+                    },
+                    None => Looked {
+                        hint: Some(Hint::Write),
+                        touches: true,
+                        named: None,
+                    },
+                }
+            }
+            frontend::DESCRIBE | frontend::CLOSE => {
+                let name = until_zero(body.get(1..).unwrap_or_default()).to_vec();
+                let statement = body.first() == Some(&b'S');
+                let named = match (tag, statement) {
+                    (frontend::DESCRIBE, true) => Some(Named::Describe(name)),
+                    (frontend::CLOSE, true) => Some(Named::CloseStatement(name)),
+                    (frontend::CLOSE, false) => Some(Named::ClosePortal),
+                    _ => None,
+                };
+                Looked {
+                    hint: None,
+                    touches: false,
+                    named,
+                }
+            }
+            _ => Looked {
+                hint: None,
+                touches: false,
+                named: None,
+            },
+        }
+    }
+
+    /// The statement of this name when everything sent has been run.
+    pub(super) fn statement(&self, name: &[u8]) -> Option<&Prepared> {
+        let sent = self.named.iter().rev().find_map(|n| match n {
+            Named::Parse(parsed, statement) if parsed == name => Some(statement),
+            _ => None,
+        });
+        sent.or_else(|| self.prepared.get(name))
+    }
+
+    /// Whether the transaction's id must be asked for before a COMMIT is sent.
+    pub(super) fn should_ask_now(&self) -> bool {
+        self.projected_open
+            && self.status != TxnStatus::Failed
+            && self
+                .xids
+                .back()
+                .is_some_and(|x| x.known.is_none() && x.dirty)
+    }
+
+    /// Whether to ask behind the exchange that was just sent: it wrote, probably.
+    pub(super) fn wants_ask_after(&self) -> bool {
+        self.mode.replays()
+            && self.projected_open
+            && self.journal.in_flight().back().is_some_and(|e| e.writes)
+            && self
+                .xids
+                .back()
+                .is_some_and(|x| x.known.is_none() && x.pending == 0)
+    }
+
+    pub(super) fn push_ask(&mut self, ask: Ask) {
+        let Some(last) = self.xids.back_mut() else {
+            return;
+        };
+        last.pending += 1;
+        last.dirty = false;
+        let transaction = last.transaction;
+        match ask {
+            Ask::ByFunctionCall => {
+                for what in [Some(transaction), None] {
+                    self.expect.push(Expect::FunctionCall, Owner::Proxy);
+                    self.asked.push_back(what);
+                }
+            }
+            Ask::Inline => {
+                for e in [Expect::Parse, Expect::Bind, Expect::Execute, Expect::Close] {
+                    self.expect.push(e, Owner::Proxy);
+                }
+                self.inline_asked.push_back(transaction);
+            }
+        }
+    }
+
+    /// Expects an exchange of the proxy's own (Parse, Bind, Execute, Close, Sync), between
+    /// exchanges of the client.
+    pub fn push_own_exchange(&mut self) {
+        for e in [
+            Expect::Parse,
+            Expect::Bind,
+            Expect::Execute,
+            Expect::Close,
+            Expect::Sync,
+        ] {
+            self.expect.push(e, Owner::Proxy);
+        }
+    }
+}
+
+pub(super) struct Looked {
+    pub(super) hint: Option<Hint>,
+    pub(super) touches: bool,
+    pub(super) named: Option<Named>,
+}

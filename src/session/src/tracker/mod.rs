@@ -1,0 +1,299 @@
+//! Follows one session message by message: expected replies, journal, transaction ids, state.
+//!
+//! The engine hands over every frame before it forwards it. The tracker says whether it goes on,
+//! and when the proxy should ask the server something of its own, in the same flight.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use helios_api::Xid;
+use helios_wire::frontend;
+
+use crate::expect::{Expect, ExpectQueue, Violation};
+use crate::journal::Journal;
+use crate::keyword::Hint;
+use crate::reply::Reply;
+use crate::state::{Prepared, PreparedStatements};
+use crate::{ReplayMode, TxnStatus};
+
+mod client;
+mod server;
+mod texts;
+
+pub use texts::until_zero;
+
+/// A question that the proxy asks the server on its own behalf, in the flight of a client's
+/// message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ask {
+    /// By FunctionCall: `pg_current_xact_id_if_assigned()`, then `pg_current_wal_insert_lsn()`.
+    /// Only between exchanges; disturbs neither the unnamed statement nor portals.
+    ByFunctionCall,
+    /// The transaction id by Parse, Bind, Execute, Close, Flush: inside an extended exchange.
+    Inline,
+}
+
+/// What the engine does with a client's frame.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ClientStep {
+    /// Ask this first.
+    pub ask_before: Option<Ask>,
+    /// Ask this behind it.
+    pub ask_after: Option<Ask>,
+    /// The frame ends an exchange.
+    pub closed: bool,
+}
+
+/// What the engine does with a server's frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerStep {
+    /// Forward.
+    Forward,
+    /// An answer to the proxy; keep it from the client.
+    Own(Expect),
+    /// ReadyForQuery of the proxy's own exchange; keep it from the client.
+    OwnReady,
+    /// ReadyForQuery that ends the client's exchange: forward it, the session stands between
+    /// exchanges or goes on with the next one in flight.
+    Completed {
+        /// Status that the server reports.
+        status: TxnStatus,
+        /// The session's state may have changed and has to be asked for before the client goes on.
+        touched: bool,
+    },
+    /// An error outside any exchange: the server ends the connection.
+    Unsolicited,
+}
+
+/// Most custom settings that one session is followed for.
+const MAX_CUSTOM: usize = 1000;
+
+/// What is known of the id of one (projected) transaction.
+#[derive(Debug, Default, Clone, Copy)]
+struct XidKnowledge {
+    transaction: u64,
+    known: Option<Xid>,
+    pending: u32,
+    answered: bool,
+    /// A statement was sent behind the last question.
+    dirty: bool,
+}
+
+/// A Parse, Describe or Close that waits for its reply.
+#[derive(Debug)]
+enum Named {
+    Parse(Vec<u8>, Prepared),
+    Describe(Vec<u8>),
+    CloseStatement(Vec<u8>),
+    ClosePortal,
+}
+
+/// Follows a session. See the module's head.
+#[derive(Debug)]
+pub struct Tracker {
+    mode: ReplayMode,
+    expect: ExpectQueue,
+    journal: Journal,
+    prepared: PreparedStatements,
+    named: VecDeque<Named>,
+    status: TxnStatus,
+    /// Whether a transaction will be open when everything sent has been run.
+    projected_open: bool,
+    transaction: u64,
+    xids: VecDeque<XidKnowledge>,
+    /// Transactions whose id was asked for by function call, in order; `None`: WAL position.
+    asked: VecDeque<Option<u64>>,
+    inline_asked: VecDeque<u64>,
+    sequence: u64,
+    /// The open transaction may have changed session state.
+    touched: bool,
+    chained: bool,
+    /// Custom settings that statements of this session may have set.
+    custom: BTreeSet<String>,
+}
+
+impl Tracker {
+    /// For a session in `mode`.
+    #[must_use]
+    pub fn new(mode: ReplayMode) -> Self {
+        Self {
+            mode,
+            expect: ExpectQueue::default(),
+            journal: Journal::default(),
+            prepared: PreparedStatements::default(),
+            named: VecDeque::new(),
+            status: TxnStatus::Idle,
+            projected_open: false,
+            transaction: 0,
+            xids: VecDeque::new(),
+            asked: VecDeque::new(),
+            inline_asked: VecDeque::new(),
+            sequence: 0,
+            touched: false,
+            chained: false,
+            custom: BTreeSet::new(),
+        }
+    }
+
+    /// Takes a client's frame (its first bytes, when it is a large one) that is about to be sent.
+    ///
+    /// # Errors
+    /// [`Violation`] for a message that no client may send here.
+    pub fn client_frame(
+        &mut self,
+        tag: u8,
+        frame: &[u8],
+        now_micros: u64,
+    ) -> Result<ClientStep, Violation> {
+        let kind = frame.get(5).copied().unwrap_or(0);
+        let expect = ExpectQueue::of_client(tag, kind)?;
+        if matches!(
+            tag,
+            frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL
+        ) {
+            return Ok(self.copy_frame(expect, frame));
+        }
+        let mut step = ClientStep::default();
+        let opens = self.opens_exchange(tag);
+        let looked = self.look(tag, frame);
+        if self.mode.replays() && looked.hint == Some(Hint::Commit) && self.should_ask_now() {
+            step.ask_before = Some(if opens {
+                Ask::ByFunctionCall
+            } else {
+                Ask::Inline
+            });
+        }
+        if let Some(ask) = step.ask_before {
+            self.push_ask(ask);
+        }
+        if opens {
+            self.sequence += 1;
+            self.journal
+                .open(self.sequence, now_micros, self.transaction);
+        }
+        self.push_request(expect, looked.named);
+        self.note(tag, frame, looked.hint, looked.touches);
+        step.closed = self.back_closed();
+        if step.closed && self.wants_ask_after() {
+            self.push_ask(Ask::ByFunctionCall);
+            step.ask_after = Some(Ask::ByFunctionCall);
+        }
+        Ok(step)
+    }
+
+    /// Takes a further piece of a large client frame.
+    pub fn client_more(&mut self, bytes: &[u8]) {
+        if self.mode != ReplayMode::None {
+            self.journal.append(bytes);
+        }
+    }
+
+    /// A tracker for the session's next backend, which has these statements prepared.
+    #[must_use]
+    pub fn successor(&self, prepared: &[(Vec<u8>, Prepared)]) -> Self {
+        let mut next = Self::new(self.mode);
+        for (name, statement) in prepared {
+            next.prepared.insert(name.clone(), statement.clone());
+        }
+        next.prepared.settle();
+        next.custom.clone_from(&self.custom);
+        next
+    }
+
+    /// Whether a transaction will be open when everything sent has been run.
+    #[must_use]
+    pub fn projects_open(&self) -> bool {
+        self.projected_open
+    }
+
+    /// The exchange in front was answered by the proxy: its transaction has committed.
+    pub fn committed_front(&mut self) {
+        self.finish(TxnStatus::Idle);
+    }
+
+    /// The open transaction is gone (aborted by us): the status is what the new backend has.
+    pub fn abandon(&mut self, status: TxnStatus) {
+        self.journal.abandon();
+        self.status = status;
+        self.projected_open = status != TxnStatus::Idle;
+        self.xids.clear();
+        self.chained = false;
+        self.touched = false;
+        self.expect = ExpectQueue::default();
+        self.named.clear();
+        self.asked.clear();
+        self.inline_asked.clear();
+        self.prepared.settle();
+        if self.projected_open {
+            self.project(true);
+            self.journal
+                .lose("the transaction was aborted by an earlier failover".into());
+        }
+    }
+
+    /// Status after the last exchange that was answered completely.
+    #[must_use]
+    pub fn status(&self) -> TxnStatus {
+        self.status
+    }
+
+    /// The session stands between exchanges.
+    #[must_use]
+    pub fn is_between(&self) -> bool {
+        self.journal.in_flight().is_empty()
+    }
+
+    /// The server owes nothing, not even to the proxy.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.expect.is_empty()
+    }
+
+    /// Whether the client may send the first message of a new exchange here: the last is closed.
+    #[must_use]
+    pub fn at_boundary(&self) -> bool {
+        self.journal
+            .in_flight()
+            .back()
+            .is_none_or(|e| e.closed && !e.copy_tail)
+    }
+
+    /// The expected-reply queue.
+    #[must_use]
+    pub fn expect(&self) -> &ExpectQueue {
+        &self.expect
+    }
+
+    /// The journal.
+    #[must_use]
+    pub fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// The journal, to change.
+    pub fn journal_mut(&mut self) -> &mut Journal {
+        &mut self.journal
+    }
+
+    /// Prepared statements.
+    #[must_use]
+    pub fn prepared(&self) -> &PreparedStatements {
+        &self.prepared
+    }
+
+    /// Prepared statements, to change.
+    pub fn prepared_mut(&mut self) -> &mut PreparedStatements {
+        &mut self.prepared
+    }
+
+    /// The mode.
+    #[must_use]
+    pub fn mode(&self) -> ReplayMode {
+        self.mode
+    }
+
+    /// What the exchange in front has been answered.
+    #[must_use]
+    pub fn delivered(&self) -> Option<&Reply> {
+        self.journal.in_flight().front().map(|e| &e.reply)
+    }
+}

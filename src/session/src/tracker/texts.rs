@@ -1,0 +1,137 @@
+//! The statements behind messages, read with the grammar; never on the forwarding path.
+
+use helios_wire::frontend;
+
+use super::Tracker;
+use crate::decide::{Evidence, InFlight};
+use crate::grammar::{self, Kind};
+use crate::journal::Exchange;
+
+impl Tracker {
+    /// The statements of an exchange, read with the grammar; `None` when its text was not kept.
+    #[must_use]
+    pub fn kinds(&self, exchange: &Exchange) -> Option<Vec<Kind>> {
+        if exchange.cut {
+            return None;
+        }
+        Some(self.kinds_of(self.journal.exchange_bytes(exchange)))
+    }
+
+    /// The statements that a sequence of client messages runs.
+    #[must_use]
+    pub fn kinds_of(&self, messages: &[u8]) -> Vec<Kind> {
+        let mut kinds = Vec::new();
+        let mut parsed: Vec<(&[u8], Kind)> = Vec::new();
+        let mut rest = messages;
+        while let Ok(Some(header)) = helios_wire::peek_header(rest) {
+            let frame = rest.get(..header.len).unwrap_or(rest);
+            let body = frame.get(5..).unwrap_or_default();
+            match header.tag {
+                frontend::QUERY => kinds.extend(grammar::statements(&text(until_zero(body)))),
+                frontend::FUNCTION_CALL => kinds.push(Kind::Opaque),
+                frontend::PARSE => parsed.push(parse_kind(frame)),
+                frontend::BIND => {
+                    let portal = until_zero(body);
+                    let name = until_zero(body.get(portal.len() + 1..).unwrap_or_default());
+                    let here = parsed
+                        .iter()
+                        .rev()
+                        .find(|(n, _)| *n == name)
+                        .map(|(_, k)| *k);
+                    let known = || self.prepared.get(name).map(|p| parse_kind(&p.parse).1);
+                    let gone = || self.prepared.at_begin().find(|(n, _)| *n == name);
+                    let kind = here
+                        .or_else(known)
+                        .or_else(|| gone().map(|p| parse_kind(&p.1.parse).1));
+                    kinds.push(kind.unwrap_or(Kind::Opaque));
+                }
+                // Continues a portal that is open already.
+                frontend::EXECUTE if !kinds.is_empty() || !parsed.is_empty() => {}
+                frontend::EXECUTE => kinds.push(Kind::Read),
+                _ => {}
+            }
+            rest = rest.get(header.len..).unwrap_or_default();
+        }
+        kinds
+    }
+
+    /// The statements' texts that a sequence of client messages runs.
+    pub(super) fn texts_of(&self, messages: &[u8]) -> Vec<String> {
+        let mut texts = Vec::new();
+        let mut rest = messages;
+        while let Ok(Some(header)) = helios_wire::peek_header(rest) {
+            let frame = rest.get(..header.len).unwrap_or(rest);
+            let body = frame.get(5..).unwrap_or_default();
+            match header.tag {
+                frontend::QUERY => texts.push(text(until_zero(body)).into_owned()),
+                frontend::PARSE => texts.push(parse_text(frame).into_owned()),
+                frontend::BIND => {
+                    let portal = until_zero(body);
+                    let name = until_zero(body.get(portal.len() + 1..).unwrap_or_default());
+                    texts.extend(
+                        self.prepared
+                            .get(name)
+                            .map(|p| parse_text(&p.parse).into_owned()),
+                    );
+                }
+                _ => {}
+            }
+            rest = rest.get(header.len..).unwrap_or_default();
+        }
+        texts
+    }
+
+    /// What is in flight, for the decision.
+    #[must_use]
+    pub fn in_flight(&self) -> Vec<InFlight> {
+        let exchanges = self.journal.in_flight().iter();
+        exchanges
+            .map(|e| InFlight {
+                kinds: self.kinds(e),
+                commit_answered: e.reply.completed(b"COMMIT")
+                    || e.reply.completed(b"PREPARE TRANSACTION"),
+                failed: e.reply.failed(),
+                undone: e.undone,
+                evidence: self.evidence(e.transaction),
+            })
+            .collect()
+    }
+
+    pub(super) fn evidence(&self, transaction: u64) -> Evidence {
+        let mut known = None;
+        let mut written = false;
+        for x in self.xids.iter().filter(|x| x.transaction <= transaction) {
+            known = known.or(x.known);
+            written |= x.dirty || x.pending > 0;
+        }
+        match known {
+            Some(xid) => Evidence::Known(xid),
+            None if written || self.xids.is_empty() => Evidence::Unknown,
+            None => Evidence::NothingWritten,
+        }
+    }
+}
+
+/// Bytes up to the first zero (or all).
+#[must_use]
+pub fn until_zero(bytes: &[u8]) -> &[u8] {
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    bytes.get(..end).unwrap_or_default()
+}
+
+fn text(sql: &[u8]) -> std::borrow::Cow<'_, str> {
+    String::from_utf8_lossy(sql)
+}
+
+fn parse_kind(frame: &[u8]) -> (&[u8], Kind) {
+    let body = frame.get(5..).unwrap_or_default();
+    let name = until_zero(body);
+    let sql = until_zero(body.get(name.len() + 1..).unwrap_or_default());
+    (name, grammar::single(&text(sql)))
+}
+
+fn parse_text(frame: &[u8]) -> std::borrow::Cow<'_, str> {
+    let body = frame.get(5..).unwrap_or_default();
+    let name = until_zero(body);
+    text(until_zero(body.get(name.len() + 1..).unwrap_or_default()))
+}
