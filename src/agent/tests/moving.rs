@@ -266,3 +266,58 @@ async fn how_long_promotions_take() {
         std::mem::swap(&mut a, &mut b);
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_fence_is_right_for_every_transaction_of_a_crash_under_load() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    let mut writers = Vec::new();
+    for writer in 0..8 {
+        let sql = a.sql().await;
+        writers.push(tokio::spawn(async move {
+            let mut made = Vec::new();
+            for i in 0.. {
+                let n: i32 = writer * 1_000_000 + i;
+                let statement = "insert into t values ($1) returning pg_current_xact_id()::text";
+                if sql.batch_execute("begin").await.is_err() {
+                    break;
+                }
+                let Ok(row) = sql.query_one(statement, &[&n]).await else {
+                    break;
+                };
+                made.push((n, row.get::<_, String>(0)));
+                if sql.batch_execute("commit").await.is_err() {
+                    break;
+                }
+            }
+            made
+        }));
+    }
+    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    crash(&a);
+    let (fence, _) = b.promote(2).await;
+    a.command(2, AgentCommand::Fence { clean: false }).await;
+    let bound = fence.xid.expect("proven").0;
+    // Ids are handed out again before anybody asks.
+    let sql = b.sql().await;
+    for _ in 0..200 {
+        sql.batch_execute("insert into t values (-1)")
+            .await
+            .unwrap();
+    }
+    let held: std::collections::HashSet<i32> = numbers(&b).await.into_iter().collect();
+    let (mut committed, mut lost) = (0, 0);
+    for writer in writers {
+        for (n, xid) in writer.await.unwrap() {
+            let ruled = xid.parse::<u64>().unwrap() < bound && {
+                let status = "select pg_xact_status($1::text::xid8) = 'committed'";
+                let row = sql.query_one(status, &[&xid]).await.unwrap();
+                row.get::<_, bool>(0)
+            };
+            assert_eq!(ruled, held.contains(&n), "{n} {xid} {bound}");
+            if ruled { committed += 1 } else { lost += 1 }
+        }
+    }
+    println!("committed {committed}, not {lost}");
+    assert!(committed > 0);
+}
