@@ -1,5 +1,7 @@
 //! Random input: nothing panics, and what was built is read back as it was.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests are tests
+
 use bytes::BytesMut;
 use helios_wire::message::front::{Format, Target};
 use helios_wire::message::{BuildError, back, error, front, read};

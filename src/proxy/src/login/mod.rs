@@ -1,7 +1,7 @@
 //! A client's way in: from its first byte to AuthenticationOk.
 //!
-//! [`first`] reads the untyped packets and switches to TLS, [`handshake`] judges the start-up
-//! packet, [`authenticate`] lets the client prove who it is. Nothing here trusts a byte: lengths
+//! `first` reads the untyped packets and switches to TLS, `handshake` judges the start-up
+//! packet, `authenticate` lets the client prove who it is. Nothing here trusts a byte: lengths
 //! are bounded before anything is read, and a time limit is over all of it.
 
 use std::io;
