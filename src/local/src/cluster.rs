@@ -1,20 +1,70 @@
 //! A running local cluster, as an application holds it.
 
-use helios_api::InstanceName;
-use helios_api::control::{MigrationEvent, SessionInfo};
-use helios_cluster::{OperationRecord, Outcome};
-use tokio::sync::broadcast;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
+use helios_api::InstanceName;
+use helios_api::agent::InstanceState;
+use helios_api::control::{MigrationEvent, SessionInfo};
+use helios_cluster::{ClusterState, Mode, OperationRecord, Outcome, Request};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::agents::Agents;
+use crate::controller::{Ask, Controller, ProxySlot};
+use crate::credentials::Credentials;
 use crate::error::LocalError;
-use crate::options::{LocalBuilder, LocalOptions};
-use crate::status::{LocalStatus, MaintenanceReport, Progress};
+use crate::layout::Layout;
+use crate::lock::Lock;
+use crate::options::{AgentMode, LocalBuilder, LocalOptions, ProxyAuth};
+use crate::proxy::{self, LocalProxy};
+use crate::status::{InstanceStatus, LocalStatus, MaintenanceReport, Progress};
+use crate::{control, files, setup};
+
+/// Requests that may wait for the controller.
+const ASKS: usize = 16;
+/// Progress that a slow follower may fall behind.
+const PROGRESS: usize = 256;
+/// How long sessions get at a shutdown.
+const GRACE: Duration = Duration::from_secs(2);
+/// How long a request may wait for its answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 /// A cluster that runs until [`Self::shutdown`], or until it is dropped.
 #[derive(Debug)]
 pub struct LocalCluster {
-    _options: LocalOptions,
-    events: broadcast::Sender<MigrationEvent>,
+    inner: Arc<Inner>,
+    control: Option<control::Server>,
+    _lock: Lock,
+}
+
+/// What the control socket shares with the owner.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    layout: Layout,
+    credentials: Credentials,
+    auth: ProxyAuth,
+    agents: Arc<Agents>,
+    proxy: ProxySlot,
+    asks: mpsc::Sender<Ask>,
+    state: watch::Receiver<ClusterState>,
     progress: broadcast::Sender<Progress>,
+    /// Somebody asked for a stop.
+    pub(crate) stop: CancellationToken,
+    /// Everything but the control socket has stopped.
+    pub(crate) stopped: CancellationToken,
+    /// Ends all tasks.
+    cancel: CancellationToken,
+    /// Ends the controller.
+    controller: CancellationToken,
+}
+
+impl Drop for LocalCluster {
+    fn drop(&mut self) {
+        self.inner.cancel.cancel();
+    }
 }
 
 impl LocalCluster {
@@ -24,55 +74,81 @@ impl LocalCluster {
         LocalBuilder::default()
     }
 
-    /// Creates the cluster, or resumes it from what is durable; returns when clients can connect.
+    /// Creates the cluster, or resumes it from what is durable; returns when clients can connect
+    /// and, for a new cluster, all standbys follow.
     ///
     /// # Errors
-    /// See [`LocalError`]: each names what to do.
+    /// See [`LocalError`]: each names what to do. Whatever was started has been stopped.
     pub async fn start(options: LocalOptions) -> Result<Self, LocalError> {
-        options.check()?;
-        Err(LocalError::NotRunning {
-            path: options.data_dir,
-        })
+        let prepared = setup::prepare(&options)?;
+        let config = proxy::write_config(&options, &prepared.layout, &prepared.names, setup::PORT)?;
+        // Read before anything is started: a typo costs no initdb.
+        let config = proxy::load(&config)?;
+        let is_new = prepared.state.primary.is_none();
+        let cancel = CancellationToken::new();
+        let parent_watch = matches!(options.agents, AgentMode::Process(_));
+        let configs = setup::agent_configs(&prepared, &options, parent_watch)?;
+        let agents = Arc::new(Agents::start(configs, &options.agents, &cancel)?);
+        let inner = Inner::new(&options, &prepared, agents, cancel);
+        let control = match control::serve(Arc::clone(&inner)) {
+            Ok(control) => control,
+            Err(error) => {
+                inner.tear_down().await;
+                return Err(error);
+            }
+        };
+        let cluster = Self {
+            inner: Arc::clone(&inner),
+            control: Some(control),
+            _lock: prepared.lock,
+        };
+        let limit = options.start_timeout;
+        let up = Box::pin(inner.come_up(&options, config, is_new, limit));
+        if let Err(error) = up.await {
+            cluster.shutdown().await;
+            return Err(error);
+        }
+        Ok(cluster)
     }
 
-    /// For libpq, with the password when there is one.
+    /// For libpq, with the password when one is asked for.
     #[must_use]
     pub fn connection_string(&self) -> String {
-        String::new()
+        self.inner.connection_string(true)
     }
 
     /// What happens to sessions from now on.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<MigrationEvent> {
-        self.events.subscribe()
+        self.inner.subscribe()
     }
 
     /// Steps of operations from now on.
     #[must_use]
     pub fn progress(&self) -> broadcast::Receiver<Progress> {
-        self.progress.subscribe()
+        self.inner.progress.subscribe()
     }
 
     /// The cluster at a glance.
     pub async fn status(&self) -> LocalStatus {
-        unreachable!()
+        self.inner.status().await
     }
 
     /// The proxy's sessions.
     pub async fn sessions(&self) -> Vec<SessionInfo> {
-        Vec::new()
+        self.inner.sessions().await
     }
 
     /// Moves the primary, to `to` or to the best standby.
     ///
     /// # Errors
-    /// [`LocalError::Refused`] when nothing was started, [`LocalError::Aborted`] when it ended on
-    /// the old primary.
+    /// [`LocalError::Refused`] when nothing was started, [`LocalError::Aborted`] when it ended
+    /// elsewhere than asked for.
     pub async fn switchover(
         &self,
         to: Option<InstanceName>,
     ) -> Result<OperationRecord, LocalError> {
-        Err(LocalError::Refused(format!("{to:?}")))
+        judged(self.inner.switchover(to).await?)
     }
 
     /// Moves all sessions away from the primary so that it can be worked on.
@@ -80,7 +156,15 @@ impl LocalCluster {
     /// # Errors
     /// As [`Self::switchover`].
     pub async fn migrate_for_maintenance(&self) -> Result<MaintenanceReport, LocalError> {
-        Err(LocalError::Refused(String::new()))
+        let operation = self.switchover(None).await?;
+        let failed = operation.resumed.failed.values().sum();
+        let all = operation.drained.idle + operation.drained.frozen + operation.drained.unprotected;
+        Ok(MaintenanceReport {
+            moved: all.saturating_sub(failed),
+            failed,
+            pause_micros: operation.pause_micros(),
+            operation,
+        })
     }
 
     /// Stops an instance and keeps it stopped.
@@ -88,7 +172,8 @@ impl LocalCluster {
     /// # Errors
     /// [`LocalError::Refused`] with the reason.
     pub async fn fence(&self, name: InstanceName) -> Result<(), LocalError> {
-        Err(LocalError::Refused(name.to_string()))
+        let request = Request::Fence { instance: name };
+        self.inner.ask(request).await.map(drop)
     }
 
     /// Lets an instance come back.
@@ -96,14 +181,385 @@ impl LocalCluster {
     /// # Errors
     /// [`LocalError::Refused`] with the reason.
     pub async fn unfence(&self, name: InstanceName) -> Result<(), LocalError> {
-        Err(LocalError::Refused(name.to_string()))
+        let request = Request::Unfence { instance: name };
+        self.inner.ask(request).await.map(drop)
     }
 
     /// Returns when somebody asked for a stop over the control socket; call [`Self::shutdown`] then.
-    pub async fn stop_requested(&self) {}
+    pub async fn stop_requested(&self) {
+        self.inner.stop.cancelled().await;
+    }
 
     /// Stops proxy, servers and agents, in that order, each within a limit.
-    pub async fn shutdown(self) {}
+    pub async fn shutdown(mut self) {
+        self.inner.tear_down().await;
+        if let Some(control) = self.control.take() {
+            control.close().await;
+        }
+    }
+}
+
+impl Inner {
+    fn new(
+        options: &LocalOptions,
+        prepared: &setup::Prepared,
+        agents: Arc<Agents>,
+        cancel: CancellationToken,
+    ) -> Arc<Self> {
+        let (asks, inbox) = mpsc::channel(ASKS);
+        let (published, state) = watch::channel(prepared.state.clone());
+        let (progress, _) = broadcast::channel(PROGRESS);
+        let proxy = ProxySlot::default();
+        let controller = Controller {
+            settings: helios_cluster::Settings {
+                synchronous: options.synchronous,
+                durability: options.durability,
+                drain_timeout_ms: u64::try_from(options.drain_timeout.as_millis())
+                    .unwrap_or(u64::MAX),
+                ..helios_cluster::Settings::default()
+            },
+            state_file: prepared.layout.state_file(),
+            agents: Arc::clone(&agents),
+            proxy: Arc::clone(&proxy),
+            asks: inbox,
+            published,
+            progress: progress.clone(),
+        };
+        let stop_controller = cancel.child_token();
+        tokio::spawn(controller.run(stop_controller.clone()));
+        Arc::new(Self {
+            layout: prepared.layout.clone(),
+            credentials: prepared.credentials.clone(),
+            auth: options.auth,
+            agents,
+            proxy,
+            asks,
+            state,
+            progress,
+            stop: CancellationToken::new(),
+            stopped: CancellationToken::new(),
+            cancel,
+            controller: stop_controller,
+        })
+    }
+
+    /// Waits for a primary, makes the role, starts the proxy, waits for the standbys.
+    async fn come_up(
+        &self,
+        options: &LocalOptions,
+        config: helios_proxy::config::ProxyConfig,
+        is_new: bool,
+        limit: Duration,
+    ) -> Result<(), LocalError> {
+        let deadline = Instant::now() + limit;
+        self.wait("primary", deadline, limit, |inner, state| {
+            let name = state.primary_name();
+            let up = name.is_some_and(|name| inner.is_primary(name));
+            state.mode == Mode::Steady && up
+        })
+        .await?;
+        let state = self.state.borrow().clone();
+        let views = self.agents.views();
+        let obs = helios_cluster::Observation {
+            instances: views,
+            ..helios_cluster::Observation::default()
+        };
+        let Some(topology) = state.topology(&obs) else {
+            return Err(LocalError::Control("the primary has gone again".to_owned()));
+        };
+        setup::create_role(&topology.primary.endpoint, &self.credentials).await?;
+        let proxy = LocalProxy::start(config, options.http_listen.as_deref(), topology).await?;
+        // Set once: nobody else starts one.
+        let _ = self.proxy.set(proxy);
+        if is_new {
+            let synchronous = options.synchronous;
+            self.wait("standby", deadline, limit, |_, state| {
+                settled(state, synchronous)
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    fn is_primary(&self, name: &InstanceName) -> bool {
+        let views = self.agents.views();
+        let state = views.get(name).map(|view| &view.contact);
+        matches!(state, Some(helios_cluster::Contact::Answers(agent))
+            if matches!(agent.instance, InstanceState::Primary { .. }))
+    }
+
+    /// Waits until `done`; the error names the instance that holds things up, with its log's end.
+    async fn wait(
+        &self,
+        role: &str,
+        deadline: Instant,
+        limit: Duration,
+        done: impl Fn(&Self, &ClusterState) -> bool,
+    ) -> Result<(), LocalError> {
+        let mut state = self.state.clone();
+        let mut change = Box::pin(tokio::time::sleep(Duration::ZERO));
+        loop {
+            if done(self, &state.borrow_and_update()) {
+                return Ok(());
+            }
+            if self.stop.is_cancelled() {
+                return Err(LocalError::Control("stopped while it started".to_owned()));
+            }
+            if Instant::now() >= deadline {
+                return Err(self.not_up(role, limit));
+            }
+            change
+                .as_mut()
+                .reset(Instant::now() + Duration::from_millis(50));
+            tokio::select! {
+                _ = state.changed() => {}
+                () = &mut change => {}
+            }
+        }
+    }
+
+    fn not_up(&self, role: &str, limit: Duration) -> LocalError {
+        let state = self.state.borrow().clone();
+        let primary = state
+            .primary_name()
+            .or(state.members.keys().next())
+            .cloned();
+        let views = self.agents.views();
+        let stuck = views.keys().find(|name| match role {
+            "primary" => Some(*name) == primary.as_ref(),
+            _ => Some(*name) != primary.as_ref() && !is_standby(&views[*name]),
+        });
+        let Some(name) = stuck.or(primary.as_ref()) else {
+            return LocalError::Control("the cluster has no instances".to_owned());
+        };
+        let trouble = self.agents.trouble(name);
+        let log = match (&trouble, self.agents.config(name)) {
+            (None, Some(config)) => config.log_file(),
+            (Some((_, log)), _) => log.clone(),
+            (None, None) => self.layout.agent_log(name),
+        };
+        let why = match (trouble, views.get(name).map(|view| &view.contact)) {
+            (Some((reason, _)), _) => format!("its agent ended: {reason}"),
+            (None, Some(helios_cluster::Contact::Answers(agent))) => {
+                format!("its state is {:?}", agent.instance)
+            }
+            (None, _) => "its agent does not answer".to_owned(),
+        };
+        LocalError::NotUp {
+            instance: name.to_string(),
+            seconds: limit.as_secs(),
+            why,
+            log_tail: files::tail(&log, 10),
+            log,
+        }
+    }
+
+    fn connection_string(&self, with_password: bool) -> String {
+        let Some(proxy) = self.proxy.get() else {
+            return String::new();
+        };
+        let address = proxy.address();
+        let (host, port) = address.rsplit_once(':').unwrap_or((&address, "5432"));
+        let quoted = |text: &str| {
+            let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-./".contains(&b);
+            match text.bytes().all(plain) && !text.is_empty() {
+                true => text.to_owned(),
+                false => format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'")),
+            }
+        };
+        let (user, database) = (
+            quoted(&self.credentials.user),
+            quoted(&self.credentials.database),
+        );
+        let host = host.trim_matches(['[', ']']);
+        let mut text = format!("host={host} port={port} user={user} dbname={database}");
+        if with_password && self.auth == ProxyAuth::Scram {
+            text.push_str(" password=");
+            text.push_str(&quoted(&self.credentials.password));
+        }
+        text
+    }
+
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub(crate) fn progress(&self) -> broadcast::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<MigrationEvent> {
+        match self.proxy.get() {
+            Some(proxy) => proxy.subscribe(),
+            // Closed: there is no proxy whose events could come.
+            None => broadcast::channel(1).1,
+        }
+    }
+
+    pub(crate) async fn sessions(&self) -> Vec<SessionInfo> {
+        match self.proxy.get() {
+            Some(proxy) => proxy.sessions().await,
+            None => Vec::new(),
+        }
+    }
+
+    pub(crate) async fn status(&self) -> LocalStatus {
+        let state = self.state.borrow().clone();
+        let (phase, step) = match &state.mode {
+            Mode::Bootstrap => ("bootstrap".to_owned(), None),
+            Mode::Steady => ("steady".to_owned(), None),
+            Mode::Moving(m) => (format!("{:?}", m.kind).to_lowercase(), Some(m.step.phase())),
+        };
+        let proxy = match self.proxy.get() {
+            Some(proxy) => Some(proxy.status().await),
+            None => None,
+        };
+        // Only what is proven counts: see `SyncState`.
+        let synchronous = match state.sync.is_settled() {
+            true => state.sync.target().into_iter().collect(),
+            false => Vec::new(),
+        };
+        LocalStatus {
+            data_dir: self.layout.root().to_owned(),
+            pid: std::process::id(),
+            connection_string: self.connection_string(false),
+            http: self.proxy.get().and_then(|proxy| proxy.http_address()),
+            epoch: state.epoch,
+            timeline: state.primary.as_ref().map(|p| p.timeline),
+            primary: state.primary_name().cloned(),
+            phase,
+            step,
+            instances: self.instances(&state, &synchronous),
+            synchronous,
+            proxy,
+            operations: state.operations,
+        }
+    }
+
+    fn instances(&self, state: &ClusterState, synchronous: &[InstanceName]) -> Vec<InstanceStatus> {
+        let views = self.agents.views();
+        let reported = |name: &InstanceName| match &views.get(name)?.contact {
+            helios_cluster::Contact::Answers(agent) => Some(agent.instance.clone()),
+            helios_cluster::Contact::Silent { .. } => None,
+        };
+        let head = state.primary_name().and_then(reported);
+        let one = |(name, view): (&InstanceName, &helios_cluster::InstanceView)| {
+            let now = reported(name);
+            let role = match &now {
+                Some(InstanceState::Primary { .. }) => "primary",
+                Some(InstanceState::Standby { .. }) => "standby",
+                _ => "none",
+            };
+            let lag_bytes = match (&now, &head) {
+                (
+                    Some(InstanceState::Standby { received, .. }),
+                    Some(InstanceState::Primary { position, .. }),
+                ) => Some(position.0.saturating_sub(received.0)),
+                _ => None,
+            };
+            InstanceStatus {
+                name: name.clone(),
+                role: role.to_owned(),
+                state: now,
+                endpoint: view.endpoint.clone(),
+                fenced: state.members.get(name).is_some_and(|m| m.fenced),
+                synchronous: synchronous.contains(name),
+                lag_bytes,
+                postmaster_pid: postmaster_pid(&self.layout.instance_data(name)),
+            }
+        };
+        views.iter().map(one).collect()
+    }
+
+    /// Has the controller decide on a request; the operation's number, when it began one.
+    pub(crate) async fn ask(&self, request: Request) -> Result<Option<u64>, LocalError> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || LocalError::Control("the cluster is stopping".to_owned());
+        self.asks
+            .send(Ask { request, answer })
+            .await
+            .map_err(|_| gone())?;
+        match tokio::time::timeout(ANSWER_LIMIT, answered).await {
+            Ok(Ok(Ok(id))) => Ok(id),
+            Ok(Ok(Err(refusal))) => Err(LocalError::Refused(refusal.to_string())),
+            Ok(Err(_)) => Err(gone()),
+            Err(_) => Err(LocalError::Control(
+                "the controller did not answer".to_owned(),
+            )),
+        }
+    }
+
+    /// Begins a switchover and waits for its record.
+    pub(crate) async fn switchover(
+        &self,
+        to: Option<InstanceName>,
+    ) -> Result<OperationRecord, LocalError> {
+        let Some(id) = self.ask(Request::Switchover { to }).await? else {
+            return Err(LocalError::Control("no operation was begun".to_owned()));
+        };
+        let mut state = self.state.clone();
+        let ended = state
+            .wait_for(|state| state.operations.iter().any(|op| op.id == id))
+            .await;
+        let found = ended
+            .ok()
+            .and_then(|state| state.operations.iter().find(|op| op.id == id).cloned());
+        found.ok_or_else(|| LocalError::Control("the cluster is stopping".to_owned()))
+    }
+
+    /// Stops everything but the control socket, in order.
+    async fn tear_down(&self) {
+        self.stop.cancel();
+        if let Some(proxy) = self.proxy.get() {
+            proxy.shutdown(GRACE).await;
+        }
+        self.controller.cancel();
+        let state = self.state.borrow().clone();
+        let primary = state.primary_name().cloned();
+        // The primary first: it hands its last WAL to the standbys.
+        if let Some(name) = &primary {
+            self.agents.shut_down(name, state.epoch).await;
+        }
+        let others: Vec<_> = self
+            .agents
+            .views()
+            .into_keys()
+            .filter(|name| Some(name) != primary.as_ref())
+            .collect();
+        let stops = others
+            .iter()
+            .map(|name| self.agents.shut_down(name, state.epoch));
+        futures_util::future::join_all(stops).await;
+        self.agents.close().await;
+        self.stopped.cancel();
+    }
+}
+
+/// Whether all instances follow and, if they are to, confirm.
+fn settled(state: &ClusterState, synchronous: bool) -> bool {
+    let Some(primary) = &state.primary else {
+        return false;
+    };
+    let mut others = state
+        .members
+        .iter()
+        .filter(|(name, m)| **name != primary.name && !m.fenced);
+    let target = state.sync.target();
+    others.all(|(name, member)| {
+        member.followed == Some(primary.timeline) && (!synchronous || target.contains(name))
+    }) && state.sync.is_settled()
+        && state.mode == Mode::Steady
+}
+
+fn is_standby(view: &helios_cluster::InstanceView) -> bool {
+    matches!(&view.contact, helios_cluster::Contact::Answers(agent)
+        if matches!(agent.instance, InstanceState::Standby { .. }))
+}
+
+/// The postmaster's process id, as its data directory tells.
+pub(crate) fn postmaster_pid(data: &Path) -> Option<i32> {
+    let text = std::fs::read_to_string(data.join("postmaster.pid")).ok()?;
+    text.lines().next()?.trim().parse().ok()
 }
 
 /// Success only when the operation did what was asked for.
@@ -114,18 +570,8 @@ pub(crate) fn judged(operation: OperationRecord) -> Result<OperationRecord, Loca
             Err(LocalError::Aborted(format!("switchover aborted: {reason}")))
         }
         Outcome::Diverted { reason } => Err(LocalError::Aborted(format!(
-            "primary is now \"{}\", not the instance asked for: {reason}",
+            "primary is now \"{}\": {reason}",
             operation.to
         ))),
     }
-}
-
-/// Removes a data directory and everything in it; refused while the cluster runs.
-///
-/// # Errors
-/// [`LocalError::InUse`], [`LocalError::NotACluster`] and [`LocalError::Io`].
-pub async fn destroy(data_dir: &std::path::Path) -> Result<(), LocalError> {
-    Err(LocalError::NotRunning {
-        path: data_dir.to_owned(),
-    })
 }

@@ -4,21 +4,32 @@
 //! controller that executes what `helios_cluster` decides; everything lives under one data
 //! directory and resumes from it.
 
+mod agents;
 pub mod client;
 mod cluster;
+mod control;
+mod controller;
 pub mod credentials;
+mod destroy;
 mod error;
 mod files;
 mod layout;
+mod lock;
 mod options;
+pub mod postgres;
+mod proxy;
+mod sessions;
+mod setup;
 mod status;
 
-pub use cluster::{LocalCluster, destroy};
+pub use cluster::LocalCluster;
 pub use credentials::Credentials;
+pub use destroy::destroy;
 pub use error::LocalError;
 pub use helios_cluster::{
     Durability, OperationKind, OperationRecord, Outcome, Phase, PhaseDuration,
 };
 pub use layout::Layout;
 pub use options::{AgentMode, LocalBuilder, LocalOptions, ProxyAuth};
+pub use sessions::{BoxFuture, MoveSessions};
 pub use status::{InstanceStatus, LocalStatus, MaintenanceReport, Progress};

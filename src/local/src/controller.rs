@@ -1,0 +1,270 @@
+//! Executes what `helios_cluster` decides: observes, saves, acts, hands results back.
+//!
+//! Invariant: the state is on disk before any action that follows from it is begun.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use helios_api::control::ProxyStatus;
+use helios_cluster::{
+    Action, ClusterState, Decision, Failure, Finished, Mode, Observation, ProxyCommand, Refusal,
+    Reply, Request, Settings, Time, decide,
+};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::agents::Agents;
+use crate::error::LocalError;
+use crate::files;
+use crate::sessions::MoveSessions;
+use crate::status::Progress;
+
+/// Name of the only proxy in observations.
+const PROXY: &str = "proxy";
+/// Pause between rounds when nothing happens.
+const IDLE: Duration = Duration::from_millis(250);
+/// The same while the primary changes: back-offs and patience are looked at so often.
+const MOVING: Duration = Duration::from_millis(20);
+/// A proxy's status is asked for anew after so long.
+const STATUS_AGE: Duration = Duration::from_millis(200);
+/// A proxy that does not answer by then is taken for silent.
+const STATUS_LIMIT: Duration = Duration::from_secs(2);
+/// Beyond the drain's own limit.
+const PROXY_LIMIT: Duration = Duration::from_secs(90);
+
+/// A request with the place for its answer.
+#[derive(Debug)]
+pub(crate) struct Ask {
+    pub(crate) request: Request,
+    pub(crate) answer: oneshot::Sender<Result<Option<u64>, Refusal>>,
+}
+
+/// Where the proxy is found once it runs.
+pub(crate) type ProxySlot = Arc<OnceLock<Arc<dyn MoveSessions>>>;
+
+/// The controller's task.
+#[derive(Debug)]
+pub(crate) struct Controller {
+    pub(crate) settings: Settings,
+    pub(crate) state_file: PathBuf,
+    pub(crate) agents: Arc<Agents>,
+    pub(crate) proxy: ProxySlot,
+    pub(crate) asks: mpsc::Receiver<Ask>,
+    pub(crate) published: watch::Sender<ClusterState>,
+    pub(crate) progress: broadcast::Sender<Progress>,
+}
+
+/// What a round starts from.
+struct Round {
+    state: ClusterState,
+    running: Vec<Action>,
+    finished: Vec<Finished>,
+    status: Option<(Instant, ProxyStatus)>,
+    done: mpsc::Sender<Finished>,
+}
+
+impl Controller {
+    /// Runs until it is cancelled; actions under way are left to end by themselves.
+    pub(crate) async fn run(mut self, cancel: CancellationToken) {
+        let (done, mut results) = mpsc::channel(64);
+        let mut round = Round {
+            state: self.published.borrow().clone(),
+            running: Vec::new(),
+            finished: Vec::new(),
+            status: None,
+            done,
+        };
+        let changed = self.agents.changed();
+        loop {
+            let pause = match round.state.mode {
+                Mode::Moving(_) => MOVING,
+                Mode::Steady | Mode::Bootstrap => IDLE,
+            };
+            let mut ask = None;
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                Some(finished) = results.recv() => round.finished.push(finished),
+                () = changed.notified() => {}
+                Some(asked) = self.asks.recv() => ask = Some(asked),
+                () = tokio::time::sleep(pause) => {}
+            }
+            while let Ok(more) = results.try_recv() {
+                round.finished.push(more);
+            }
+            self.round(&mut round, ask).await;
+        }
+    }
+
+    async fn round(&self, round: &mut Round, ask: Option<Ask>) {
+        let finished = std::mem::take(&mut round.finished);
+        for end in &finished {
+            log_end(end);
+            round.running.retain(|action| *action != end.action);
+            if matches!(end.action, Action::Proxy { .. }) {
+                round.status = None;
+            }
+        }
+        let (request, answer) = ask.map_or((None, None), |a| (Some(a.request), Some(a.answer)));
+        let obs = self.observe(round, finished, request).await;
+        let decision = match decide(&self.settings, &round.state, &obs, now()) {
+            Ok(decision) => decision,
+            Err(violation) => {
+                // A bug; the last state stays in force and the next observation may be kinder.
+                tracing::error!(%violation, "decision was not carried out");
+                return;
+            }
+        };
+        if decision.next != round.state {
+            if let Err(error) = self.save(&decision.next).await {
+                tracing::error!(%error, "cluster state could not be saved; nothing is done");
+                round.finished = obs.finished;
+                tokio::time::sleep(IDLE).await;
+                return;
+            }
+            self.tell(&round.state, &decision.next);
+        }
+        self.carry_out(round, decision, answer);
+    }
+
+    fn carry_out(
+        &self,
+        round: &mut Round,
+        decision: Decision,
+        answer: Option<oneshot::Sender<Result<Option<u64>, Refusal>>>,
+    ) {
+        round.state = decision.next;
+        self.published.send_if_modified(|published| {
+            let changed = *published != round.state;
+            if changed {
+                published.clone_from(&round.state);
+            }
+            changed
+        });
+        if let (Some(to), Some(answer)) = (answer, decision.answer) {
+            // Whoever asked may have gone; what was begun goes on.
+            let _ = to.send(answer);
+        }
+        for action in decision.actions {
+            round.running.push(action.clone());
+            let (agents, proxy) = (Arc::clone(&self.agents), Arc::clone(&self.proxy));
+            let done = round.done.clone();
+            tokio::spawn(async move {
+                let result = Box::pin(perform(&agents, &proxy, &action)).await;
+                // Nobody listens any more when the controller has ended.
+                let _ = done.send(Finished { action, result }).await;
+            });
+        }
+    }
+
+    async fn observe(
+        &self,
+        round: &mut Round,
+        finished: Vec<Finished>,
+        request: Option<Request>,
+    ) -> Observation {
+        let fresh = round
+            .status
+            .as_ref()
+            .is_some_and(|(at, _)| at.elapsed() < STATUS_AGE);
+        let proxy = self.proxy.get();
+        if let Some(proxy) = proxy
+            && !fresh
+        {
+            let status = tokio::time::timeout(STATUS_LIMIT, proxy.status()).await;
+            round.status = status.ok().map(|status| (Instant::now(), status));
+        }
+        let status = round.status.as_ref().map(|(_, status)| status.clone());
+        Observation {
+            instances: self.agents.views(),
+            proxies: proxy
+                .map(|_| (PROXY.to_owned(), status))
+                .into_iter()
+                .collect(),
+            running: round.running.clone(),
+            finished,
+            request,
+        }
+    }
+
+    async fn save(&self, state: &ClusterState) -> Result<(), LocalError> {
+        let (path, state) = (self.state_file.clone(), state.clone());
+        let write = move || files::write_json(&path, &state, 0o600);
+        match tokio::task::spawn_blocking(write).await {
+            Ok(result) => result,
+            Err(error) => Err(LocalError::Control(error.to_string())),
+        }
+    }
+
+    /// Tells whoever follows the progress what has changed.
+    fn tell(&self, before: &ClusterState, after: &ClusterState) {
+        let last = before.operations.last().map_or(0, |op| op.id);
+        for operation in after.operations.iter().filter(|op| op.id > last) {
+            tracing::info!(kind = ?operation.kind, from = %operation.from, to = %operation.to,
+                epoch = %operation.epoch, outcome = ?operation.outcome,
+                pause_ms = operation.pause_micros() / 1000, "operation ended");
+            let operation = Box::new(operation.clone());
+            let _ = self.progress.send(Progress::Finished { operation });
+        }
+        let phase = |state: &ClusterState| state.moving().map(|m| (m.id, m.step.phase()));
+        if let Some(m) = after.moving()
+            && phase(before) != phase(after)
+        {
+            tracing::info!(kind = ?m.kind, phase = m.step.phase().as_str(), cause = m.cause, "phase");
+            let _ = self.progress.send(Progress::Phase {
+                phase: m.step.phase(),
+                elapsed_micros: m.step_started.micros_since(m.started),
+            });
+        }
+    }
+}
+
+fn now() -> Time {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+}
+
+fn log_end(end: &Finished) {
+    match &end.result {
+        Ok(reply) => tracing::debug!(action = ?end.action, ?reply, "action ended"),
+        Err(error) => tracing::warn!(action = ?end.action, %error, "action failed"),
+    }
+}
+
+async fn perform(agents: &Agents, proxy: &ProxySlot, action: &Action) -> Result<Reply, Failure> {
+    match action {
+        Action::Agent { instance, request } => agents
+            .command(instance, request.clone())
+            .await
+            .map(Reply::Agent),
+        Action::Proxy { command, .. } => {
+            let Some(proxy) = proxy.get() else {
+                return Err(Failure::Failed("the proxy does not run".to_owned()));
+            };
+            let limit = match command {
+                ProxyCommand::Drain(request) => {
+                    PROXY_LIMIT + Duration::from_millis(request.timeout_ms)
+                }
+                _ => PROXY_LIMIT,
+            };
+            match tokio::time::timeout(limit, command_proxy(proxy.as_ref(), command)).await {
+                Ok(result) => result.map_err(Failure::Failed),
+                Err(_) => Err(Failure::Failed(format!("no answer within {limit:?}"))),
+            }
+        }
+    }
+}
+
+async fn command_proxy(proxy: &dyn MoveSessions, command: &ProxyCommand) -> Result<Reply, String> {
+    match command {
+        ProxyCommand::Prepare { epoch, candidate } => proxy
+            .prepare(*epoch, candidate.clone())
+            .await
+            .map(|()| Reply::Done),
+        ProxyCommand::Drain(request) => proxy.drain(request.clone()).await.map(Reply::Drained),
+        ProxyCommand::Resume(topology) => proxy.resume(topology.clone()).await.map(Reply::Resumed),
+        ProxyCommand::Abort { epoch } => proxy.abort(*epoch).await.map(|()| Reply::Done),
+    }
+}

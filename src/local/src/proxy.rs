@@ -1,0 +1,265 @@
+//! The proxy of a local cluster: its generated configuration, its start, its place as
+//! [`MoveSessions`].
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use helios_api::control::{
+    Backend, DrainReport, DrainRequest, MigrationEvent, ProxyStatus, ResumeReport, SessionInfo,
+    Topology,
+};
+use helios_api::{Epoch, InstanceName};
+use helios_proxy::config::{self, ProxyConfig};
+use helios_proxy::engine::shared::EngineOptions;
+use helios_proxy::{Proxy, ProxyHandle, ProxyOptions};
+use helios_session::ReplayMode;
+use helios_telemetry::metrics::Metrics;
+use tokio::net::TcpListener;
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+use crate::credentials::SERVICE_USER;
+use crate::error::LocalError;
+use crate::files;
+use crate::layout::Layout;
+use crate::options::{LocalOptions, ProxyAuth};
+use crate::sessions::{BoxFuture, MoveSessions};
+
+/// Writes the configuration that follows from the options; returns its path.
+pub(crate) fn write_config(
+    options: &LocalOptions,
+    layout: &Layout,
+    names: &[InstanceName],
+    port: u16,
+) -> Result<std::path::PathBuf, LocalError> {
+    if let Some(path) = &options.proxy_config {
+        return Ok(path.clone());
+    }
+    let quoted = |path: &Path| toml_string(&path.display().to_string());
+    let mut text = String::from("# Generated at every start of the local cluster.\n\n[proxy]\n");
+    let auth = match options.auth {
+        ProxyAuth::Trust => "trust",
+        ProxyAuth::Scram => "scram-sha-256",
+    };
+    let listen = toml_string(&options.listen);
+    let _ = writeln!(text, "listen_address = {listen}\nauth = \"{auth}\"");
+    if let Some(dir) = &options.unix_socket_dir {
+        let _ = writeln!(text, "unix_socket_dir = {}", quoted(dir));
+    }
+    let drain = options.drain_timeout.as_secs();
+    let mode = toml_string(&options.replay_mode);
+    let _ = writeln!(
+        text,
+        "\n[transaction_replay]\nmode = {mode}\nswitchover_drain_timeout_secs = {drain}"
+    );
+    let _ = writeln!(text, "\n[backends]\nservice_user = \"{SERVICE_USER}\"");
+    let _ = writeln!(text, "service_database = \"postgres\"");
+    for name in names {
+        let host = quoted(&layout.instance_sockets(name));
+        let _ = writeln!(
+            text,
+            "\n[[backends.instances]]\nname = \"{name}\"\nhost = {host}\nport = {port}"
+        );
+    }
+    let path = layout.proxy_config();
+    files::write(&path, text.as_bytes(), 0o600)?;
+    Ok(path)
+}
+
+/// A TOML basic string.
+fn toml_string(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' => quoted.push_str("\\\""),
+            '\\' => quoted.push_str("\\\\"),
+            c if c.is_control() => {
+                let _ = write!(quoted, "\\u{:04X}", u32::from(c));
+            }
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+/// Reads the configuration; errors name file and line.
+pub(crate) fn load(path: &Path) -> Result<ProxyConfig, LocalError> {
+    ProxyConfig::load(path).map_err(|e| LocalError::Proxy(e.to_string()))
+}
+
+/// The proxy in this process.
+#[derive(Debug)]
+pub(crate) struct LocalProxy {
+    handle: ProxyHandle,
+    address: String,
+    http: Option<String>,
+    stop_http: CancellationToken,
+}
+
+impl LocalProxy {
+    /// Starts it in front of `topology.primary`.
+    pub(crate) async fn start(
+        config: ProxyConfig,
+        http: Option<&str>,
+        topology: Topology,
+    ) -> Result<Arc<Self>, LocalError> {
+        let host = config.proxy.listen.host.clone();
+        let listen = format!("{host}:{}", config.proxy.listen.port);
+        let options = options(config)?;
+        let handle = Proxy::start(options, topology)
+            .await
+            .map_err(|e| LocalError::Listen {
+                address: listen,
+                why: e.to_string(),
+            })?;
+        let host = match host.as_str() {
+            "*" | "0.0.0.0" | "::" => "127.0.0.1",
+            host => host,
+        };
+        let address = format!("{host}:{}", handle.port());
+        let stop_http = CancellationToken::new();
+        let http = match http {
+            Some(listen) => Some(serve_http(&handle, listen, stop_http.clone()).await?),
+            None => None,
+        };
+        Ok(Arc::new(Self {
+            handle,
+            address,
+            http,
+            stop_http,
+        }))
+    }
+}
+
+fn options(config: ProxyConfig) -> Result<ProxyOptions, LocalError> {
+    let failed = |e: &dyn std::fmt::Display| LocalError::Proxy(e.to_string());
+    let ProxyConfig {
+        proxy,
+        replay,
+        migration,
+        backends,
+        health: _,
+        triggers: _,
+        observability: _,
+    } = config;
+    let (interval, timeout) = backends
+        .instances
+        .first()
+        .map_or((Duration::from_secs(2), Duration::from_secs(1)), |i| {
+            (i.health_check_interval, i.health_check_timeout)
+        });
+    Ok(ProxyOptions {
+        tls: proxy.server_tls().map_err(|e| failed(&e))?,
+        backend_tls: backends.tls().map_err(|e| failed(&e))?,
+        service: backends.service_login().map_err(|e| failed(&e))?,
+        host: proxy.listen.host,
+        port: proxy.listen.port,
+        unix_socket_dir: proxy.unix_socket_dir,
+        auth: proxy.auth,
+        max_connections: proxy.max_connections,
+        max_connections_per_user: proxy.max_connections_per_user,
+        login_timeout: proxy.login_timeout,
+        health_check_interval: interval,
+        health_check_timeout: timeout,
+        engine: EngineOptions {
+            mode: match replay.mode {
+                config::ReplayMode::None => ReplayMode::None,
+                config::ReplayMode::Session => ReplayMode::Session,
+                config::ReplayMode::Transaction => ReplayMode::Transaction,
+                config::ReplayMode::Select => ReplayMode::Select,
+            },
+            max_journal_bytes: replay.max_journal_bytes,
+            max_total_journal_bytes: replay.max_total_journal_bytes,
+            write_timeout: replay.write_timeout,
+            max_replay_time: replay.max_replay_time,
+            max_replay_attempts: replay.max_replay_attempts,
+            replay_backoff: replay.replay_backoff,
+            connect_timeout: backends.connect_timeout,
+            outage_limit: migration.migration_timeout,
+            idle_timeout: proxy.idle_timeout,
+            ..EngineOptions::default()
+        },
+        metrics: Metrics::new(),
+    })
+}
+
+/// Serves `/metrics`, `/healthz` and the like; returns the address.
+async fn serve_http(
+    handle: &ProxyHandle,
+    listen: &str,
+    stop: CancellationToken,
+) -> Result<String, LocalError> {
+    let failed = |e: std::io::Error| LocalError::Listen {
+        address: listen.to_owned(),
+        why: e.to_string(),
+    };
+    let listener = TcpListener::bind(listen).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?.to_string();
+    let router = helios_proxy::control::router(handle.clone());
+    tokio::spawn(async move {
+        let stopped = stop.cancelled_owned();
+        if let Err(error) = axum::serve(listener, router)
+            .with_graceful_shutdown(stopped)
+            .await
+        {
+            tracing::error!(%error, "HTTP endpoints of the proxy ended");
+        }
+    });
+    Ok(address)
+}
+
+impl MoveSessions for LocalProxy {
+    fn prepare(&self, _epoch: Epoch, candidate: Backend) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async move {
+            self.handle.prepare(&candidate).await;
+            Ok(())
+        })
+    }
+
+    fn drain(&self, request: DrainRequest) -> BoxFuture<'_, Result<DrainReport, String>> {
+        Box::pin(async move { self.handle.drain(&request).await.map_err(|e| e.to_string()) })
+    }
+
+    fn resume(&self, topology: Topology) -> BoxFuture<'_, Result<ResumeReport, String>> {
+        Box::pin(async move {
+            self.handle
+                .resume(topology)
+                .await
+                .map_err(|e| e.to_string())
+        })
+    }
+
+    fn abort(&self, epoch: Epoch) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async move { self.handle.abort(epoch).await.map_err(|e| e.to_string()) })
+    }
+
+    fn status(&self) -> BoxFuture<'_, ProxyStatus> {
+        Box::pin(async move { self.handle.status() })
+    }
+
+    fn sessions(&self) -> BoxFuture<'_, Vec<SessionInfo>> {
+        Box::pin(async move { self.handle.sessions() })
+    }
+
+    fn subscribe(&self) -> broadcast::Receiver<MigrationEvent> {
+        self.handle.subscribe()
+    }
+
+    fn shutdown(&self, grace: Duration) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            self.handle.shutdown(grace).await;
+            self.stop_http.cancel();
+        })
+    }
+
+    fn address(&self) -> String {
+        self.address.clone()
+    }
+
+    fn http_address(&self) -> Option<String> {
+        self.http.clone()
+    }
+}
