@@ -11,3 +11,18 @@ pub mod subject;
 
 /// Errors of tests: told to a person, matched by nobody.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+/// An error that a failed test prints as it is, over several lines.
+pub struct Shown(String);
+
+impl std::fmt::Debug for Shown {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<E: std::fmt::Display> From<E> for Shown {
+    fn from(error: E) -> Self {
+        Self(error.to_string())
+    }
+}

@@ -11,7 +11,7 @@ use tokio_postgres::{Client, Config, NoTls};
 
 use crate::Result;
 use crate::driver::Target;
-use crate::restart::RestartingServer;
+use crate::restart::{RestartingServer, all_protected};
 
 /// A cluster with its proxy in this process, in a directory of its own.
 ///
@@ -153,6 +153,7 @@ impl Subject {
             What::Restart(server) => return server.restart().await,
             What::Direct(_) => return Ok(()),
         };
+        all_protected(&cluster.sessions().await)?;
         let before = cluster.status().await.primary;
         Box::pin(cluster.switchover(None)).await?;
         let after = cluster.status().await.primary;

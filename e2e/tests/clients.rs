@@ -6,9 +6,9 @@ mod clients {
     pub(crate) mod rust_tokio_postgres;
 }
 
-use helios_e2e::Result;
 use helios_e2e::driver::{Program, Programs};
 use helios_e2e::subject::Subject;
+use helios_e2e::{Result, Shown};
 
 async fn both_ways(program: Program) -> Result<()> {
     let programs = Programs::set_up().await?;
@@ -30,10 +30,8 @@ macro_rules! programs {
     ($($test:ident: $program:expr;)*) => {
         $(
             #[tokio::test(flavor = "multi_thread")]
-            async fn $test() {
-                if let Err(problem) = both_ways($program).await {
-                    panic!("{problem}");
-                }
+            async fn $test() -> std::result::Result<(), Shown> {
+                Ok(both_ways($program).await?)
             }
         )*
     };
@@ -55,7 +53,7 @@ macro_rules! rust_programs {
     ($($test:ident: $module:ident;)*) => {
         $(
             #[tokio::test(flavor = "multi_thread")]
-            async fn $test() -> Result<()> {
+            async fn $test() -> std::result::Result<(), Shown> {
                 let subject = Subject::start().await?;
                 clients::$module::program(subject.target(), async || Ok(())).await?;
                 clients::$module::program(subject.target(), async || subject.switchover().await)
