@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::LocalError;
 
 /// Most instances of one local cluster.
-pub const MAX_INSTANCES: u32 = 9;
+pub(crate) const MAX_INSTANCES: u32 = 9;
 
 /// How the agents run.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

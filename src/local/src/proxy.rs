@@ -11,11 +11,8 @@ use helios_api::control::{
     Topology,
 };
 use helios_api::{Epoch, InstanceName};
-use helios_proxy::config::{self, ProxyConfig};
-use helios_proxy::engine::shared::EngineOptions;
+use helios_proxy::config::ProxyConfig;
 use helios_proxy::{Proxy, ProxyHandle, ProxyOptions};
-use helios_session::ReplayMode;
-use helios_telemetry::metrics::Metrics;
 use tokio::net::TcpListener;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
@@ -108,7 +105,8 @@ impl LocalProxy {
     ) -> Result<Arc<Self>, LocalError> {
         let host = config.proxy.listen.host.clone();
         let listen = format!("{host}:{}", config.proxy.listen.port);
-        let options = options(config)?;
+        let options =
+            ProxyOptions::from_config(&config).map_err(|e| LocalError::Proxy(e.to_string()))?;
         let handle = Proxy::start(options, topology)
             .await
             .map_err(|e| LocalError::Listen {
@@ -132,58 +130,6 @@ impl LocalProxy {
             stop_http,
         }))
     }
-}
-
-fn options(config: ProxyConfig) -> Result<ProxyOptions, LocalError> {
-    let failed = |e: &dyn std::fmt::Display| LocalError::Proxy(e.to_string());
-    let ProxyConfig {
-        proxy,
-        replay,
-        migration,
-        backends,
-        health: _,
-        triggers: _,
-        observability: _,
-    } = config;
-    let (interval, timeout) = backends
-        .instances
-        .first()
-        .map_or((Duration::from_secs(2), Duration::from_secs(1)), |i| {
-            (i.health_check_interval, i.health_check_timeout)
-        });
-    Ok(ProxyOptions {
-        tls: proxy.server_tls().map_err(|e| failed(&e))?,
-        backend_tls: backends.tls().map_err(|e| failed(&e))?,
-        service: backends.service_login().map_err(|e| failed(&e))?,
-        host: proxy.listen.host,
-        port: proxy.listen.port,
-        unix_socket_dir: proxy.unix_socket_dir,
-        auth: proxy.auth,
-        max_connections: proxy.max_connections,
-        max_connections_per_user: proxy.max_connections_per_user,
-        login_timeout: proxy.login_timeout,
-        health_check_interval: interval,
-        health_check_timeout: timeout,
-        engine: EngineOptions {
-            mode: match replay.mode {
-                config::ReplayMode::None => ReplayMode::None,
-                config::ReplayMode::Session => ReplayMode::Session,
-                config::ReplayMode::Transaction => ReplayMode::Transaction,
-                config::ReplayMode::Select => ReplayMode::Select,
-            },
-            max_journal_bytes: replay.max_journal_bytes,
-            max_total_journal_bytes: replay.max_total_journal_bytes,
-            write_timeout: replay.write_timeout,
-            max_replay_time: replay.max_replay_time,
-            max_replay_attempts: replay.max_replay_attempts,
-            replay_backoff: replay.replay_backoff,
-            connect_timeout: backends.connect_timeout,
-            outage_limit: migration.migration_timeout,
-            idle_timeout: proxy.idle_timeout,
-            ..EngineOptions::default()
-        },
-        metrics: Metrics::new(),
-    })
 }
 
 /// Serves `/metrics`, `/healthz` and the like; returns the address.

@@ -98,7 +98,7 @@ pub struct MaintenanceReport {
 
 /// The answer to a request that failed, on the control socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ControlError {
+pub(crate) struct ControlError {
     /// What went wrong.
     pub error: String,
 }
