@@ -3,6 +3,8 @@
 //! A move to the same server exercises everything but the loss of the old one: the transaction's
 //! old backend is gone, so what the client goes on with was replayed.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
+
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt, pin_mut};

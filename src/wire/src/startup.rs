@@ -116,24 +116,31 @@ pub fn parse(packet: &[u8]) -> Result<FirstPacket, ParseError> {
 fn startup(mut reader: Reader<'_>, version: u32) -> Result<Startup, ParseError> {
     let [a, b, c, d] = version.to_be_bytes();
     let (major, minor) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-    let mut params = Vec::new();
     // Of another major version nothing more is known than its number.
-    while major == 3 {
-        let name = reader.cstr()?;
-        if name.is_empty() {
-            reader.end()?;
-            break;
-        }
-        params.push((text(&reader, name)?, {
-            let value = reader.cstr()?;
-            text(&reader, value)?
-        }));
-    }
+    let params = if major == 3 {
+        parameters(&mut reader)?
+    } else {
+        Vec::new()
+    };
     Ok(Startup {
         major,
         minor,
         params,
     })
+}
+
+/// Names and values up to the empty name that ends the packet.
+fn parameters(reader: &mut Reader<'_>) -> Result<Vec<(String, String)>, ParseError> {
+    let mut params = Vec::new();
+    loop {
+        let name = reader.cstr()?;
+        if name.is_empty() {
+            reader.end()?;
+            return Ok(params);
+        }
+        let value = reader.cstr()?;
+        params.push((text(reader, name)?, text(reader, value)?));
+    }
 }
 
 fn text(reader: &Reader<'_>, bytes: &[u8]) -> Result<String, ParseError> {

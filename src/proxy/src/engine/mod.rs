@@ -4,12 +4,15 @@
 //! is in; sessions answer by acknowledging a phase once they stand as it asks. The invariant: while
 //! a session migrates nothing is read from its client, and a replay works for one epoch only.
 
+mod answers;
 pub mod gate;
+mod io;
 pub mod link;
 pub mod monitor;
 mod moving;
 mod own;
 mod pump;
+mod rebuild;
 pub mod registry;
 mod replay;
 mod resolve;

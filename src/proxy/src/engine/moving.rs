@@ -7,37 +7,19 @@ use std::time::Duration;
 
 use helios_api::control::{MigrationEvent, MoveReason, Topology};
 use helios_session::TxnStatus;
-use helios_session::decide::{Plan, Situation, decide, replay_or_abort};
+use helios_session::decide::{Plan, Situation, decide};
 use helios_session::grammar::Kind;
-use helios_session::state::Prepared;
-use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
-use helios_wire::message::back;
+use helios_telemetry::metrics::ReplayResult;
 use helios_wire::{ErrorFields, SqlState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::gate::{GateState, Phase};
+use super::rebuild::Attempt;
 use super::registry::lock;
-use super::replay::{self, ReplayError};
-use super::resolve::{Outcome, resolve};
-use super::session::{End, Server, Session, Skip, is_away, is_primary, no_primary};
+use super::replay;
+use super::session::{End, Server, Session, is_away, is_primary, no_primary};
 use crate::backend::{self, BackendConn, BackendError};
-
-/// Why an attempt to rebuild the session did not succeed.
-enum Attempt {
-    /// It may be tried again.
-    Retry(String),
-    /// The gate moved on; what was tried is void.
-    Superseded,
-    /// The session ends.
-    End(End),
-}
-
-impl From<End> for Attempt {
-    fn from(end: End) -> Self {
-        Self::End(end)
-    }
-}
 
 impl Session {
     /// The backend's connection ended.
@@ -71,18 +53,21 @@ impl Session {
                 self.cut_in_flight();
                 Ok(())
             }
-            Phase::Replay => {
+            Phase::Replay | Phase::Send => {
                 self.held();
                 if self.server.as_ref().is_some_and(|s| s.epoch < current) {
                     self.leave_old_server()?;
                 }
                 if self.server.is_none() && self.must_rebuild() {
                     self.entry().set_state(5);
-                    return self.rebuild(gate).await;
+                    self.rebuild(gate).await?;
                 }
-                Ok(())
+                if self.gate.phase == Phase::Send {
+                    self.send_in_flight()
+                } else {
+                    Ok(())
+                }
             }
-            Phase::Send => self.send_in_flight(),
         }
     }
 
@@ -173,7 +158,7 @@ impl Session {
                 .is_some_and(|k| k.len() == 1 && k.iter().all(all_or_nothing))
     }
 
-    fn plan(&self) -> Plan {
+    pub(super) fn plan(&self) -> Plan {
         let in_flight = self.tracker.in_flight();
         let unprotected = self.unprotected();
         decide(&Situation {
@@ -207,9 +192,8 @@ impl Session {
                     }
                 }
             }
-            let _ = tokio::time::timeout(backoff, gate.changed()).await;
-            let now = gate.borrow().clone();
-            if now.topology.epoch != self.gate.topology.epoch || now.phase < Phase::Replay {
+            if tokio::time::timeout(backoff, gate.changed()).await.is_ok() {
+                // Whatever it is, it is handled where all changes are.
                 gate.mark_changed();
                 return Ok(());
             }
@@ -252,7 +236,7 @@ impl Session {
         }
     }
 
-    fn disconnect(&mut self) -> End {
+    pub(super) fn disconnect(&mut self) -> End {
         match self.last_words.take() {
             Some(frame) => End::Forward(frame),
             None => End::Fatal(ErrorFields::fatal(
@@ -396,177 +380,6 @@ impl Session {
         Err(Attempt::Retry("the old backend does not end".into()))
     }
 
-    async fn rebuild_on(&mut self, mut server: Server, topology: &Topology) -> Result<(), Attempt> {
-        if self.asking.take().is_some() {
-            self.state_lost();
-        }
-        loop {
-            let plan = match self.forced.take() {
-                _ if !self.may_move(topology) => Plan::Disconnect,
-                Some(reason) => Plan::Abort { reason },
-                None => self.plan(),
-            };
-            tracing::debug!(session = %self.entry().id, ?plan, "session is rebuilt");
-            match plan {
-                Plan::Disconnect => return Err(Attempt::End(self.disconnect())),
-                Plan::Complete => self.deliver_commit()?,
-                Plan::Unknown { .. } => self.outcome_unknown("the evidence is missing")?,
-                Plan::Resolve { at, xid } => {
-                    let link = &mut server.link;
-                    let outcome = resolve(link, topology, self.epoch, xid).await;
-                    match outcome.map_err(retry)? {
-                        Outcome::Committed if at == 0 => self.deliver_commit()?,
-                        Outcome::Committed => {
-                            self.outcome_unknown(
-                                "the transaction has committed, results are lost",
-                            )?;
-                        }
-                        Outcome::Aborted => {
-                            self.shared
-                                .metrics
-                                .commit_resolution(CommitOutcome::NotCommitted);
-                            return self.again(server).await;
-                        }
-                        Outcome::InProgress => {
-                            return Err(Attempt::Retry("the transaction still runs".into()));
-                        }
-                        Outcome::Unknown => self.outcome_unknown("the evidence is gone")?,
-                    }
-                }
-                Plan::Abort { reason } => return self.abort(server, &reason).await,
-                Plan::Replay => return self.again(server).await,
-            }
-        }
-    }
-
-    fn may_move(&self, topology: &Topology) -> bool {
-        let options = &self.shared.options;
-        match self.gate.reason {
-            _ if self.epoch == topology.epoch => true,
-            MoveReason::Switchover => options.move_on_maintenance,
-            MoveReason::Failover | MoveReason::ConnectionLoss => options.move_on_failure,
-        }
-    }
-
-    /// Nothing has committed: runs everything again, or gives up where that cannot be.
-    async fn again(&mut self, server: Server) -> Result<(), Attempt> {
-        let in_flight = self.tracker.in_flight();
-        let unprotected = self.unprotected();
-        let plan = replay_or_abort(&Situation {
-            mode: self.tracker.mode(),
-            status: self.tracker.status(),
-            unprotected: unprotected.as_deref(),
-            in_flight: &in_flight,
-        });
-        match plan {
-            Plan::Abort { reason } => self.abort(server, &reason).await,
-            _ => self.replay_on(server).await,
-        }
-    }
-
-    async fn replay_on(&mut self, mut server: Server) -> Result<(), Attempt> {
-        let prepared = self.prepared_at_begin();
-        let mut next = self.tracker.successor(&prepared);
-        let result = self.run_again(&mut server, &prepared, &mut next).await;
-        match result {
-            Ok(()) => {
-                self.remember_in_flight()?;
-                self.install(server, next);
-                Ok(())
-            }
-            Err(e) if e.is_transient() => Err(retry(e)),
-            Err(e) => {
-                // The backend is in an unknown state; the abort needs a fresh one.
-                self.forced = Some(e.to_string());
-                self.shared
-                    .metrics
-                    .replay(ReplayResult::Mismatch, Duration::ZERO);
-                Err(retry(e))
-            }
-        }
-    }
-
-    async fn run_again(
-        &mut self,
-        server: &mut Server,
-        prepared: &[(Vec<u8>, Prepared)],
-        next: &mut helios_session::tracker::Tracker,
-    ) -> Result<(), ReplayError> {
-        replay::restore(&mut server.link, &self.state, prepared).await?;
-        if self.tracker.status() == TxnStatus::Idle {
-            return Ok(());
-        }
-        replay::replay(&mut server.link, &self.tracker, next).await
-    }
-
-    fn prepared_at_begin(&self) -> Vec<(Vec<u8>, Prepared)> {
-        self.tracker
-            .prepared()
-            .at_begin()
-            .map(|(n, p)| (n.to_vec(), p.clone()))
-            .collect()
-    }
-
-    /// Keeps what was in flight, to be sent in the phase *send*.
-    fn remember_in_flight(&mut self) -> Result<(), Attempt> {
-        let journal = self.tracker.journal();
-        let exchanges = journal.in_flight().iter();
-        self.resend = exchanges
-            .map(|e| (journal.exchange_bytes(e).to_vec(), e.at_micros))
-            .collect();
-        let Some(front) = journal.in_flight().front() else {
-            return Ok(());
-        };
-        if front.reply.inside_message() {
-            return Err(Attempt::End(End::Fatal(
-                ErrorFields::fatal(
-                    SqlState::CONNECTION_FAILURE,
-                    "the primary failed in the middle of a row",
-                )
-                .detail("Rows over 1 MiB are passed on as they come and cannot be taken back."),
-            )));
-        }
-        self.skip = (front.reply.messages > 0).then(|| Skip {
-            messages: front.reply.messages,
-            digest: front.reply.digest(),
-        });
-        Ok(())
-    }
-
-    fn install(&mut self, server: Server, next: helios_session::tracker::Tracker) {
-        self.tracker = next;
-        self.epoch = server.epoch;
-        self.old_pid = Some(server.pid);
-        for (name, value) in &server.link.parameters {
-            if self.known.get(name) != Some(value) {
-                back::parameter_status(&mut self.client.output, name, value);
-                self.known.insert(name.clone(), value.clone());
-            }
-        }
-        self.server = Some(server);
-        self.attempts = 0;
-        self.retry_at = None;
-        self.show_instance();
-        self.charge();
-    }
-
-    /// Sends what was in flight to the rebuilt backend.
-    pub(super) fn send_in_flight(&mut self) -> Result<(), End> {
-        if !self.rebuilt && self.resend.is_empty() {
-            return Ok(());
-        }
-        let Some(server) = self.server.as_mut() else {
-            return Ok(());
-        };
-        self.rebuilt = false;
-        for (bytes, at_micros) in std::mem::take(&mut self.resend) {
-            replay::feed(&mut server.link, &mut self.tracker, &bytes, at_micros).map_err(|e| {
-                End::Fatal(ErrorFields::fatal(SqlState::INTERNAL_ERROR, e.to_string()))
-            })?;
-        }
-        Ok(())
-    }
-
     /// The session goes on: events and figures.
     fn released(&mut self) {
         self.lost_since = None;
@@ -604,139 +417,4 @@ impl Session {
     fn moved_by_gate(&self) -> bool {
         self.gate.topology.epoch != self.shown_epoch
     }
-
-    /// A COMMIT is known to have committed: the client gets what is still missing of its answer.
-    fn deliver_commit(&mut self) -> Result<(), Attempt> {
-        let journal = self.tracker.journal();
-        let Some(front) = journal.in_flight().front() else {
-            return Ok(());
-        };
-        if !front.closed {
-            return self.outcome_unknown("the transaction has committed, its answer is lost");
-        }
-        let reply = replay::committed_reply(journal.exchange_bytes(front), front.reply.messages);
-        self.client.output.extend_from_slice(&reply);
-        self.tracker.committed_front();
-        self.shared
-            .metrics
-            .commit_resolution(CommitOutcome::Committed);
-        self.shared.metrics.losses_prevented.inc();
-        lock(&self.shared.report).resolved += 1;
-        Ok(())
-    }
-
-    fn outcome_unknown(&mut self, why: &str) -> Result<(), Attempt> {
-        self.shared
-            .metrics
-            .commit_resolution(CommitOutcome::Unknown);
-        let fields = ErrorFields::error(
-            SqlState::TRANSACTION_RESOLUTION_UNKNOWN,
-            "the outcome of the transaction is unknown, because the primary failed while it ran",
-        )
-        .detail(why.to_owned())
-        .hint("Look in the database whether it took effect before trying it again.");
-        self.failed(&fields, "outcome unknown");
-        self.answer_in_flight(&fields)
-    }
-
-    /// Answers everything in flight with an error; afterwards the session is idle.
-    fn answer_in_flight(&mut self, fields: &ErrorFields) -> Result<(), Attempt> {
-        let mut unfinished = false;
-        for exchange in self.tracker.journal().in_flight() {
-            if exchange.reply.inside_message() {
-                return Err(Attempt::End(End::Fatal(fields.clone())));
-            }
-            if !exchange.reply.failed() {
-                fields.write_error(&mut self.client.output);
-            }
-            for _ in 0..exchange.ready_owed {
-                back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
-            }
-            unfinished |= !exchange.closed;
-        }
-        self.discarding = unfinished;
-        self.dropping_rest = self.client.passing > 0;
-        self.tracker.abandon(TxnStatus::Idle);
-        self.charge();
-        Ok(())
-    }
-
-    fn failed(&self, fields: &ErrorFields, reason: &str) {
-        self.shared.count_failed(reason);
-        self.shared.metrics.migration(false, reason);
-        let micros = self.held_since.map_or(0, |at| at.elapsed().as_micros());
-        self.shared.event(MigrationEvent::Failed {
-            session: self.entry().id,
-            reason: self.gate.reason,
-            micros: u64::try_from(micros).unwrap_or(u64::MAX),
-            sqlstate: fields.sqlstate.as_str().to_owned(),
-            error: fields
-                .detail
-                .clone()
-                .unwrap_or_else(|| fields.message.clone()),
-        });
-        tracing::info!(
-            session = %self.entry().id,
-            sqlstate = fields.sqlstate.as_str(),
-            detail = fields.detail.as_deref().unwrap_or(""),
-            "session could not be moved without an error"
-        );
-    }
-
-    fn state_lost(&mut self) {
-        // The exchange itself was answered; only ReadyForQuery had been held back.
-        back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
-        self.tracker.abandon(TxnStatus::Idle);
-        let fields = retryable("the session's new state was not known yet");
-        self.failed(&fields, "state unknown");
-        self.refuse = Some(fields);
-    }
-
-    /// The transaction (or state) is lost; the client is told as soon as it can be.
-    async fn abort(&mut self, mut server: Server, reason: &str) -> Result<(), Attempt> {
-        let fields = retryable(reason);
-        let prepared = self.prepared_at_begin();
-        let restored = replay::restore(&mut server.link, &self.state, &prepared).await;
-        if let Err(e) = restored {
-            if e.is_transient() {
-                self.forced = Some(reason.to_owned());
-                return Err(retry(e));
-            }
-            return Err(Attempt::End(End::Fatal(fields)));
-        }
-        self.failed(&fields, "not protected");
-        let mut next = self.tracker.successor(&prepared);
-        if self.tracker.status() == TxnStatus::Idle {
-            if self.tracker.is_between() {
-                self.refuse = Some(fields);
-            } else {
-                self.answer_in_flight(&fields)?;
-            }
-        } else {
-            replay::fail_transaction(&mut server.link)
-                .await
-                .map_err(retry)?;
-            next.abandon(TxnStatus::Failed);
-            self.remember_in_flight()?;
-            self.skip = None;
-            self.instead = Some(fields);
-        }
-        self.state.immovable.clear();
-        self.install(server, next);
-        self.show_protection();
-        Ok(())
-    }
-}
-
-fn retry(e: ReplayError) -> Attempt {
-    Attempt::Retry(e.to_string())
-}
-
-fn retryable(reason: &str) -> ErrorFields {
-    ErrorFields::error(
-        SqlState::SERIALIZATION_FAILURE,
-        "the transaction was aborted, because it could not be moved to the new primary",
-    )
-    .detail(reason.to_owned())
-    .hint("Try the transaction again.")
 }

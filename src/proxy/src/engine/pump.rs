@@ -32,6 +32,8 @@ enum Verdict {
     Pass,
     Drop,
     Replace(ErrorFields),
+    /// Leave the server, with what it sent before.
+    Leave,
 }
 
 impl Session {
@@ -275,11 +277,13 @@ impl Session {
                     };
                     server.link.forward(run, &mut self.client.output);
                     server.link.input.advance(header.len);
-                    if let Verdict::Replace(fields) = other {
-                        fields.write_error(&mut self.client.output);
+                    run = 0;
+                    match other {
+                        Verdict::Replace(fields) => fields.write_error(&mut self.client.output),
+                        Verdict::Leave => self.server = None,
+                        Verdict::Pass | Verdict::Drop => {}
                     }
                     self.after_drop();
-                    run = 0;
                 }
             }
         }
@@ -304,8 +308,7 @@ impl Session {
             if let Some(front) = self.tracker.journal_mut().in_flight_mut().front_mut() {
                 front.undone = true;
             }
-            self.server = None;
-            return Ok(Verdict::Drop);
+            return Ok(Verdict::Leave);
         }
         let step = self
             .tracker
@@ -377,7 +380,7 @@ impl Session {
         self.skip = None;
         if reply.digest() != skip.digest {
             self.forced = Some("the statement in flight gave another result than before".into());
-            self.server = None;
+            return Verdict::Leave;
         }
         Verdict::Drop
     }

@@ -5,10 +5,8 @@
 //! order they came, and every reply goes to the client at most once.
 
 use std::collections::BTreeMap;
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -24,7 +22,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::gate::{GateState, Member, Phase};
-use super::link::{HIGH_WATER, Link, READ};
+use super::link::Link;
 use super::registry::{Entry, Registered, lock};
 use super::shared::Shared;
 use crate::backend::{self, BackendConn};
@@ -132,6 +130,8 @@ pub struct Session {
     pub(super) state_due: bool,
     /// The transaction must be aborted, for this reason.
     pub(super) forced: Option<String>,
+    /// `until_event` has a timer running.
+    pub(super) timer_armed: bool,
     /// Next attempt to find a server, not before.
     pub(super) retry_at: Option<Instant>,
     pub(super) last_activity: Instant,
@@ -200,6 +200,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         dropping_rest: false,
         state_due: false,
         forced: None,
+        timer_armed: false,
         retry_at: None,
         last_activity: Instant::now(),
         old_pid: Some(pid),
@@ -330,125 +331,6 @@ impl Session {
         }
     }
 
-    /// Moves bytes until something else happens.
-    async fn until_event(&mut self, gate: &mut watch::Receiver<GateState>) -> Event {
-        let entry = Arc::clone(self.entry());
-        let entry = &*entry;
-        let wake = entry.wake.notified();
-        let changed = gate.changed();
-        tokio::pin!(wake, changed);
-        let timer = self.next_timer();
-        let sleep = tokio::time::sleep_until(timer.unwrap_or_else(far_future));
-        tokio::pin!(sleep);
-        let mut registered = false;
-        poll_fn(move |cx| {
-            if !registered || self.must_look(entry) {
-                registered = true;
-                if changed.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Event::Gate);
-                }
-                if wake.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Event::Cancel);
-                }
-            }
-            if timer.is_some() && sleep.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Event::Timer);
-            }
-            self.poll_io(cx)
-        })
-        .await
-    }
-
-    fn must_look(&self, entry: &Entry) -> bool {
-        entry.cancel.load(Ordering::Relaxed) || self.shared.gate.step() != self.gate.step
-    }
-
-    /// Reads, pumps and writes until every socket would block.
-    fn poll_io(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Event> {
-        loop {
-            match self.pump() {
-                Ok(()) => {}
-                Err(event) => return Poll::Ready(event),
-            }
-            self.acknowledge();
-            if self.needs_server_now() {
-                return Poll::Ready(Event::Timer);
-            }
-            let mut moved = false;
-            if let Err(event) = self.poll_write(cx) {
-                return Poll::Ready(event);
-            }
-            match self.poll_read(cx) {
-                Ok(read) => moved |= read,
-                Err(event) => return Poll::Ready(event),
-            }
-            if !moved {
-                return Poll::Pending;
-            }
-        }
-    }
-
-    fn poll_write(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), Event> {
-        if !self.client.output.is_empty()
-            && let Poll::Ready(Err(_)) = self.client.poll_write(cx)
-        {
-            return Err(Event::End(End::ClientLeft));
-        }
-        if let Some(server) = &mut self.server
-            && !server.link.output.is_empty()
-            && let Poll::Ready(Err(_)) = server.link.poll_write(cx)
-        {
-            // What the server sent before it went away still counts.
-            while let Poll::Ready(Ok(())) = server.link.poll_read(cx) {
-                if server.link.ended {
-                    break;
-                }
-            }
-            server.link.ended = true;
-            server.link.output.clear();
-        }
-        Ok(())
-    }
-
-    fn poll_read(&mut self, cx: &mut std::task::Context<'_>) -> Result<bool, Event> {
-        let mut moved = false;
-        if self.client.output.len() < HIGH_WATER
-            && let Some(server) = &mut self.server
-        {
-            if server.link.ended {
-                return Err(Event::ServerLost);
-            }
-            match server.link.poll_read(cx) {
-                Poll::Ready(Ok(())) => moved = true,
-                Poll::Ready(Err(_)) => {
-                    server.link.ended = true;
-                    moved = true;
-                }
-                Poll::Pending => {}
-            }
-        }
-        let backlog = self.server.as_ref().map_or(0, |s| s.link.output.len());
-        if !self.client.ended && backlog < HIGH_WATER && self.client.input.len() < self.read_limit()
-        {
-            match self.client.poll_read(cx) {
-                Poll::Ready(Ok(())) => moved = true,
-                Poll::Ready(Err(_)) => return Err(Event::End(End::ClientLeft)),
-                Poll::Pending => {}
-            }
-        }
-        Ok(moved)
-    }
-
-    /// Bytes of input to hold: a corked client is read up to one buffer, to notice that it leaves.
-    fn read_limit(&self) -> usize {
-        match helios_wire::peek_header(&self.client.input) {
-            Ok(Some(header)) if self.server.is_some() => {
-                header.len.min(super::pump::MAX_WHOLE).max(READ)
-            }
-            _ => READ,
-        }
-    }
-
     /// Acknowledges the gate's step once the session stands as the phase asks.
     pub(super) fn acknowledge(&mut self) {
         let step = self.gate.step;
@@ -479,7 +361,7 @@ impl Session {
             || self.asking.is_some()
     }
 
-    fn next_timer(&self) -> Option<Instant> {
+    pub(super) fn next_timer(&self) -> Option<Instant> {
         if self.server.is_none() && self.gate.phase == Phase::Open && self.wants_server() {
             return Some(self.retry_at.unwrap_or_else(Instant::now));
         }
@@ -490,12 +372,12 @@ impl Session {
         Some(self.last_activity + idle.max(Duration::from_secs(1)))
     }
 
-    /// Whether to look for a backend right away.
-    fn needs_server_now(&self) -> bool {
+    /// Whether to look for a backend: one is needed, and no timer stands for the next attempt.
+    pub(super) fn needs_server_now(&self) -> bool {
         self.server.is_none()
             && self.gate.phase == Phase::Open
             && self.wants_server()
-            && self.retry_at.is_none_or(|at| at <= Instant::now())
+            && !self.timer_armed
     }
 
     /// Whether a backend is needed now.
@@ -509,6 +391,9 @@ impl Session {
 
     async fn timer(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {
         if self.server.is_none() && self.gate.phase == Phase::Open && self.wants_server() {
+            if self.retry_at.is_some_and(|at| at > Instant::now()) {
+                return Ok(());
+            }
             return self.find_server(gate).await;
         }
         if self.cancel_waits {
@@ -595,6 +480,6 @@ impl Session {
     }
 }
 
-fn far_future() -> Instant {
+pub(super) fn far_future() -> Instant {
     Instant::now() + Duration::from_secs(86_400)
 }

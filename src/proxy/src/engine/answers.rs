@@ -1,0 +1,112 @@
+//! What a client is told when its transaction cannot go on as if nothing had happened.
+//!
+//! The invariant: the truth, once; afterwards the session is usable.
+
+use helios_api::control::MigrationEvent;
+use helios_session::TxnStatus;
+use helios_telemetry::metrics::CommitOutcome;
+use helios_wire::message::back;
+use helios_wire::{ErrorFields, SqlState};
+
+use super::rebuild::Attempt;
+use super::registry::lock;
+use super::replay;
+use super::session::{End, Session};
+
+impl Session {
+    /// A COMMIT is known to have committed: the client gets what is still missing of its answer.
+    pub(super) fn deliver_commit(&mut self) -> Result<(), Attempt> {
+        let journal = self.tracker.journal();
+        let Some(front) = journal.in_flight().front() else {
+            return Ok(());
+        };
+        if !front.closed {
+            return self.outcome_unknown("the transaction has committed, its answer is lost");
+        }
+        let reply = replay::committed_reply(journal.exchange_bytes(front), front.reply.messages);
+        self.client.output.extend_from_slice(&reply);
+        self.tracker.committed_front();
+        self.shared
+            .metrics
+            .commit_resolution(CommitOutcome::Committed);
+        self.shared.metrics.losses_prevented.inc();
+        lock(&self.shared.report).resolved += 1;
+        Ok(())
+    }
+
+    pub(super) fn outcome_unknown(&mut self, why: &str) -> Result<(), Attempt> {
+        self.shared
+            .metrics
+            .commit_resolution(CommitOutcome::Unknown);
+        let fields = ErrorFields::error(
+            SqlState::TRANSACTION_RESOLUTION_UNKNOWN,
+            "the outcome of the transaction is unknown, because the primary failed while it ran",
+        )
+        .detail(why.to_owned())
+        .hint("Look in the database whether it took effect before trying it again.");
+        self.failed(&fields, "outcome unknown");
+        self.answer_in_flight(&fields)
+    }
+
+    /// Answers everything in flight with an error; afterwards the session is idle.
+    pub(super) fn answer_in_flight(&mut self, fields: &ErrorFields) -> Result<(), Attempt> {
+        let mut unfinished = false;
+        for exchange in self.tracker.journal().in_flight() {
+            if exchange.reply.inside_message() {
+                return Err(Attempt::End(End::Fatal(fields.clone())));
+            }
+            if !exchange.reply.failed() {
+                fields.write_error(&mut self.client.output);
+            }
+            for _ in 0..exchange.ready_owed {
+                back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
+            }
+            unfinished |= !exchange.closed;
+        }
+        self.discarding = unfinished;
+        self.dropping_rest = self.client.passing > 0;
+        self.tracker.abandon(TxnStatus::Idle);
+        self.charge();
+        Ok(())
+    }
+
+    pub(super) fn failed(&self, fields: &ErrorFields, reason: &str) {
+        self.shared.count_failed(reason);
+        self.shared.metrics.migration(false, reason);
+        let micros = self.held_since.map_or(0, |at| at.elapsed().as_micros());
+        self.shared.event(MigrationEvent::Failed {
+            session: self.entry().id,
+            reason: self.gate.reason,
+            micros: u64::try_from(micros).unwrap_or(u64::MAX),
+            sqlstate: fields.sqlstate.as_str().to_owned(),
+            error: fields
+                .detail
+                .clone()
+                .unwrap_or_else(|| fields.message.clone()),
+        });
+        tracing::info!(
+            session = %self.entry().id,
+            sqlstate = fields.sqlstate.as_str(),
+            detail = fields.detail.as_deref().unwrap_or(""),
+            "session could not be moved without an error"
+        );
+    }
+
+    pub(super) fn state_lost(&mut self) {
+        // The exchange itself was answered; only ReadyForQuery had been held back.
+        back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
+        self.tracker.abandon(TxnStatus::Idle);
+        let fields = retryable("the session's new state was not known yet");
+        self.failed(&fields, "state unknown");
+        self.refuse = Some(fields);
+    }
+}
+
+pub(super) fn retryable(reason: &str) -> ErrorFields {
+    ErrorFields::error(
+        SqlState::SERIALIZATION_FAILURE,
+        "the transaction was aborted, because it could not be moved to the new primary",
+    )
+    .detail(reason.to_owned())
+    .hint("Try the transaction again.")
+}

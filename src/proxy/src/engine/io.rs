@@ -1,0 +1,138 @@
+//! Waiting: for bytes, for the gate, for the clock.
+//!
+//! The invariant: a session sleeps only when every socket would block and nothing that it could do
+//! is left.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+
+use tokio::sync::watch;
+
+use super::gate::GateState;
+use super::link::{HIGH_WATER, READ};
+use super::registry::Entry;
+use super::session::{End, Event, Session, far_future};
+
+impl Session {
+    /// Moves bytes until something else happens.
+    pub(super) async fn until_event(&mut self, gate: &mut watch::Receiver<GateState>) -> Event {
+        let entry = Arc::clone(self.entry());
+        let entry = &*entry;
+        let wake = entry.wake.notified();
+        let changed = gate.changed();
+        tokio::pin!(wake, changed);
+        let timer = self.next_timer();
+        self.timer_armed = timer.is_some();
+        let sleep = tokio::time::sleep_until(timer.unwrap_or_else(far_future));
+        tokio::pin!(sleep);
+        let mut registered = false;
+        poll_fn(move |cx| {
+            if !registered || self.must_look(entry) {
+                registered = true;
+                if changed.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Gate);
+                }
+                if wake.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(Event::Cancel);
+                }
+            }
+            if timer.is_some() && sleep.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Timer);
+            }
+            self.poll_io(cx)
+        })
+        .await
+    }
+
+    pub(super) fn must_look(&self, entry: &Entry) -> bool {
+        entry.cancel.load(Ordering::Relaxed) || self.shared.gate.step() != self.gate.step
+    }
+
+    /// Reads, pumps and writes until every socket would block.
+    pub(super) fn poll_io(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Event> {
+        loop {
+            match self.pump() {
+                Ok(()) => {}
+                Err(event) => return Poll::Ready(event),
+            }
+            self.acknowledge();
+            if self.needs_server_now() {
+                return Poll::Ready(Event::Timer);
+            }
+            let mut moved = false;
+            if let Err(event) = self.poll_write(cx) {
+                return Poll::Ready(event);
+            }
+            match self.poll_read(cx) {
+                Ok(read) => moved |= read,
+                Err(event) => return Poll::Ready(event),
+            }
+            if !moved {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    pub(super) fn poll_write(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), Event> {
+        if !self.client.output.is_empty()
+            && let Poll::Ready(Err(_)) = self.client.poll_write(cx)
+        {
+            return Err(Event::End(End::ClientLeft));
+        }
+        if let Some(server) = &mut self.server
+            && !server.link.output.is_empty()
+            && let Poll::Ready(Err(_)) = server.link.poll_write(cx)
+        {
+            // What the server sent before it went away still counts.
+            while let Poll::Ready(Ok(())) = server.link.poll_read(cx) {
+                if server.link.ended {
+                    break;
+                }
+            }
+            server.link.ended = true;
+            server.link.output.clear();
+        }
+        Ok(())
+    }
+
+    pub(super) fn poll_read(&mut self, cx: &mut std::task::Context<'_>) -> Result<bool, Event> {
+        let mut moved = false;
+        if self.client.output.len() < HIGH_WATER
+            && let Some(server) = &mut self.server
+        {
+            if server.link.ended {
+                return Err(Event::ServerLost);
+            }
+            match server.link.poll_read(cx) {
+                Poll::Ready(Ok(())) => moved = true,
+                Poll::Ready(Err(_)) => {
+                    server.link.ended = true;
+                    moved = true;
+                }
+                Poll::Pending => {}
+            }
+        }
+        let backlog = self.server.as_ref().map_or(0, |s| s.link.output.len());
+        if !self.client.ended && backlog < HIGH_WATER && self.client.input.len() < self.read_limit()
+        {
+            match self.client.poll_read(cx) {
+                Poll::Ready(Ok(())) => moved = true,
+                Poll::Ready(Err(_)) => return Err(Event::End(End::ClientLeft)),
+                Poll::Pending => {}
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Bytes of input to hold: a corked client is read up to one buffer, to notice that it leaves.
+    pub(super) fn read_limit(&self) -> usize {
+        match helios_wire::peek_header(&self.client.input) {
+            Ok(Some(header)) if self.server.is_some() => {
+                header.len.clamp(READ, super::pump::MAX_WHOLE)
+            }
+            _ => READ,
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Bringing a session to life on another backend, as `helios_session::decide` says.
+//!
+//! The invariant: a COMMIT in flight is resolved from evidence before anything is run again.
+
+use std::time::Duration;
+
+use helios_api::control::{MoveReason, Topology};
+use helios_session::TxnStatus;
+use helios_session::decide::{Plan, Situation, replay_or_abort};
+use helios_session::state::Prepared;
+use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
+use helios_wire::message::back;
+use helios_wire::{ErrorFields, SqlState};
+
+use super::answers::retryable;
+use super::replay::{self, ReplayError};
+use super::resolve::{Outcome, resolve};
+use super::session::{End, Server, Session, Skip};
+
+/// Why an attempt to rebuild the session did not succeed.
+pub(super) enum Attempt {
+    /// It may be tried again.
+    Retry(String),
+    /// The gate moved on; what was tried is void.
+    Superseded,
+    /// The session ends.
+    End(End),
+}
+
+impl From<End> for Attempt {
+    fn from(end: End) -> Self {
+        Self::End(end)
+    }
+}
+
+impl Session {
+    pub(super) async fn rebuild_on(
+        &mut self,
+        mut server: Server,
+        topology: &Topology,
+    ) -> Result<(), Attempt> {
+        if self.asking.take().is_some() {
+            self.state_lost();
+        }
+        loop {
+            let plan = match self.forced.take() {
+                _ if !self.may_move(topology) => Plan::Disconnect,
+                Some(reason) => Plan::Abort { reason },
+                None => self.plan(),
+            };
+            tracing::debug!(session = %self.entry().id, ?plan, "session is rebuilt");
+            match plan {
+                Plan::Disconnect => return Err(Attempt::End(self.disconnect())),
+                Plan::Complete => self.deliver_commit()?,
+                Plan::Unknown { .. } => self.outcome_unknown("the evidence is missing")?,
+                Plan::Resolve { at, xid } => {
+                    let link = &mut server.link;
+                    let outcome = resolve(link, topology, self.epoch, xid).await;
+                    match outcome.map_err(retry)? {
+                        Outcome::Committed if at == 0 => self.deliver_commit()?,
+                        Outcome::Committed => {
+                            self.outcome_unknown(
+                                "the transaction has committed, results are lost",
+                            )?;
+                        }
+                        Outcome::Aborted => {
+                            self.shared
+                                .metrics
+                                .commit_resolution(CommitOutcome::NotCommitted);
+                            return self.again(server).await;
+                        }
+                        Outcome::InProgress => {
+                            return Err(Attempt::Retry("the transaction still runs".into()));
+                        }
+                        Outcome::Unknown => self.outcome_unknown("the evidence is gone")?,
+                    }
+                }
+                Plan::Abort { reason } => return self.abort(server, &reason).await,
+                Plan::Replay => return self.again(server).await,
+            }
+        }
+    }
+
+    pub(super) fn may_move(&self, topology: &Topology) -> bool {
+        let options = &self.shared.options;
+        match self.gate.reason {
+            _ if self.epoch == topology.epoch => true,
+            MoveReason::Switchover => options.move_on_maintenance,
+            MoveReason::Failover | MoveReason::ConnectionLoss => options.move_on_failure,
+        }
+    }
+
+    /// Nothing has committed: runs everything again, or gives up where that cannot be.
+    pub(super) async fn again(&mut self, server: Server) -> Result<(), Attempt> {
+        let in_flight = self.tracker.in_flight();
+        let unprotected = self.unprotected();
+        let plan = replay_or_abort(&Situation {
+            mode: self.tracker.mode(),
+            status: self.tracker.status(),
+            unprotected: unprotected.as_deref(),
+            in_flight: &in_flight,
+        });
+        match plan {
+            Plan::Abort { reason } => self.abort(server, &reason).await,
+            _ => self.replay_on(server).await,
+        }
+    }
+
+    pub(super) async fn replay_on(&mut self, mut server: Server) -> Result<(), Attempt> {
+        let prepared = self.prepared_at_begin();
+        let mut next = self.tracker.successor(&prepared);
+        let result = self.run_again(&mut server, &prepared, &mut next).await;
+        match result {
+            Ok(()) => {
+                self.remember_in_flight()?;
+                self.install(server, next);
+                Ok(())
+            }
+            Err(e) if e.is_transient() => Err(retry(e)),
+            Err(e) => {
+                // The backend is in an unknown state; the abort needs a fresh one.
+                self.forced = Some(e.to_string());
+                self.shared
+                    .metrics
+                    .replay(ReplayResult::Mismatch, Duration::ZERO);
+                Err(retry(e))
+            }
+        }
+    }
+
+    pub(super) async fn run_again(
+        &mut self,
+        server: &mut Server,
+        prepared: &[(Vec<u8>, Prepared)],
+        next: &mut helios_session::tracker::Tracker,
+    ) -> Result<(), ReplayError> {
+        replay::restore(&mut server.link, &self.state, prepared).await?;
+        if self.tracker.status() == TxnStatus::Idle {
+            return Ok(());
+        }
+        replay::replay(&mut server.link, &self.tracker, next).await
+    }
+
+    pub(super) fn prepared_at_begin(&self) -> Vec<(Vec<u8>, Prepared)> {
+        self.tracker
+            .prepared()
+            .at_begin()
+            .map(|(n, p)| (n.to_vec(), p.clone()))
+            .collect()
+    }
+
+    /// Keeps what was in flight, to be sent in the phase *send*.
+    pub(super) fn remember_in_flight(&mut self) -> Result<(), Attempt> {
+        let journal = self.tracker.journal();
+        let exchanges = journal.in_flight().iter();
+        self.resend = exchanges
+            .map(|e| (journal.exchange_bytes(e).to_vec(), e.at_micros))
+            .collect();
+        let Some(front) = journal.in_flight().front() else {
+            return Ok(());
+        };
+        if front.reply.inside_message() {
+            return Err(Attempt::End(End::Fatal(
+                ErrorFields::fatal(
+                    SqlState::CONNECTION_FAILURE,
+                    "the primary failed in the middle of a row",
+                )
+                .detail("Rows over 1 MiB are passed on as they come and cannot be taken back."),
+            )));
+        }
+        self.skip = (front.reply.messages > 0).then(|| Skip {
+            messages: front.reply.messages,
+            digest: front.reply.digest(),
+        });
+        Ok(())
+    }
+
+    pub(super) fn install(&mut self, server: Server, next: helios_session::tracker::Tracker) {
+        self.tracker = next;
+        self.epoch = server.epoch;
+        self.old_pid = Some(server.pid);
+        for (name, value) in &server.link.parameters {
+            if self.known.get(name) != Some(value) {
+                back::parameter_status(&mut self.client.output, name, value);
+                self.known.insert(name.clone(), value.clone());
+            }
+        }
+        self.server = Some(server);
+        self.attempts = 0;
+        self.retry_at = None;
+        self.show_instance();
+        self.charge();
+    }
+
+    /// Sends what was in flight to the rebuilt backend.
+    pub(super) fn send_in_flight(&mut self) -> Result<(), End> {
+        if !self.rebuilt && self.resend.is_empty() {
+            return Ok(());
+        }
+        let Some(server) = self.server.as_mut() else {
+            return Ok(());
+        };
+        self.rebuilt = false;
+        for (bytes, at_micros) in std::mem::take(&mut self.resend) {
+            replay::feed(&mut server.link, &mut self.tracker, &bytes, at_micros).map_err(|e| {
+                End::Fatal(ErrorFields::fatal(SqlState::INTERNAL_ERROR, e.to_string()))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The transaction (or state) is lost; the client is told as soon as it can be.
+    pub(super) async fn abort(&mut self, mut server: Server, reason: &str) -> Result<(), Attempt> {
+        let fields = retryable(reason);
+        let prepared = self.prepared_at_begin();
+        let restored = replay::restore(&mut server.link, &self.state, &prepared).await;
+        if let Err(e) = restored {
+            if e.is_transient() {
+                self.forced = Some(reason.to_owned());
+                return Err(retry(e));
+            }
+            return Err(Attempt::End(End::Fatal(fields)));
+        }
+        self.failed(&fields, "not protected");
+        let mut next = self.tracker.successor(&prepared);
+        if self.tracker.status() == TxnStatus::Idle {
+            if self.tracker.is_between() {
+                self.refuse = Some(fields);
+            } else {
+                self.answer_in_flight(&fields)?;
+            }
+        } else {
+            replay::fail_transaction(&mut server.link)
+                .await
+                .map_err(retry)?;
+            next.abandon(TxnStatus::Failed);
+            self.remember_in_flight()?;
+            self.skip = None;
+            self.instead = Some(fields);
+        }
+        self.state.immovable.clear();
+        self.install(server, next);
+        self.show_protection();
+        Ok(())
+    }
+}
+
+fn retry(e: ReplayError) -> Attempt {
+    Attempt::Retry(e.to_string())
+}
