@@ -9,12 +9,13 @@ use helios_api::agent::{AgentCommand, AgentReply, InstanceState};
 use helios_api::control::DrainRequest;
 
 use crate::decide::{Ctx, backoff_ms};
+use crate::elect::{self, Electorate};
 use crate::health::{self, Health};
 use crate::observe::{Action, Contact, Failure, Finished, ProxyCommand, Reply};
 use crate::operation::{OperationKind, OperationRecord, Outcome, PhaseDuration, Time};
 use crate::state::{ClusterState, MAX_FENCES, MAX_OPERATIONS, Mode, Move, Position, Primary, Step};
 use crate::transition::{Violation, enter};
-use crate::{elect, steady, sync};
+use crate::{steady, sync};
 
 /// Attempts at one command of a step before the step looks for another way.
 const MAX_FAILURES: u32 = 5;
@@ -93,22 +94,49 @@ pub(crate) fn begin_repair(
     from: InstanceName,
     why: String,
 ) {
-    let step = match kind {
-        OperationKind::Restart => Step::Restart,
-        OperationKind::Failover | OperationKind::Switchover => Step::Fence {
-            preferred: None,
-            end: None,
-        },
+    let (step, todo) = match kind {
+        OperationKind::Restart => (Step::Restart, vec![start_again(state, &from)]),
+        OperationKind::Failover | OperationKind::Switchover => {
+            fencing(ctx, state, &from, None, false)
+        }
     };
-    begin(ctx, state, kind, from.clone(), why, step);
-    let command = match kind {
-        OperationKind::Restart => AgentCommand::StartPrimary,
-        OperationKind::Failover | OperationKind::Switchover => AgentCommand::Fence { clean: false },
-    };
-    let epoch = state.epoch;
+    begin(ctx, state, kind, from, why, step);
     if let Mode::Moving(m) = &mut state.mode {
-        m.todo = vec![Action::agent(&from, epoch, command)];
+        m.todo = todo;
     }
+}
+
+fn start_again(state: &ClusterState, name: &InstanceName) -> Action {
+    Action::agent(name, state.epoch, AgentCommand::StartPrimary)
+}
+
+/// The step *fence* with its commands. Where all instances that a commit can be acknowledged by
+/// are known, they stop receiving at the same time: from then on nothing is acknowledged any more,
+/// so the positions they report are final although the fence is not answered yet.
+fn fencing(
+    ctx: &Ctx<'_>,
+    state: &ClusterState,
+    from: &InstanceName,
+    preferred: Option<InstanceName>,
+    clean: bool,
+) -> (Step, Vec<Action>) {
+    let mut todo = vec![Action::agent(
+        from,
+        state.epoch,
+        AgentCommand::Fence { clean },
+    )];
+    let all = matches!(elect::electorate(ctx.settings, state), Electorate::All(_));
+    if !clean && all && elect::possible(ctx.settings, state, ctx.obs) {
+        let ready = elect::ready(state, ctx.obs);
+        let stop = |name| Action::agent(name, state.epoch, AgentCommand::StopReceiver);
+        todo.extend(ready.iter().map(stop));
+    }
+    let step = Step::Fence {
+        preferred,
+        end: None,
+        positions: Positions::new(),
+    };
+    (step, todo)
 }
 
 fn to_proxies(ctx: &Ctx<'_>, command: &ProxyCommand) -> Vec<Action> {
@@ -182,7 +210,10 @@ fn note_position(m: &mut Move, action: &Action, position: Position) {
         return;
     };
     match (&mut m.step, &request.command) {
-        (Step::Choose { positions, .. }, AgentCommand::StopReceiver) => {
+        (
+            Step::Choose { positions, .. } | Step::Fence { positions, .. },
+            AgentCommand::StopReceiver,
+        ) => {
             positions.insert(instance.clone(), position);
         }
         // Only after a clean stop is the end of the WAL the end of what was acknowledged.
@@ -262,7 +293,11 @@ pub(crate) fn round(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> More {
     let more = match m.step.clone() {
         Step::Prepare { candidate } => planned(ctx, state, &mut m, candidate, true)?,
         Step::Drain { candidate } => planned(ctx, state, &mut m, candidate, false)?,
-        Step::Fence { preferred, end } => fence(ctx, state, &mut m, preferred, end)?,
+        Step::Fence {
+            preferred,
+            end,
+            positions,
+        } => fence(ctx, &mut m, preferred, end, positions)?,
         Step::Choose {
             preferred,
             end,
@@ -325,15 +360,24 @@ fn planned(
             }),
         );
     } else {
-        let step = Step::Fence {
-            preferred: Some(candidate),
-            end: None,
-        };
+        let clean = !holds_all(ctx, state, &candidate);
+        let (step, todo) = fencing(ctx, state, &m.from, Some(candidate), clean);
         enter(m, step, ctx.now)?;
-        let command = AgentCommand::Fence { clean: true };
-        m.todo = vec![Action::agent(&m.from, state.epoch, command)];
+        m.todo = todo;
     }
     Ok(true)
+}
+
+/// Whether the candidate holds every acknowledged commit already, so that the old primary can be
+/// stopped at once: sessions stand still, and what nobody was told of may go. The checkpoint of a
+/// clean stop would be the longest part of the pause.
+fn holds_all(ctx: &Ctx<'_>, state: &ClusterState, candidate: &InstanceName) -> bool {
+    match elect::electorate(ctx.settings, state) {
+        Electorate::All(set) => {
+            set.contains(candidate) && elect::possible(ctx.settings, state, ctx.obs)
+        }
+        Electorate::Anyone | Electorate::Nobody => false,
+    }
 }
 
 /// The primary died while it was to be moved: what was a plan becomes a repair.
@@ -345,17 +389,13 @@ fn crashed(
     why: &str,
 ) -> More {
     m.diverted = Some(format!("the primary failed meanwhile: {why}"));
-    let (step, command) = if elect::possible(ctx.settings, state, ctx.obs) {
-        let step = Step::Fence {
-            preferred,
-            end: None,
-        };
-        (step, AgentCommand::Fence { clean: false })
+    let (step, todo) = if elect::possible(ctx.settings, state, ctx.obs) {
+        fencing(ctx, state, &m.from, preferred, false)
     } else {
-        (Step::Restart, AgentCommand::StartPrimary)
+        (Step::Restart, vec![start_again(state, &m.from)])
     };
     enter(m, step, ctx.now)?;
-    m.todo = vec![Action::agent(&m.from, state.epoch, command)];
+    m.todo = todo;
     Ok(true)
 }
 
@@ -371,24 +411,27 @@ fn proven_dead(ctx: &Ctx<'_>, name: &InstanceName) -> bool {
 
 fn fence(
     ctx: &Ctx<'_>,
-    state: &ClusterState,
     m: &mut Move,
     preferred: Option<InstanceName>,
     end: Option<Position>,
+    positions: Positions,
 ) -> More {
-    if !m.todo.is_empty() && !proven_dead(ctx, &m.from) {
+    let fencing = m.todo.iter().any(|action| match action {
+        Action::Agent { request, .. } => {
+            matches!(request.command, AgentCommand::Fence { .. })
+        }
+        Action::Proxy { .. } => false,
+    });
+    if fencing && !proven_dead(ctx, &m.from) {
         return Ok(false);
     }
     let step = Step::Choose {
         preferred,
         end,
-        positions: std::collections::BTreeMap::new(),
+        positions,
     };
+    // Whose position is not known yet is asked by the step itself.
     enter(m, step, ctx.now)?;
-    m.todo = elect::ready(state, ctx.obs)
-        .iter()
-        .map(|name| Action::agent(name, state.epoch, AgentCommand::StopReceiver))
-        .collect();
     Ok(true)
 }
 
@@ -448,11 +491,7 @@ fn go_back(ctx: &Ctx<'_>, state: &mut ClusterState, m: &mut Move, why: &str) -> 
     for member in state.members.values_mut() {
         member.followed = None;
     }
-    m.todo = vec![Action::agent(
-        &m.from,
-        state.epoch,
-        AgentCommand::StartPrimary,
-    )];
+    m.todo = vec![start_again(state, &m.from)];
     Ok(true)
 }
 
@@ -534,26 +573,17 @@ fn restart(ctx: &Ctx<'_>, state: &ClusterState, m: &mut Move) -> More {
     let overdue = ctx.now.millis_since(m.step_started) >= ctx.settings.restart_patience_ms;
     let given_up = overdue || m.failures >= MAX_FAILURES;
     if given_up && elect::possible(ctx.settings, state, ctx.obs) {
-        let why = "it does not start".to_owned();
-        let step = Step::Fence {
-            preferred: None,
-            end: None,
-        };
+        let (step, todo) = fencing(ctx, state, &m.from, None, false);
         enter(m, step, ctx.now)?;
         m.kind = OperationKind::Failover;
-        m.cause = format!("{}; {why}", m.cause);
-        let command = AgentCommand::Fence { clean: false };
-        m.todo = vec![Action::agent(&m.from, state.epoch, command)];
+        m.cause = format!("{}; it does not start", m.cause);
+        m.todo = todo;
         return Ok(true);
     }
     if m.todo.is_empty() && matches!(health, Health::Down(_)) {
         m.failures = m.failures.saturating_add(1);
         m.retry_at = ctx.now.plus_millis(backoff_ms(m.failures));
-        m.todo = vec![Action::agent(
-            &m.from,
-            state.epoch,
-            AgentCommand::StartPrimary,
-        )];
+        m.todo = vec![start_again(state, &m.from)];
     }
     Ok(false)
 }

@@ -240,6 +240,8 @@ pub enum Step {
         preferred: Option<InstanceName>,
         /// Where its WAL ends, when its stop was clean and it said so.
         end: Option<Position>,
+        /// Positions of standbys that have stopped receiving meanwhile.
+        positions: BTreeMap<InstanceName, Position>,
     },
     /// Positions are read again.
     Choose {
