@@ -84,6 +84,7 @@ impl LocalCluster {
         let config = proxy::write_config(&options, &prepared.layout, &prepared.names, setup::PORT)?;
         // Read before anything is started: a typo costs no initdb.
         let config = proxy::load(&config)?;
+        setup::await_old_agents(&prepared).await?;
         let is_new = prepared.state.primary.is_none();
         let cancel = CancellationToken::new();
         let parent_watch = matches!(options.agents, AgentMode::Process(_));
@@ -252,22 +253,29 @@ impl Inner {
         limit: Duration,
     ) -> Result<(), LocalError> {
         let deadline = Instant::now() + limit;
-        self.wait("primary", deadline, limit, |inner, state| {
-            let name = state.primary_name();
-            let up = name.is_some_and(|name| inner.is_primary(name));
-            state.mode == Mode::Steady && up
-        })
-        .await?;
-        let state = self.state.borrow().clone();
-        let views = self.agents.views();
-        let obs = helios_cluster::Observation {
-            instances: views,
-            ..helios_cluster::Observation::default()
+        let topology = loop {
+            self.wait("primary", deadline, limit, |inner, state| {
+                let name = state.primary_name();
+                let up = name.is_some_and(|name| inner.is_primary(name));
+                state.mode == Mode::Steady && up
+            })
+            .await?;
+            let obs = helios_cluster::Observation {
+                instances: self.agents.views(),
+                ..helios_cluster::Observation::default()
+            };
+            let Some(topology) = self.state.borrow().topology(&obs) else {
+                return Err(LocalError::Control("the primary has gone again".to_owned()));
+            };
+            let made = setup::create_role(&topology.primary.endpoint, &self.credentials).await;
+            match made {
+                Ok(()) => break topology,
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                // It may have failed in this moment; the controller sees to that.
+                Err(error) => tracing::warn!(%error, "trying again"),
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
         };
-        let Some(topology) = state.topology(&obs) else {
-            return Err(LocalError::Control("the primary has gone again".to_owned()));
-        };
-        setup::create_role(&topology.primary.endpoint, &self.credentials).await?;
         let proxy = LocalProxy::start(config, options.http_listen.as_deref(), topology).await?;
         // Set once: nobody else starts one.
         let _ = self.proxy.set(proxy);

@@ -20,6 +20,8 @@ use crate::postgres::{self, BinDir};
 
 /// Number in the names of the servers' Unix sockets; each has a folder of its own.
 pub(crate) const PORT: u16 = 5432;
+/// How long agents of an earlier supervisor may take to end.
+const OLD_AGENT_LIMIT: Duration = Duration::from_secs(45);
 /// Limit of one statement while the role is made.
 const SQL_LIMIT: Duration = Duration::from_secs(15);
 
@@ -146,6 +148,25 @@ fn names(options: &LocalOptions, state: &ClusterState) -> Result<Vec<InstanceNam
     }
     names.sort();
     Ok(names)
+}
+
+/// Agents of a supervisor that was killed stop their servers when they notice; until then they
+/// would answer in place of ours.
+pub(crate) async fn await_old_agents(prepared: &Prepared) -> Result<(), LocalError> {
+    let deadline = tokio::time::Instant::now() + OLD_AGENT_LIMIT;
+    for name in &prepared.names {
+        let path = prepared.layout.instance(name).join("agent.lock");
+        let Ok(file) = std::fs::File::open(&path) else {
+            continue; // there has never been one
+        };
+        while let Err(std::fs::TryLockError::WouldBlock) = file.try_lock() {
+            if tokio::time::Instant::now() >= deadline {
+                return Err(LocalError::InUse { path, pid: None });
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    Ok(())
 }
 
 /// What each agent is started with: configuration, its file, its log.

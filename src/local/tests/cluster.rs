@@ -1,6 +1,6 @@
 //! Real servers, agents and proxy, judged by the data.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // a test that cannot go on has failed
+#![allow(clippy::unwrap_used, clippy::panic, clippy::cast_precision_loss)] // a test that cannot go on has failed
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -305,5 +305,41 @@ async fn a_port_in_use_is_said_and_nothing_is_left_running() {
         .simple_query("select 1")
         .await
         .unwrap();
+    cluster.shutdown().await;
+}
+
+/// The numbers of the limits, printed; the limits themselves are the demo's to hold.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement"]
+async fn measure() {
+    let dir = TempDir::new().unwrap();
+    let cluster = builder(dir.path()).start().await.unwrap();
+    for round in 0..10 {
+        let status = whole(&cluster).await;
+        let client = connect(&cluster).await;
+        client.batch_execute("begin; select 1").await.unwrap();
+        if round % 2 == 0 {
+            cluster.switchover(None).await.unwrap();
+        } else {
+            kill_all(primary_pid(&status));
+            client.batch_execute("select 1").await.unwrap();
+        }
+        client.batch_execute("commit").await.unwrap();
+        let operations = until(&cluster, "record", |s| {
+            s.operations.last().is_some_and(|o| o.id == round + 1)
+        });
+        let operation = operations.await.operations.pop().unwrap();
+        let phases: Vec<_> = operation
+            .phases
+            .iter()
+            .map(|p| format!("{} {:.1}", p.phase.as_str(), p.micros as f64 / 1000.0))
+            .collect();
+        println!(
+            "{:?} {:.1} ms: {}",
+            operation.kind,
+            operation.pause_micros() as f64 / 1000.0,
+            phases.join(", ")
+        );
+    }
     cluster.shutdown().await;
 }
