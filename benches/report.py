@@ -72,11 +72,11 @@ def throughput(results):
     return table + ratios
 
 
-def memory(results):
-    text = """
+def memory(results, count):
+    text = f"""
 ## Memory of an idle session
 
-Growth of the process's resident memory with 1,000 logged-in sessions that have run one statement, for each of them. The proxy runs inside `helios local`; its sessions have a server connection each, as PgBouncer's have with session pooling.
+Growth of the process's resident memory with {count:,} logged-in sessions that have run one statement, for each of them. The proxy runs inside `helios local`; its sessions have a server connection each, as PgBouncer's have with session pooling.
 
 | | bytes a session |
 |---|---|
@@ -109,7 +109,10 @@ def render(results):
     for name in ("seconds", "repeats", "scale", "instances"):
         facts[name] = results[name]
     text = HEAD.format(**facts)
-    for name, part in (("throughput", throughput), ("memory", memory), ("pause", pause)):
-        if name in results:
-            text += part(results[name])
+    if "throughput" in results:
+        text += throughput(results["throughput"])
+    if "memory" in results:
+        text += memory(results["memory"], results["idle"])
+    if "pause" in results:
+        text += pause(results["pause"])
     return text

@@ -7,8 +7,10 @@ BENCH_CASES    workload/protocol/clients, with *       (*/*/*)   e.g. tpcb/prepa
 BENCH_SCALE    pgbench's scale factor                  (10)
 BENCH_INSTANCES  servers of a cluster                  (2)
 BENCH_SESSIONS numbers of sessions for the pause       (1,100,1000)
+BENCH_IDLE     idle sessions for the memory            (1000)
 BENCH_PARTS    which parts to run                      (throughput,memory,pause)
 BENCH_OUT      where to write                          (docs/benchmarks.md)
+BENCH_HELIOS   the program                             (target/release/helios)
 """
 
 import fnmatch
@@ -165,13 +167,17 @@ def main():
             running.append(clusters[mode])
             pgbench(clusters[mode].direct, "-i", "-q", "-s", results["scale"])
         bouncers = {}
-        for pool_mode in ("session", "transaction"):
+        for pool_mode in ("session", "transaction") if parts != ["pause"] else ():
             bouncers[pool_mode] = PgBouncer(folder, pool_mode, clusters["transaction"].direct, 1100)
             running.append(bouncers[pool_mode])
         if "throughput" in parts:
             results["throughput"] = throughput(clusters, bouncers)
         if "memory" in parts:
-            results["memory"] = memory(clusters, bouncers, 1000)
+            results["idle"] = int(setting("IDLE", "1000"))
+            results["memory"] = memory(clusters, bouncers, results["idle"])
+        for bouncer in bouncers.values():
+            bouncer.stop()  # they keep server connections that sessions need now
+            running.remove(bouncer)
         if "pause" in parts and instances > 1:
             results["pause"] = pause(clusters["transaction"], int(setting("REPEATS", "3")))
     finally:

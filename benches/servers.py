@@ -11,7 +11,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
-HELIOS = TARGET / "release" / "helios"
+HELIOS = pathlib.Path(os.environ.get("BENCH_HELIOS", TARGET / "release" / "helios"))
 
 
 def free_port():

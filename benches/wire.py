@@ -51,7 +51,7 @@ class Session:
                 if error:
                     raise ServerError(error)
                 return value
-            if tag == b"E" and " FATAL " in f" {error}":
+            if tag == b"E" and "VFATAL" in error:
                 raise ServerError(error)
 
     def fill(self):

@@ -21,8 +21,14 @@ impl std::fmt::Debug for Shown {
     }
 }
 
-impl<E: std::fmt::Display> From<E> for Shown {
-    fn from(error: E) -> Self {
-        Self(error.to_string())
+impl From<Box<dyn std::error::Error + Send + Sync>> for Shown {
+    fn from(error: Box<dyn std::error::Error + Send + Sync>) -> Self {
+        let mut text = error.to_string();
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            text.push_str(&format!("\ncaused by: {error}"));
+            cause = error.source();
+        }
+        Self(text)
     }
 }
