@@ -37,11 +37,12 @@ apt_install() {
     say "installing $purpose: $*"
     local apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300)
     if [ -z "$updated" ]; then
-        "${apt[@]}" update >&2 </dev/null || die "apt-get update failed" "is there a network?"
+        # One archive out of several that does not answer is no reason to give up.
+        "${apt[@]}" update >&2 </dev/null || say "apt-get update failed; trying with the lists at hand"
         updated=yes
     fi
     "${apt[@]}" install -y --no-install-recommends "$@" >&2 </dev/null \
-        || die "apt-get install $* failed" "install $purpose by hand and run the same command again"
+        || die "apt-get install $* failed" "is there a network? else install $purpose by hand and run the same command again"
 }
 
 has_server() { [ -x "$1/initdb" ] && [ -x "$1/postgres" ] && [ -x "$1/pg_rewind" ]; }
