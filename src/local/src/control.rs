@@ -55,7 +55,7 @@ impl Server {
 
 /// Listens on the control socket.
 pub(crate) fn serve(inner: Arc<Inner>) -> Result<Server, LocalError> {
-    let socket = inner.layout().control_socket();
+    let socket = inner.layout.control_socket();
     let failed = |e| LocalError::io("listen on", &socket, e);
     // The lock says that nobody uses it.
     match std::fs::remove_file(&socket) {

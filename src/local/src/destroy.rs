@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::cluster::postmaster_pid;
 use crate::error::LocalError;
 use crate::layout::Layout;
 use crate::lock::Lock;
+use crate::report::postmaster_pid;
 use crate::setup;
 
 /// How long left-over servers may take to end.

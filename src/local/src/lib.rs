@@ -18,6 +18,7 @@ mod lock;
 mod options;
 pub mod postgres;
 mod proxy;
+mod report;
 mod sessions;
 mod setup;
 mod status;

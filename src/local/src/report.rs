@@ -1,0 +1,157 @@
+//! What a running cluster says of itself: status, connection string, why it does not come up.
+
+use std::path::Path;
+use std::time::Duration;
+
+use helios_api::InstanceName;
+use helios_api::agent::InstanceState;
+use helios_cluster::{ClusterState, Contact, InstanceView, Mode};
+
+use crate::cluster::Inner;
+use crate::error::LocalError;
+use crate::files;
+use crate::options::ProxyAuth;
+use crate::status::{InstanceStatus, LocalStatus};
+
+impl Inner {
+    pub(crate) fn not_up(&self, role: &str, limit: Duration) -> LocalError {
+        let state = self.state.borrow().clone();
+        let primary = state
+            .primary_name()
+            .or(state.members.keys().next())
+            .cloned();
+        let views = self.agents.views();
+        let stuck = views.keys().find(|name| match role {
+            "primary" => Some(*name) == primary.as_ref(),
+            _ => Some(*name) != primary.as_ref() && !is_standby(&views[*name]),
+        });
+        let Some(name) = stuck.or(primary.as_ref()) else {
+            return LocalError::Control("the cluster has no instances".to_owned());
+        };
+        let trouble = self.agents.trouble(name);
+        let log = match (&trouble, self.agents.config(name)) {
+            (None, Some(config)) => config.log_file(),
+            (Some((_, log)), _) => log.clone(),
+            (None, None) => self.layout.agent_log(name),
+        };
+        let why = match (trouble, views.get(name).map(|view| &view.contact)) {
+            (Some((reason, _)), _) => format!("its agent ended: {reason}"),
+            (None, Some(Contact::Answers(agent))) => {
+                format!("its state is {:?}", agent.instance)
+            }
+            (None, _) => "its agent does not answer".to_owned(),
+        };
+        LocalError::NotUp {
+            instance: name.to_string(),
+            seconds: limit.as_secs(),
+            why,
+            log_tail: files::tail(&log, 10),
+            log,
+        }
+    }
+
+    pub(crate) fn connection_string(&self, with_password: bool) -> String {
+        let Some(proxy) = self.proxy.get() else {
+            return String::new();
+        };
+        let address = proxy.address();
+        let (host, port) = address.rsplit_once(':').unwrap_or((&address, "5432"));
+        let quoted = |text: &str| {
+            let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-./".contains(&b);
+            match text.bytes().all(plain) && !text.is_empty() {
+                true => text.to_owned(),
+                false => format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'")),
+            }
+        };
+        let (user, database) = (
+            quoted(&self.credentials.user),
+            quoted(&self.credentials.database),
+        );
+        let host = host.trim_matches(['[', ']']);
+        let mut text = format!("host={host} port={port} user={user} dbname={database}");
+        if with_password && self.auth == ProxyAuth::Scram {
+            text.push_str(" password=");
+            text.push_str(&quoted(&self.credentials.password));
+        }
+        text
+    }
+
+    pub(crate) async fn status(&self) -> LocalStatus {
+        let state = self.state.borrow().clone();
+        let (phase, step) = match &state.mode {
+            Mode::Bootstrap => ("bootstrap".to_owned(), None),
+            Mode::Steady => ("steady".to_owned(), None),
+            Mode::Moving(m) => (format!("{:?}", m.kind).to_lowercase(), Some(m.step.phase())),
+        };
+        let proxy = match self.proxy.get() {
+            Some(proxy) => Some(proxy.status().await),
+            None => None,
+        };
+        // Only what is proven counts: see `SyncState`.
+        let synchronous = match state.sync.is_settled() {
+            true => state.sync.target().into_iter().collect(),
+            false => Vec::new(),
+        };
+        LocalStatus {
+            data_dir: self.layout.root().to_owned(),
+            pid: std::process::id(),
+            connection_string: self.connection_string(false),
+            http: self.proxy.get().and_then(|proxy| proxy.http_address()),
+            epoch: state.epoch,
+            timeline: state.primary.as_ref().map(|p| p.timeline),
+            primary: state.primary_name().cloned(),
+            phase,
+            step,
+            instances: self.instances(&state, &synchronous),
+            synchronous,
+            proxy,
+            operations: state.operations,
+        }
+    }
+
+    fn instances(&self, state: &ClusterState, synchronous: &[InstanceName]) -> Vec<InstanceStatus> {
+        let views = self.agents.views();
+        let reported = |name: &InstanceName| match &views.get(name)?.contact {
+            Contact::Answers(agent) => Some(agent.instance.clone()),
+            Contact::Silent { .. } => None,
+        };
+        let head = state.primary_name().and_then(reported);
+        let one = |(name, view): (&InstanceName, &InstanceView)| {
+            let now = reported(name);
+            let role = match &now {
+                Some(InstanceState::Primary { .. }) => "primary",
+                Some(InstanceState::Standby { .. }) => "standby",
+                _ => "none",
+            };
+            let lag_bytes = match (&now, &head) {
+                (
+                    Some(InstanceState::Standby { received, .. }),
+                    Some(InstanceState::Primary { position, .. }),
+                ) => Some(position.0.saturating_sub(received.0)),
+                _ => None,
+            };
+            InstanceStatus {
+                name: name.clone(),
+                role: role.to_owned(),
+                state: now,
+                endpoint: view.endpoint.clone(),
+                fenced: state.members.get(name).is_some_and(|m| m.fenced),
+                synchronous: synchronous.contains(name),
+                lag_bytes,
+                postmaster_pid: postmaster_pid(&self.layout.instance_data(name)),
+            }
+        };
+        views.iter().map(one).collect()
+    }
+}
+
+fn is_standby(view: &InstanceView) -> bool {
+    matches!(&view.contact, Contact::Answers(agent)
+        if matches!(agent.instance, InstanceState::Standby { .. }))
+}
+
+/// The postmaster's process id, as its data directory tells.
+pub(crate) fn postmaster_pid(data: &Path) -> Option<i32> {
+    let text = std::fs::read_to_string(data.join("postmaster.pid")).ok()?;
+    text.lines().next()?.trim().parse().ok()
+}
