@@ -192,7 +192,9 @@ pub enum ProxyCommand {
         /// Who will be primary.
         candidate: Backend,
     },
-    /// Hold new transactions, freeze the open ones.
+    /// Hold new transactions, freeze the open ones. The executor answers it only when a synchronous
+    /// commit behind all of them has been confirmed as well: sessions may have committed with
+    /// `synchronous_commit = off`, and the primary may be stopped at once afterwards.
     Drain(DrainRequest),
     /// Move all sessions to this primary, or let them go on there.
     Resume(Topology),

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use helios_agent::AgentConfig;
+use helios_api::Endpoint;
 use helios_api::control::ProxyStatus;
 use helios_cluster::{
     Action, ClusterState, Decision, Failure, Finished, Mode, Observation, ProxyCommand, Refusal,
@@ -17,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::agents::Agents;
 use crate::error::LocalError;
 use crate::files;
+use crate::flush::Flush;
 use crate::sessions::MoveSessions;
 use crate::status::Progress;
 
@@ -62,6 +65,7 @@ struct Round {
     finished: Vec<Finished>,
     status: Option<(Instant, ProxyStatus)>,
     done: mpsc::Sender<Finished>,
+    flush: Arc<Flush>,
 }
 
 impl Controller {
@@ -74,6 +78,7 @@ impl Controller {
             finished: Vec::new(),
             status: None,
             done,
+            flush: Arc::new(Flush::default()),
         };
         let changed = self.agents.changed();
         loop {
@@ -148,9 +153,14 @@ impl Controller {
         for action in decision.actions {
             round.running.push(action.clone());
             let (agents, proxy) = (Arc::clone(&self.agents), Arc::clone(&self.proxy));
-            let done = round.done.clone();
+            let (done, flush) = (round.done.clone(), Arc::clone(&round.flush));
+            let name = round.state.primary_name();
+            let primary = name
+                .and_then(|name| agents.config(name))
+                .map(AgentConfig::unix_endpoint);
             tokio::spawn(async move {
-                let result = Box::pin(perform(&agents, &proxy, &action)).await;
+                let flush = (flush.as_ref(), primary.as_ref());
+                let result = Box::pin(perform(&agents, &proxy, flush, &action)).await;
                 // Nobody listens any more when the controller has ended.
                 let _ = done.send(Finished { action, result }).await;
             });
@@ -233,7 +243,12 @@ fn log_end(end: &Finished) {
     }
 }
 
-async fn perform(agents: &Agents, proxy: &ProxySlot, action: &Action) -> Result<Reply, Failure> {
+async fn perform(
+    agents: &Agents,
+    proxy: &ProxySlot,
+    flush: (&Flush, Option<&Endpoint>),
+    action: &Action,
+) -> Result<Reply, Failure> {
     match action {
         Action::Agent { instance, request } => agents
             .command(instance, request.clone())
@@ -249,7 +264,7 @@ async fn perform(agents: &Agents, proxy: &ProxySlot, action: &Action) -> Result<
                 }
                 _ => PROXY_LIMIT,
             };
-            match tokio::time::timeout(limit, command_proxy(proxy.as_ref(), command)).await {
+            match tokio::time::timeout(limit, command_proxy(proxy.as_ref(), flush, command)).await {
                 Ok(result) => result.map_err(Failure::Failed),
                 Err(_) => Err(Failure::Failed(format!("no answer within {limit:?}"))),
             }
@@ -257,13 +272,28 @@ async fn perform(agents: &Agents, proxy: &ProxySlot, action: &Action) -> Result<
     }
 }
 
-async fn command_proxy(proxy: &dyn MoveSessions, command: &ProxyCommand) -> Result<Reply, String> {
+async fn command_proxy(
+    proxy: &dyn MoveSessions,
+    (flush, primary): (&Flush, Option<&Endpoint>),
+    command: &ProxyCommand,
+) -> Result<Reply, String> {
     match command {
-        ProxyCommand::Prepare { epoch, candidate } => proxy
-            .prepare(*epoch, candidate.clone())
-            .await
-            .map(|()| Reply::Done),
-        ProxyCommand::Drain(request) => proxy.drain(request.clone()).await.map(Reply::Drained),
+        ProxyCommand::Prepare { epoch, candidate } => {
+            let sessions = proxy.prepare(*epoch, candidate.clone());
+            let connect = async {
+                if let Some(primary) = primary {
+                    flush.prepare(primary).await;
+                }
+            };
+            tokio::join!(sessions, connect).0.map(|()| Reply::Done)
+        }
+        ProxyCommand::Drain(request) => {
+            let report = proxy.drain(request.clone()).await?;
+            if let Some(primary) = primary {
+                flush.run(primary).await?;
+            }
+            Ok(Reply::Drained(report))
+        }
         ProxyCommand::Resume(topology) => proxy.resume(topology.clone()).await.map(Reply::Resumed),
         ProxyCommand::Abort { epoch } => proxy.abort(*epoch).await.map(|()| Reply::Done),
     }

@@ -13,6 +13,7 @@ pub mod credentials;
 mod destroy;
 mod error;
 mod files;
+mod flush;
 mod layout;
 mod lock;
 mod options;

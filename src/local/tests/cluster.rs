@@ -111,6 +111,31 @@ async fn moves_crashes_and_comes_back_from_disk() {
         report.pause_micros, report.operation.phases
     );
 
+    // What was committed without waiting for anybody is not left behind by a planned move.
+    client
+        .batch_execute("create table a (n int); set synchronous_commit = off")
+        .await
+        .unwrap();
+    client
+        .batch_execute("insert into a values (1)")
+        .await
+        .unwrap();
+    cluster.migrate_for_maintenance().await.unwrap();
+    let after = whole(&cluster).await;
+    let count: i64 = client
+        .query_one("select count(*) from a", &[])
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(count, 1);
+    client
+        .batch_execute("reset synchronous_commit")
+        .await
+        .unwrap();
+    cluster.migrate_for_maintenance().await.unwrap();
+    assert_eq!(after.primary, before.primary);
+    let after = whole(&cluster).await;
+
     // A crash, with a transaction open; the old primary comes back by itself.
     let transaction = client.transaction().await.unwrap();
     transaction
