@@ -96,6 +96,8 @@ pub struct ExpectQueue {
     dropped_syncs: u32,
     /// Client requests of kinds Parse, DescribeStatement and Close that an error took off.
     dropped_named: u32,
+    /// Questions of the proxy's own inside an extended exchange that an error took off.
+    dropped_own: u32,
 }
 
 impl ExpectQueue {
@@ -132,6 +134,11 @@ impl ExpectQueue {
     /// took off since the last call.
     pub fn take_dropped_named(&mut self) -> u32 {
         std::mem::take(&mut self.dropped_named)
+    }
+
+    /// The number of questions of the proxy's own that an error took off since the last call.
+    pub fn take_dropped_own(&mut self) -> u32 {
+        std::mem::take(&mut self.dropped_own)
     }
 
     /// Notes a request that is being sent; `false` when the server will skip it.
@@ -290,6 +297,9 @@ impl ExpectQueue {
             }
             if owner == Owner::Client && expect.is_named() {
                 self.dropped_named += 1;
+            }
+            if owner == Owner::Proxy && expect == Expect::Close {
+                self.dropped_own += 1;
             }
             self.queue.pop_front();
         }

@@ -19,6 +19,9 @@ pub enum Hint {
     Session,
     /// Anything else: takes a transaction id, probably.
     Write,
+    /// May write, and nothing of ours may be sent behind it before it is answered: the server may
+    /// be reading copy data (`COPY … FROM STDIN`).
+    Copy,
     /// No statement.
     Empty,
 }
@@ -29,7 +32,7 @@ pub fn hint(sql: &[u8]) -> Hint {
     let word = first_word(sql);
     let mut lower = [0_u8; 12];
     let Some(lower) = lower.get_mut(..word.len()) else {
-        return Hint::Write;
+        return Hint::Copy;
     };
     lower.copy_from_slice(word);
     lower.make_ascii_lowercase();
@@ -50,6 +53,8 @@ pub fn hint(sql: &[u8]) -> Hint {
                 Hint::Session
             }
         }
+        b"copy" => Hint::Copy,
+        _ if contains_any(sql, &[b"stdin"]) => Hint::Copy,
         _ => Hint::Write,
     }
 }
@@ -131,16 +136,21 @@ pub fn touches_session(sql: &[u8]) -> bool {
     if sql.len() > SEARCH_LIMIT {
         return true;
     }
+    contains_any(sql, &SUSPICIOUS)
+}
+
+/// Whether a text holds one of the words (in lower case), in any case.
+fn contains_any(sql: &[u8], words: &[&[u8]]) -> bool {
     let mut first = [false; 256];
-    for needle in SUSPICIOUS {
-        first[usize::from(needle[0])] = true;
-        first[usize::from(needle[0].to_ascii_uppercase())] = true;
+    for word in words {
+        first[usize::from(word[0])] = true;
+        first[usize::from(word[0].to_ascii_uppercase())] = true;
     }
     sql.iter().enumerate().any(|(at, byte)| {
         first[usize::from(*byte)]
-            && SUSPICIOUS.iter().any(|needle| {
-                sql.get(at..at + needle.len())
-                    .is_some_and(|s| s.eq_ignore_ascii_case(needle))
+            && words.iter().any(|word| {
+                sql.get(at..at + word.len())
+                    .is_some_and(|s| s.eq_ignore_ascii_case(word))
             })
     })
 }
@@ -176,7 +186,9 @@ mod tests {
             ("", Hint::Empty),
             ("-- nothing", Hint::Empty),
             ("set x = 1", Hint::Session),
-            ("averyveryverylongword", Hint::Write),
+            ("averyveryverylongword", Hint::Copy),
+            ("copy t from stdin", Hint::Copy),
+            ("insert into t values (1); copy t from STDIN", Hint::Copy),
         ] {
             assert_eq!(hint(sql.as_bytes()), want, "{sql}");
         }

@@ -5,14 +5,13 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::Poll;
 
 use tokio::sync::watch;
+use tokio::task::unconstrained;
 
 use super::gate::GateState;
 use super::link::{HIGH_WATER, READ};
-use super::registry::Entry;
 use super::session::{End, Event, Session, far_future};
 
 impl Session {
@@ -20,23 +19,22 @@ impl Session {
     pub(super) async fn until_event(&mut self, gate: &mut watch::Receiver<GateState>) -> Event {
         let entry = Arc::clone(self.entry());
         let entry = &*entry;
-        let wake = entry.wake.notified();
-        let changed = gate.changed();
+        // Polled every time: a wake-up for a change that was seen already would otherwise use up
+        // the registration, and the session would sleep through the next one. Without the
+        // cooperative budget, which could keep a poll from registering at all.
+        let wake = unconstrained(entry.wake.notified());
+        let changed = unconstrained(gate.changed());
         tokio::pin!(wake, changed);
         let timer = self.next_timer();
         self.timer_armed = timer.is_some();
         let sleep = tokio::time::sleep_until(timer.unwrap_or_else(far_future));
         tokio::pin!(sleep);
-        let mut registered = false;
         poll_fn(move |cx| {
-            if !registered || self.must_look(entry) {
-                registered = true;
-                if changed.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Event::Gate);
-                }
-                if wake.as_mut().poll(cx).is_ready() {
-                    return Poll::Ready(Event::Cancel);
-                }
+            if changed.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Gate);
+            }
+            if wake.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Event::Cancel);
             }
             if timer.is_some() && sleep.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Event::Timer);
@@ -44,10 +42,6 @@ impl Session {
             self.poll_io(cx)
         })
         .await
-    }
-
-    pub(super) fn must_look(&self, entry: &Entry) -> bool {
-        entry.cancel.load(Ordering::Relaxed) || self.shared.gate.step() != self.gate.step
     }
 
     /// Reads, pumps and writes until every socket would block.

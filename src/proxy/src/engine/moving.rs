@@ -63,10 +63,9 @@ impl Session {
                     self.rebuild(gate).await?;
                 }
                 if self.gate.phase == Phase::Send {
-                    self.send_in_flight()
-                } else {
-                    Ok(())
+                    self.send_in_flight();
                 }
+                Ok(())
             }
         }
     }
@@ -77,7 +76,7 @@ impl Session {
         if self.server.as_ref().is_some_and(|s| s.epoch < current) {
             self.leave_old_server()?;
         }
-        self.send_in_flight()?;
+        self.send_in_flight();
         if self.server.is_some() {
             self.released();
         } else if self.must_rebuild() {
@@ -216,7 +215,7 @@ impl Session {
         }
         match self.attempt(gate).await {
             Ok(()) => {
-                self.send_in_flight()?;
+                self.send_in_flight();
                 self.released();
                 Ok(())
             }

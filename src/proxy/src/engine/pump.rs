@@ -7,7 +7,7 @@ use bytes::Buf;
 use helios_session::TxnStatus;
 use helios_session::expect::{Expect, MAX_EXPECTED};
 use helios_session::state::Snapshot;
-use helios_session::tracker::ServerStep;
+use helios_session::tracker::{Before, ServerStep};
 use helios_wire::message::{back, read};
 use helios_wire::{ErrorFields, SqlState, backend, frontend, peek_header};
 
@@ -60,6 +60,9 @@ impl Session {
                 return Ok(());
             }
             if self.client.passing > 0 {
+                if self.server.is_none() && !self.dropping_rest {
+                    return Ok(());
+                }
                 self.pass_client();
                 continue;
             }
@@ -91,6 +94,17 @@ impl Session {
             if self.corked() || self.tracker.expect().len() >= MAX_EXPECTED {
                 return Ok(());
             }
+            let have = header.len.min(self.client.input.len());
+            match self.tracker.before(header.tag, &self.client.input[..have]) {
+                Before::Go => {}
+                Before::Wait => return Ok(()),
+                Before::Ask(ask) => {
+                    if let Some(server) = self.server.as_mut() {
+                        own::ask(&mut server.link.output, ask);
+                    }
+                    return Ok(());
+                }
+            }
             self.client_frame(
                 header.tag,
                 header.len.min(self.client.input.len()),
@@ -117,8 +131,7 @@ impl Session {
 
     /// Whether the client's next message has to wait.
     fn corked(&self) -> bool {
-        if self.server.is_none() || self.asking.is_some() || self.rebuilt || !self.resend.is_empty()
-        {
+        if self.server.is_none() || self.asking.is_some() || self.rebuilt {
             return true;
         }
         let boundary = self.tracker.at_boundary();
@@ -126,7 +139,8 @@ impl Session {
             Phase::Open => false,
             Phase::Hold => boundary && !self.tracker.projects_open(),
             Phase::Freeze | Phase::Cut => boundary,
-            Phase::Replay | Phase::Send => true,
+            Phase::Replay => true,
+            Phase::Send => self.resend_left == 0,
         }
     }
 
@@ -144,10 +158,8 @@ impl Session {
         let Some(server) = self.server.as_mut() else {
             return Ok(());
         };
-        if let Some(ask) = step.ask_before {
-            own::ask(&mut server.link.output, ask);
-        }
         self.client.forward(have, &mut server.link.output);
+        self.resend_left = self.resend_left.saturating_sub(have);
         self.client.passing = len - have;
         if let Some(ask) = step.ask_after {
             own::ask(&mut server.link.output, ask);
@@ -168,6 +180,7 @@ impl Session {
             _ => self.client.input.advance(n),
         }
         self.client.passing -= n;
+        self.resend_left = self.resend_left.saturating_sub(n);
         self.dropping_rest &= self.client.passing > 0;
         self.charge();
     }

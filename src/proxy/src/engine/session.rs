@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use helios_api::control::Backend;
-use helios_api::{Endpoint, Epoch};
+use helios_api::{Endpoint, Epoch, Timeline};
 use helios_journal::Account;
 use helios_session::TxnStatus;
 use helios_session::state::Snapshot;
@@ -116,7 +116,11 @@ pub struct Session {
     /// When the session was last held, for the pause.
     pub(super) held_since: Option<Instant>,
     /// What is in flight has to be sent to the backend in the phase *send*.
-    pub(super) resend: Vec<(Vec<u8>, u64)>,
+    pub(super) resend: Option<BytesMut>,
+    /// Bytes at the front of the client's input that were in flight before a move.
+    pub(super) resend_left: usize,
+    /// Timeline of the backend that ran the open transaction.
+    pub(super) timeline: Timeline,
     /// The rebuilt session waits for the phase *send*.
     pub(super) rebuilt: bool,
     /// A cancel request of the client's waits for the moment when it may go on.
@@ -169,6 +173,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     back::backend_key_data(&mut link.output, key.pid, &key.secret);
     back::ready_for_query(&mut link.output, TxnStatus::Idle.byte());
     let pid = conn.pid;
+    let timeline = gate.borrow().topology.timeline;
     let account = shared.pool.account(shared.options.max_journal_bytes);
     let member = shared.gate.join();
     let session = Session {
@@ -192,7 +197,9 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         lost_since: None,
         attempts: 0,
         held_since: None,
-        resend: Vec::new(),
+        resend: None,
+        resend_left: 0,
+        timeline,
         rebuilt: false,
         cancel_waits: false,
         cut: false,
@@ -306,6 +313,7 @@ impl Session {
         event: Event,
         gate: &mut watch::Receiver<GateState>,
     ) -> Result<(), End> {
+        tracing::trace!(session = %self.entry().id, ?event, step = self.gate.step, "woken");
         match event {
             Event::Gate => {
                 self.gate = gate.borrow_and_update().clone();
@@ -350,6 +358,7 @@ impl Session {
             if self.gate.phase != Phase::Open {
                 self.entry().set_state(4);
             }
+            tracing::trace!(session = %self.entry().id, step, phase = ?self.gate.phase, "stands");
             self.member.acknowledge(step);
         }
     }
@@ -386,7 +395,7 @@ impl Session {
             || self.must_rebuild()
             || self.client.passing > 0
             || self.last_words.is_some()
-            || !self.resend.is_empty()
+            || self.resend.is_some()
     }
 
     async fn timer(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {

@@ -7,10 +7,10 @@ use helios_wire::frontend;
 
 use super::texts::until_zero;
 use super::{Ask, ClientStep, Named, Tracker, XidKnowledge};
+use crate::ReplayMode;
 use crate::expect::{Expect, Owner};
 use crate::keyword::{Hint, hint, touches_session};
 use crate::state::Prepared;
-use crate::{ReplayMode, TxnStatus};
 
 impl Tracker {
     pub(super) fn opens_exchange(&self, tag: u8) -> bool {
@@ -46,8 +46,8 @@ impl Tracker {
 
     /// Notes what a frame means for the exchange that it belongs to.
     pub(super) fn note(&mut self, tag: u8, frame: &[u8], hint: Option<Hint>, touches: bool) {
-        let statement =
-            matches!(hint, Some(Hint::Read | Hint::Write)) || tag == frontend::FUNCTION_CALL;
+        let statement = matches!(hint, Some(Hint::Read | Hint::Write | Hint::Copy))
+            || tag == frontend::FUNCTION_CALL;
         if statement && let Some(last) = self.xids.back_mut() {
             last.dirty = true;
         }
@@ -115,6 +115,7 @@ impl Tracker {
                     touches,
                     made_inside: false,
                     columns: None,
+                    description: None,
                 };
                 let named = Some(Named::Parse(name.to_vec(), statement));
                 Looked {
@@ -171,16 +172,6 @@ impl Tracker {
         sent.or_else(|| self.prepared.get(name))
     }
 
-    /// Whether the transaction's id must be asked for before a COMMIT is sent.
-    pub(super) fn should_ask_now(&self) -> bool {
-        self.projected_open
-            && self.status != TxnStatus::Failed
-            && self
-                .xids
-                .back()
-                .is_some_and(|x| x.known.is_none() && x.dirty)
-    }
-
     /// Whether to ask behind the exchange that was just sent: it wrote, probably.
     pub(super) fn wants_ask_after(&self) -> bool {
         self.mode.replays()
@@ -197,6 +188,7 @@ impl Tracker {
             return;
         };
         last.pending += 1;
+        last.asked = true;
         last.dirty = false;
         let transaction = last.transaction;
         match ask {

@@ -32,11 +32,20 @@ pub enum Ask {
     Inline,
 }
 
+/// Whether a client's frame may be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Before {
+    /// Now.
+    Go,
+    /// After this question has been sent and answered.
+    Ask(Ask),
+    /// After the questions under way have been answered.
+    Wait,
+}
+
 /// What the engine does with a client's frame.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ClientStep {
-    /// Ask this first.
-    pub ask_before: Option<Ask>,
     /// Ask this behind it.
     pub ask_after: Option<Ask>,
     /// The frame ends an exchange.
@@ -73,6 +82,7 @@ struct XidKnowledge {
     transaction: u64,
     known: Option<Xid>,
     pending: u32,
+    asked: bool,
     answered: bool,
     /// A statement was sent behind the last question.
     dirty: bool,
@@ -134,6 +144,40 @@ impl Tracker {
         }
     }
 
+    /// Whether a frame may be sent now. A COMMIT waits until the id of its transaction is known, or
+    /// known not to be there (design rule 4): it is asked for behind the first statement that
+    /// writes, so the answer is there as a rule.
+    pub fn before(&mut self, tag: u8, frame: &[u8]) -> Before {
+        let may_end = matches!(tag, frontend::QUERY | frontend::BIND);
+        if !may_end || !self.projected_open || !self.mode.replays() {
+            return Before::Go;
+        }
+        if self.status == TxnStatus::Failed || self.expect.awaits_sync() {
+            return Before::Go;
+        }
+        let Some(last) = self.xids.back().filter(|x| x.known.is_none()) else {
+            return Before::Go;
+        };
+        let (pending, dirty) = (last.pending > 0, last.dirty);
+        if !(pending || dirty) || self.look(tag, frame).hint != Some(Hint::Commit) {
+            return Before::Go;
+        }
+        if !pending {
+            let ask = if self.opens_exchange(tag) {
+                Ask::ByFunctionCall
+            } else {
+                Ask::Inline
+            };
+            self.push_ask(ask);
+            return Before::Ask(ask);
+        }
+        if self.asked.is_empty() && self.inline_asked.is_empty() {
+            // The question was skipped with a statement that failed: nothing can commit.
+            return Before::Go;
+        }
+        Before::Wait
+    }
+
     /// Takes a client's frame (its first bytes, when it is a large one) that is about to be sent.
     ///
     /// # Errors
@@ -155,16 +199,6 @@ impl Tracker {
         let mut step = ClientStep::default();
         let opens = self.opens_exchange(tag);
         let looked = self.look(tag, frame);
-        if self.mode.replays() && looked.hint == Some(Hint::Commit) && self.should_ask_now() {
-            step.ask_before = Some(if opens {
-                Ask::ByFunctionCall
-            } else {
-                Ask::Inline
-            });
-        }
-        if let Some(ask) = step.ask_before {
-            self.push_ask(ask);
-        }
         if opens {
             self.sequence += 1;
             self.journal

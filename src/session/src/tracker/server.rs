@@ -19,6 +19,9 @@ impl Tracker {
         for _ in 0..self.expect.take_dropped_named() {
             self.named.pop_front();
         }
+        for _ in 0..self.expect.take_dropped_own() {
+            self.inline_answered();
+        }
         match explained {
             Explained::Asynchronous => Ok(ServerStep::Forward),
             Explained::Unsolicited => Ok(ServerStep::Unsolicited),
@@ -100,6 +103,9 @@ impl Tracker {
                 .unwrap_or_default();
             exchange.touches |= tag_touches_session(text);
         }
+        if open && self.mode.replays() {
+            exchange.reply.keep(tag, frame);
+        }
         if self.mode != ReplayMode::None {
             exchange.reply.add(tag, frame);
         }
@@ -113,8 +119,7 @@ impl Tracker {
             }
             Some(Named::CloseStatement(name)) => self.prepared.remove(&name),
             Some(Named::Describe(name)) if tag == backend::ROW_DESCRIPTION => {
-                self.prepared
-                    .described(&name, crate::reply::row_description_hash(frame));
+                self.prepared.described(&name, frame);
             }
             _ => {}
         }
@@ -138,9 +143,7 @@ impl Tracker {
                 }
             }
             (backend::CLOSE_COMPLETE, Expect::Close) => {
-                if let Some(transaction) = self.inline_asked.pop_front() {
-                    self.asked_no_more(transaction);
-                }
+                self.inline_answered();
             }
             _ => {}
         }
@@ -148,6 +151,12 @@ impl Tracker {
 
     fn asked_answered(&mut self) {
         if let Some(Some(transaction)) = self.asked.pop_front() {
+            self.asked_no_more(transaction);
+        }
+    }
+
+    fn inline_answered(&mut self) {
+        if let Some(transaction) = self.inline_asked.pop_front() {
             self.asked_no_more(transaction);
         }
     }

@@ -102,7 +102,7 @@ impl Tracker {
         let mut written = false;
         for x in self.xids.iter().filter(|x| x.transaction <= transaction) {
             known = known.or(x.known);
-            written |= x.dirty || x.pending > 0;
+            written |= x.dirty || x.pending > 0 || (x.asked && !x.answered);
         }
         match known {
             Some(xid) => Evidence::Known(xid),
