@@ -88,6 +88,31 @@ pub fn custom_settings(sql: &str) -> Vec<String> {
     names
 }
 
+/// The argument of the only call of `nextval` in a text, when it is a plain literal.
+#[must_use]
+pub fn nextval_literal(sql: &str) -> Option<String> {
+    let parse = SourceFile::parse(sql);
+    let tree = parse.tree();
+    let mut tokens = tree
+        .syntax()
+        .descendants_with_tokens()
+        .filter_map(|e| e.into_token())
+        .filter(|t| !matches!(t.kind(), SyntaxKind::WHITESPACE | SyntaxKind::COMMENT));
+    let mut found = None;
+    while let Some(token) = tokens.next() {
+        if !bare(token.text()).eq("nextval") {
+            continue;
+        }
+        if found.is_some() || tokens.next()?.text() != "(" {
+            return None;
+        }
+        let argument = tokens.next()?;
+        let literal = argument.text().strip_prefix('\'')?.strip_suffix('\'')?;
+        found = Some(literal.replace("''", "'"));
+    }
+    found
+}
+
 fn bare(identifier: &str) -> String {
     match identifier
         .strip_prefix('"')
@@ -205,6 +230,20 @@ mod tests {
         let sql = "set a.b = 1; SET LOCAL c.D to 'x'; select set_config('e.f', 'v', false); \
                    set work_mem = 1; set session \"G\".h = 2";
         assert_eq!(custom_settings(sql), ["a.b", "c.d", "e.f", "G.h"]);
+    }
+
+    #[test]
+    fn the_sequence_that_a_text_names() {
+        let name = |sql| nextval_literal(sql);
+        assert_eq!(name("select nextval('s')").as_deref(), Some("s"));
+        assert_eq!(
+            name("SELECT pg_catalog.NEXTVAL ( 'a.\"S''x\"'::regclass ) as v").as_deref(),
+            Some("a.\"S'x\"")
+        );
+        assert_eq!(name("select nextval($1)"), None);
+        assert_eq!(name("select nextval('a'), nextval('b')"), None);
+        assert_eq!(name("select nextval(E'a')"), None);
+        assert_eq!(name("select 1"), None);
     }
 
     #[test]

@@ -119,7 +119,8 @@ impl Journal {
         if self.lost.is_some() {
             self.drain_to(exchange.end);
         } else {
-            let reply = std::mem::take(&mut exchange.reply);
+            let mut reply = std::mem::take(&mut exchange.reply);
+            reply.kept.settle();
             self.heap += reply.heap_bytes();
             self.records.push(Record {
                 range: exchange.start..exchange.end,

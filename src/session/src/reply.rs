@@ -1,6 +1,7 @@
 //! What a server answered to one exchange, condensed: tags, counts, codes and hashes.
 //!
-//! Results are hashed as they pass (128-bit XXH3 over the wire bytes) and never held. What differs
+//! Results are hashed as they pass (128-bit XXH3 over the wire bytes); none is held but a few small
+//! rows of statements that insert ([`crate::kept`]). What differs
 //! between two servers without being data is left out: text of errors, table OIDs in row
 //! descriptions.
 
@@ -8,6 +9,7 @@ use helios_wire::backend;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 use crate::TxnStatus;
+use crate::kept::Kept;
 
 /// Longest command tag that is kept (`COMPLETION_TAG_BUFSIZE` is 64 in PostgreSQL, with the zero).
 pub const MAX_TAG: usize = 63;
@@ -92,6 +94,8 @@ pub struct Reply {
     rows: u64,
     rows_hash: u128,
     large: Option<Box<Xxh3>>,
+    /// Small rows, where [`Self::keep`] was called for them.
+    pub kept: Kept,
     /// Status at the end.
     pub status: Option<TxnStatus>,
 }
@@ -120,6 +124,20 @@ fn fold(chain: u128, hash: u128) -> u128 {
 }
 
 impl Reply {
+    /// Keeps a message's rows, if they are few and small; to be called before [`Self::add`].
+    pub fn keep(&mut self, tag: u8, frame: &[u8]) {
+        match tag {
+            backend::DATA_ROW | backend::ROW_DESCRIPTION => {
+                self.kept.add(tag, frame, self.commands.len());
+            }
+            backend::COMMAND_COMPLETE => self.kept.end(frame.get(5..), self.rows),
+            backend::ERROR_RESPONSE | backend::PORTAL_SUSPENDED | backend::EMPTY_QUERY_RESPONSE => {
+                self.kept.end(None, 0);
+            }
+            _ => {}
+        }
+    }
+
     /// Adds a whole message.
     pub fn add(&mut self, tag: u8, frame: &[u8]) {
         self.messages += 1;
@@ -161,6 +179,7 @@ impl Reply {
 
     /// Begins a message that comes in pieces (a large row).
     pub fn begin_large(&mut self, first: &[u8]) {
+        self.kept.spoil();
         let mut hasher = Box::new(Xxh3::new());
         hasher.update(first);
         self.large = Some(hasher);
@@ -223,7 +242,7 @@ impl Reply {
     /// Heap bytes that the record holds.
     #[must_use]
     pub fn heap_bytes(&self) -> usize {
-        self.commands.capacity() * size_of::<CommandResult>()
+        self.commands.capacity() * size_of::<CommandResult>() + self.kept.heap_bytes()
     }
 }
 

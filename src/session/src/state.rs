@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::kept::COLUMN_BYTES;
 use crate::keyword::Hint;
 
 /// A statement prepared with a Parse message.
@@ -22,6 +23,8 @@ pub struct Prepared {
     pub made_inside: bool,
     /// Hash of its RowDescription, once the client has seen it.
     pub columns: Option<u128>,
+    /// The RowDescription itself, if it is small.
+    pub description: Option<Arc<[u8]>>,
 }
 
 /// Prepared statements of the protocol, and what they were when the open transaction began.
@@ -57,10 +60,11 @@ impl PreparedStatements {
         }
     }
 
-    /// Notes the columns that the client was told.
-    pub fn described(&mut self, name: &[u8], columns: u128) {
+    /// Notes the columns that the client was told, by a RowDescription frame.
+    pub fn described(&mut self, name: &[u8], frame: &[u8]) {
         if let Some(statement) = self.now.get_mut(name) {
-            statement.columns = Some(columns);
+            statement.columns = Some(crate::reply::row_description_hash(frame));
+            statement.description = (frame.len() <= COLUMN_BYTES).then(|| Arc::from(frame));
         }
     }
 
@@ -105,7 +109,9 @@ impl PreparedStatements {
     /// Bytes of their messages.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.now.values().map(|p| p.parse.len()).sum()
+        let described = |p: &Prepared| p.description.as_ref().map_or(0, |d| d.len());
+        let all = self.now.values();
+        all.map(|p| p.parse.len() + described(p)).sum()
     }
 }
 
@@ -236,6 +242,7 @@ mod tests {
             touches: false,
             made_inside: inside,
             columns: None,
+            description: None,
         }
     }
 

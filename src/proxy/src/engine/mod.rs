@@ -16,5 +16,6 @@ mod rebuild;
 pub mod registry;
 mod replay;
 mod resolve;
+mod sequences;
 pub mod session;
 pub mod shared;

@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use bytes::BytesMut;
 use helios_api::control::{MoveReason, Topology};
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, replay_or_abort};
@@ -15,6 +16,7 @@ use helios_wire::{ErrorFields, SqlState};
 use super::answers::retryable;
 use super::replay::{self, ReplayError};
 use super::resolve::{Outcome, resolve};
+use super::sequences::Turn;
 use super::session::{End, Server, Session, Skip};
 
 /// Why an attempt to rebuild the session did not succeed.
@@ -55,7 +57,7 @@ impl Session {
                 Plan::Unknown { .. } => self.outcome_unknown("the evidence is missing")?,
                 Plan::Resolve { at, xid } => {
                     let link = &mut server.link;
-                    let outcome = resolve(link, topology, self.epoch, xid).await;
+                    let outcome = resolve(link, topology, (self.epoch, self.timeline), xid).await;
                     match outcome.map_err(retry)? {
                         Outcome::Committed if at == 0 => self.deliver_commit()?,
                         Outcome::Committed => {
@@ -138,7 +140,12 @@ impl Session {
         if self.tracker.status() == TxnStatus::Idle {
             return Ok(());
         }
-        replay::replay(&mut server.link, &self.tracker, next).await
+        let (at, database) = (
+            &self.gate.topology.primary.endpoint,
+            &self.entry().login.database,
+        );
+        let mut turn = Turn::take(&self.shared, at, database, &self.tracker).await?;
+        replay::replay(&mut server.link, &self.tracker, next, turn.keeper()).await
     }
 
     pub(super) fn prepared_at_begin(&self) -> Vec<(Vec<u8>, Prepared)> {
@@ -152,10 +159,11 @@ impl Session {
     /// Keeps what was in flight, to be sent in the phase *send*.
     pub(super) fn remember_in_flight(&mut self) -> Result<(), Attempt> {
         let journal = self.tracker.journal();
-        let exchanges = journal.in_flight().iter();
-        self.resend = exchanges
-            .map(|e| (journal.exchange_bytes(e).to_vec(), e.at_micros))
-            .collect();
+        let mut again = BytesMut::new();
+        for exchange in journal.in_flight() {
+            again.extend_from_slice(journal.exchange_bytes(exchange));
+        }
+        self.resend = (!again.is_empty()).then_some(again);
         let Some(front) = journal.in_flight().front() else {
             return Ok(());
         };
@@ -178,6 +186,7 @@ impl Session {
     pub(super) fn install(&mut self, server: Server, next: helios_session::tracker::Tracker) {
         self.tracker = next;
         self.epoch = server.epoch;
+        self.timeline = self.gate.topology.timeline;
         self.old_pid = Some(server.pid);
         for (name, value) in &server.link.parameters {
             if self.known.get(name) != Some(value) {
@@ -192,21 +201,20 @@ impl Session {
         self.charge();
     }
 
-    /// Sends what was in flight to the rebuilt backend.
-    pub(super) fn send_in_flight(&mut self) -> Result<(), End> {
-        if !self.rebuilt && self.resend.is_empty() {
-            return Ok(());
+    /// What was in flight goes to the rebuilt backend as if the client had just sent it: in front
+    /// of what it has sent since.
+    pub(super) fn send_in_flight(&mut self) {
+        if self.server.is_none() {
+            return;
         }
-        let Some(server) = self.server.as_mut() else {
-            return Ok(());
-        };
         self.rebuilt = false;
-        for (bytes, at_micros) in std::mem::take(&mut self.resend) {
-            replay::feed(&mut server.link, &mut self.tracker, &bytes, at_micros).map_err(|e| {
-                End::Fatal(ErrorFields::fatal(SqlState::INTERNAL_ERROR, e.to_string()))
-            })?;
-        }
-        Ok(())
+        let Some(again) = self.resend.take() else {
+            return;
+        };
+        self.resend_left = again.len();
+        let since = std::mem::replace(&mut self.client.input, again);
+        self.client.input.extend_from_slice(&since);
+        self.client.passing = 0;
     }
 
     /// The transaction (or state) is lost; the client is told as soon as it can be.

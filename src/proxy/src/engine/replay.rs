@@ -12,6 +12,7 @@ use helios_session::TxnStatus;
 use helios_session::expect::Violation;
 use helios_session::grammar::Kind;
 use helios_session::journal::Record;
+use helios_session::sequences::drawing;
 use helios_session::state::{Prepared, Snapshot};
 use helios_session::tracker::{ServerStep, Tracker};
 use helios_session::verify::{Isolation, Verdict, compare};
@@ -20,6 +21,7 @@ use helios_wire::{FrameError, backend, peek_header};
 
 use super::link::{HIGH_WATER, Link};
 use super::own;
+use super::sequences::Keeper;
 
 /// Why a session could not be rebuilt.
 #[derive(Debug, thiserror::Error)]
@@ -228,22 +230,50 @@ pub(super) async fn replay(
     link: &mut Link,
     old: &Tracker,
     new: &mut Tracker,
+    mut keeper: Option<&mut Keeper>,
 ) -> Result<(), ReplayError> {
     let records = old.journal().records();
-    let mut sent = 0;
-    while new.journal().records().len() < records.len() || !new.is_quiet() {
-        while sent < records.len() && link.output.len() < HIGH_WATER {
-            let bytes = old.journal().record_bytes(&records[sent]);
-            feed(link, new, bytes, records[sent].at_micros)?;
-            sent += 1;
-        }
-        exchange_bytes(link).await?;
-        take_replies(link, new)?;
-        if let Some(why) = strayed(records, new) {
-            return Err(why);
-        }
+    for (index, record) in records.iter().enumerate() {
+        let bytes = old.journal().record_bytes(record);
+        let keeper = keeper.as_deref_mut().filter(|k| k.wants(index));
+        let Some(keeper) = keeper else {
+            feed(link, new, bytes, record.at_micros)?;
+            while link.output.len() >= HIGH_WATER {
+                advance(link, new, records).await?;
+            }
+            continue;
+        };
+        settle(link, new, records, index).await?;
+        keeper.set_back(link, new, bytes, &record.reply).await?;
+        feed(link, new, bytes, record.at_micros)?;
+        settle(link, new, records, index + 1).await?;
+        keeper.set_forward().await?;
     }
+    settle(link, new, records, records.len()).await?;
     verify(link, old, new).await
+}
+
+/// Waits until `count` records are answered and the server owes nothing.
+async fn settle(
+    link: &mut Link,
+    new: &mut Tracker,
+    records: &[Record],
+    count: usize,
+) -> Result<(), ReplayError> {
+    while new.journal().records().len() < count || !new.is_quiet() {
+        advance(link, new, records).await?;
+    }
+    Ok(())
+}
+
+async fn advance(
+    link: &mut Link,
+    new: &mut Tracker,
+    records: &[Record],
+) -> Result<(), ReplayError> {
+    exchange_bytes(link).await?;
+    take_replies(link, new)?;
+    strayed(records, new).map_or(Ok(()), Err)
 }
 
 /// Sends recorded messages, with the questions of our own that go with them.
@@ -259,9 +289,6 @@ pub(super) fn feed(
     while let Some(header) = peek_header(bytes)? {
         let (frame, rest) = bytes.split_at_checked(header.len).unwrap_or((bytes, &[]));
         let step = tracker.client_frame(header.tag, frame, at_micros)?;
-        if let Some(ask) = step.ask_before {
-            own::ask(&mut link.output, ask);
-        }
         link.output.extend_from_slice(frame);
         if let Some(ask) = step.ask_after {
             own::ask(&mut link.output, ask);
@@ -329,6 +356,12 @@ async fn verify(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(),
         let of_this = kinds.get(index).map(Vec::as_slice).unwrap_or_default();
         match compare(&seen.reply, &again.reply, of_this, locking, old.mode()) {
             Verdict::Same => {}
+            Verdict::RowsDiffer if drawing(old).contains(&index) => {
+                return Err(ReplayError::Different {
+                    statement: index + 1,
+                    what: "values of a sequence differ".into(),
+                });
+            }
             Verdict::RowsDiffer => soft = soft.or(Some(index + 1)),
             Verdict::Different(what) => {
                 return Err(ReplayError::Different {
@@ -356,23 +389,41 @@ const CURRENT_SETTING: u32 = 2077;
 /// Asks for the level inside the transaction, by a function call: a query would end the unnamed
 /// portal that the client may still be reading from.
 async fn isolation(link: &mut Link) -> Result<String, ReplayError> {
-    let name: &[u8] = b"transaction_isolation";
-    let (text, out) = (front::Format::Text, &mut link.output);
-    front::function_call(out, CURRENT_SETTING, text, &[Some(name)], text)
+    let value = call(link, CURRENT_SETTING, b"transaction_isolation").await?;
+    Ok(String::from_utf8_lossy(&value.unwrap_or_default()).into_owned())
+}
+
+/// `to_regclass(text)`.
+const TO_REGCLASS: u32 = 3495;
+
+/// The OID of a relation, by the name under which the session knows it where it stands.
+///
+/// # Errors
+/// The connection's.
+pub(super) async fn regclass(link: &mut Link, name: &str) -> Result<Option<u32>, ReplayError> {
+    let value = call(link, TO_REGCLASS, name.as_bytes()).await?;
+    Ok(value.and_then(|v| v.try_into().ok().map(u32::from_be_bytes)))
+}
+
+/// Calls a function with one text argument; its result in binary, `None` for NULL or an error.
+async fn call(
+    link: &mut Link,
+    function: u32,
+    argument: &[u8],
+) -> Result<Option<Vec<u8>>, ReplayError> {
+    let (text, binary) = (front::Format::Text, front::Format::Binary);
+    front::function_call(&mut link.output, function, text, &[Some(argument)], binary)
         .map_err(|e| ReplayError::State(e.to_string()))?;
     link.flush().await?;
-    let mut level = String::new();
+    let mut result = None;
     loop {
         let (tag, frame) = next_frame(link).await?;
         let body = frame.get(5..).unwrap_or_default();
         match tag {
-            backend::READY_FOR_QUERY => return Ok(level),
+            backend::READY_FOR_QUERY => return Ok(result),
             backend::FUNCTION_CALL_RESPONSE => {
-                let value = read::function_call_response(body)
-                    .ok()
-                    .flatten()
-                    .unwrap_or_default();
-                level = String::from_utf8_lossy(value).into_owned();
+                let value = read::function_call_response(body).ok().flatten();
+                result = value.map(<[u8]>::to_vec);
             }
             _ => {}
         }

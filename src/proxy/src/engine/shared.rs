@@ -12,6 +12,7 @@ use tokio::sync::{Semaphore, broadcast};
 
 use super::gate::Gate;
 use super::registry::{Registry, lock};
+use super::sequences::ReplayLock;
 use crate::backend::Login;
 use crate::tls::BackendTls;
 
@@ -115,6 +116,8 @@ pub struct Shared {
     pub started: Instant,
     /// Limits logins that run side by side.
     pub logins: Semaphore,
+    /// Held by every replay; alone by one that sets sequences back.
+    pub(super) replaying: ReplayLock,
     /// Migration events.
     pub events: broadcast::Sender<MigrationEvent>,
     /// What the move under way has come to.
@@ -143,6 +146,7 @@ impl Shared {
             service,
             started: Instant::now(),
             logins: Semaphore::new(SIDE_BY_SIDE),
+            replaying: ReplayLock::default(),
             events: broadcast::Sender::new(EVENTS),
             report: Mutex::default(),
             postmaster_start: Mutex::default(),
