@@ -345,7 +345,7 @@ fn strayed(records: &[Record], new: &Tracker) -> Option<ReplayError> {
 
 async fn verify(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(), ReplayError> {
     let mut soft = None;
-    let mut kinds_of_all = None;
+    let (mut kinds_of_all, mut draws) = (None, None);
     let pairs = old.journal().records().iter().zip(new.journal().records());
     for (index, (seen, again)) in pairs.enumerate() {
         if seen.reply == again.reply {
@@ -356,7 +356,7 @@ async fn verify(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(),
         let of_this = kinds.get(index).map(Vec::as_slice).unwrap_or_default();
         match compare(&seen.reply, &again.reply, of_this, locking, old.mode()) {
             Verdict::Same => {}
-            Verdict::RowsDiffer if drawing(old).contains(&index) => {
+            Verdict::RowsDiffer if draws.get_or_insert_with(|| drawing(old)).contains(&index) => {
                 return Err(ReplayError::Different {
                     statement: index + 1,
                     what: "values of a sequence differ".into(),

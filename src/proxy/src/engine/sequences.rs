@@ -78,6 +78,7 @@ impl Turn {
             guard: Some(lock.write_owned().await),
             records,
             columns: BTreeMap::new(),
+            standing: BTreeMap::new(),
             set_back: Vec::new(),
         });
         match keeper.connect().await {
@@ -131,6 +132,8 @@ pub(super) struct Keeper {
     records: BTreeSet<usize>,
     /// What is known of columns, by table and number.
     columns: BTreeMap<(u32, u16), Option<Sequence>>,
+    /// Where sequences were left, by OID.
+    standing: BTreeMap<u32, (i64, bool)>,
     set_back: Vec<SetBack>,
 }
 
@@ -182,10 +185,16 @@ impl Keeper {
         let (oid, name) = (sequence.oid, sequence.name.clone());
         let before = self.set_back.len();
         for _ in 0..MAX_READS {
-            let sql = format!("SELECT last_value, is_called FROM {name}");
-            let rows = self.ask(&sql).await?;
-            let Some(stood) = rows.first().and_then(|r| standing(r)) else {
-                return Ok(());
+            let stood = match self.standing.remove(&oid) {
+                Some(stood) => stood,
+                None => {
+                    let sql = format!("SELECT last_value, is_called FROM {name}");
+                    let rows = self.ask(&sql).await?;
+                    let Some(stood) = rows.first().and_then(|r| standing(r)) else {
+                        return Ok(());
+                    };
+                    stood
+                }
             };
             let ahead = i128::from(last) - i128::from(stood.0);
             if ahead / i128::from(sequence.increment) > MAX_AHEAD {
@@ -222,9 +231,11 @@ impl Keeper {
     /// The connection's; what is left is set forward when the keeper goes.
     pub(super) async fn set_forward(&mut self) -> Result<(), ReplayError> {
         while let Some(one) = self.set_back.last() {
-            let sql = one.forward();
+            let (oid, sql) = (one.sequence.oid, one.forward());
             match self.ask(&sql).await {
-                Ok(_) => {
+                Ok(rows) => {
+                    let stands = rows.first().and_then(|r| standing(r));
+                    self.standing.extend(stands.map(|s| (oid, s)));
                     self.set_back.pop();
                 }
                 // Not a reason to go on with a sequence that is set back.
@@ -396,6 +407,7 @@ impl Drop for Keeper {
             guard: Some(guard),
             records: BTreeSet::new(),
             columns: BTreeMap::new(),
+            standing: BTreeMap::new(),
             set_back: std::mem::take(&mut self.set_back),
         };
         runtime.spawn(rest.clean_up());
@@ -414,8 +426,9 @@ impl SetBack {
         let ((stood, called), seen) = (self.stood, self.last);
         format!(
             "SELECT pg_catalog.setval({oid}::pg_catalog.oid::pg_catalog.regclass, \
-             {best}(given, {stood}), {called} OR given {reached} {stood}) FROM (SELECT {best}(\
-             {seen}, CASE WHEN is_called THEN last_value ELSE {seen} END) AS given FROM {name}) now"
+             {best}(given, {stood}), called), called FROM (SELECT given, \
+             {called} OR given {reached} {stood} AS called FROM (SELECT {best}({seen}, \
+             CASE WHEN is_called THEN last_value ELSE {seen} END) AS given FROM {name}) x) y"
         )
     }
 }
