@@ -108,6 +108,10 @@ pub fn nextval_literal(sql: &str) -> Option<String> {
         }
         let argument = tokens.next()?;
         let literal = argument.text().strip_prefix('\'')?.strip_suffix('\'')?;
+        // Nothing but a cast may follow: the argument is not computed.
+        if !matches!(tokens.next()?.text(), ")" | "::" | ":") {
+            return None;
+        }
         found = Some(literal.replace("''", "'"));
     }
     found
@@ -241,6 +245,7 @@ mod tests {
             Some("a.\"S'x\"")
         );
         assert_eq!(name("select nextval($1)"), None);
+        assert_eq!(name("select nextval('a' || 'b')"), None);
         assert_eq!(name("select nextval('a'), nextval('b')"), None);
         assert_eq!(name("select nextval(E'a')"), None);
         assert_eq!(name("select 1"), None);
