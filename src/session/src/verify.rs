@@ -50,16 +50,6 @@ pub fn compare(
     locking: bool,
     mode: ReplayMode,
 ) -> Verdict {
-    if seen.status != replayed.status {
-        return Verdict::Different("transaction status differs".into());
-    }
-    if seen.commands.len() != replayed.commands.len() {
-        return Verdict::Different(format!(
-            "{} results instead of {}",
-            replayed.commands.len(),
-            seen.commands.len()
-        ));
-    }
     for (before, now) in seen.commands.iter().zip(&replayed.commands) {
         if before.outcome != now.outcome || before.rows != now.rows {
             return Verdict::Different(format!(
@@ -68,6 +58,16 @@ pub fn compare(
                 describe(&before.outcome)
             ));
         }
+    }
+    if seen.commands.len() != replayed.commands.len() {
+        return Verdict::Different(format!(
+            "{} results instead of {}",
+            replayed.commands.len(),
+            seen.commands.len()
+        ));
+    }
+    if seen.status != replayed.status {
+        return Verdict::Different("transaction status differs".into());
     }
     if seen.shape != replayed.shape || seen.messages != replayed.messages {
         return Verdict::Different("columns of a result differ".into());

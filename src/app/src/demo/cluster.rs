@@ -179,7 +179,10 @@ pub(crate) fn redundant(status: &LocalStatus) -> bool {
     let Some(primary) = &status.primary else {
         return false;
     };
+    // The cluster names a standby here only once it is proven to hold every acknowledged commit.
+    let provable = status.instances.len() == 1 || !status.synchronous.is_empty();
     status.phase == "steady"
+        && provable
         && status
             .proxy
             .as_ref()

@@ -4,7 +4,7 @@
 //! handed out again: ids below the fence of the first promotion after the transaction's epoch.
 
 use helios_api::control::Topology;
-use helios_api::{Epoch, Xid};
+use helios_api::{Epoch, Timeline, Xid};
 
 use super::link::Link;
 use super::replay::{ReplayError, simple};
@@ -24,8 +24,13 @@ pub(super) enum Outcome {
 
 /// What the fences say of a transaction of `epoch`, before the database is asked.
 #[must_use]
-pub(super) fn by_fence(topology: &Topology, epoch: Epoch, xid: Xid) -> Option<Outcome> {
-    if topology.epoch == epoch {
+pub(super) fn by_fence(
+    topology: &Topology,
+    (epoch, timeline): (Epoch, Timeline),
+    xid: Xid,
+) -> Option<Outcome> {
+    // The same timeline goes on: no id was ever handed out twice.
+    if topology.epoch == epoch || topology.timeline == timeline {
         return None;
     }
     let first_after = topology
@@ -50,10 +55,10 @@ pub(super) fn by_fence(topology: &Topology, epoch: Epoch, xid: Xid) -> Option<Ou
 pub(super) async fn resolve(
     link: &mut Link,
     topology: &Topology,
-    epoch: Epoch,
+    ran_on: (Epoch, Timeline),
     xid: Xid,
 ) -> Result<Outcome, ReplayError> {
-    if let Some(outcome) = by_fence(topology, epoch, xid) {
+    if let Some(outcome) = by_fence(topology, ran_on, xid) {
         return Ok(outcome);
     }
     let sql = format!("SELECT pg_catalog.pg_xact_status('{xid}'::pg_catalog.xid8)");
@@ -67,7 +72,7 @@ pub(super) async fn resolve(
     Ok(match status.as_deref() {
         Some("committed") => Outcome::Committed,
         Some("aborted") => Outcome::Aborted,
-        Some("in progress") if topology.epoch == epoch => Outcome::InProgress,
+        Some("in progress") if topology.epoch == ran_on.0 => Outcome::InProgress,
         _ => Outcome::Unknown,
     })
 }
@@ -76,7 +81,7 @@ pub(super) async fn resolve(
 mod tests {
     use super::*;
     use helios_api::control::{Backend, Fence};
-    use helios_api::{Endpoint, Host, Lsn, Timeline};
+    use helios_api::{Endpoint, Host, Lsn};
 
     fn topology(epoch: u64, fences: &[(u64, Option<u64>)]) -> Topology {
         let fences = fences.iter().map(|(epoch, xid)| Fence {
@@ -87,7 +92,7 @@ mod tests {
         });
         Topology {
             epoch: Epoch(epoch),
-            timeline: Timeline(1),
+            timeline: Timeline(u32::try_from(epoch).unwrap()),
             primary: Backend {
                 name: "a".parse().unwrap(),
                 endpoint: Endpoint {
@@ -99,26 +104,30 @@ mod tests {
         }
     }
 
+    fn ran(epoch: u64) -> (Epoch, Timeline) {
+        (Epoch(epoch), Timeline(u32::try_from(epoch).unwrap()))
+    }
+
     #[test]
     fn the_first_fence_after_the_epoch_decides() {
         let t = topology(4, &[(2, Some(100)), (3, Some(200)), (4, Some(300))]);
         // of epoch 1: below 100 ask, at or above never committed, although id 150 exists later
-        assert_eq!(by_fence(&t, Epoch(1), Xid(99)), None);
-        assert_eq!(by_fence(&t, Epoch(1), Xid(100)), Some(Outcome::Aborted));
-        assert_eq!(by_fence(&t, Epoch(2), Xid(150)), None);
-        assert_eq!(by_fence(&t, Epoch(3), Xid(299)), None);
-        assert_eq!(by_fence(&t, Epoch(4), Xid(1000)), None);
+        assert_eq!(by_fence(&t, ran(1), Xid(99)), None);
+        assert_eq!(by_fence(&t, ran(1), Xid(100)), Some(Outcome::Aborted));
+        assert_eq!(by_fence(&t, ran(2), Xid(150)), None);
+        assert_eq!(by_fence(&t, ran(3), Xid(299)), None);
+        assert_eq!(by_fence(&t, ran(4), Xid(1000)), None);
     }
 
     #[test]
     fn a_missing_fence_means_unknown() {
         assert_eq!(
-            by_fence(&topology(2, &[]), Epoch(1), Xid(1)),
+            by_fence(&topology(2, &[]), ran(1), Xid(1)),
             Some(Outcome::Unknown)
         );
         let t = topology(3, &[(3, Some(9))]);
-        assert_eq!(by_fence(&t, Epoch(1), Xid(1)), Some(Outcome::Unknown));
+        assert_eq!(by_fence(&t, ran(1), Xid(1)), Some(Outcome::Unknown));
         let t = topology(2, &[(2, None)]);
-        assert_eq!(by_fence(&t, Epoch(1), Xid(1)), Some(Outcome::Unknown));
+        assert_eq!(by_fence(&t, ran(1), Xid(1)), Some(Outcome::Unknown));
     }
 }
