@@ -9,7 +9,9 @@ mod framed;
 pub mod handle;
 pub mod listener;
 pub mod login;
+pub mod options;
 pub mod stream;
 pub mod tls;
 
-pub use handle::{CommandError, Proxy, ProxyHandle, ProxyOptions, StartError};
+pub use handle::{CommandError, Proxy, ProxyHandle, StartError};
+pub use options::ProxyOptions;

@@ -221,7 +221,8 @@ mod tests {
         let unknown = Evidence::Unknown;
         let ask = |at| Plan::Resolve { at, xid: Xid(7) };
         let doubt = |at| Plan::Unknown { at };
-        let cases: &[(TxnStatus, &[(&[Kind], Evidence)], Plan)] = &[
+        type Case<'a> = (TxnStatus, &'a [(&'a [Kind], Evidence)], Plan);
+        let cases: &[Case<'_>] = &[
             // idle
             (Idle, &[], Plan::Replay),
             (Idle, &[(&[Begin], unknown)], Plan::Replay),

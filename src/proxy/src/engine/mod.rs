@@ -11,6 +11,7 @@ pub mod link;
 pub mod monitor;
 mod moving;
 mod own;
+mod own_answers;
 mod pump;
 mod rebuild;
 pub mod registry;

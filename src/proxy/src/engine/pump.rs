@@ -5,10 +5,9 @@
 
 use bytes::Buf;
 use helios_session::TxnStatus;
-use helios_session::expect::{Expect, MAX_EXPECTED};
-use helios_session::state::Snapshot;
+use helios_session::expect::{Expect, ExpectQueue, MAX_EXPECTED};
 use helios_session::tracker::{Before, ServerStep};
-use helios_wire::message::{back, read};
+use helios_wire::message::read;
 use helios_wire::{ErrorFields, SqlState, backend, frontend, peek_header};
 
 use super::gate::Phase;
@@ -80,6 +79,8 @@ impl Session {
             if header.tag == frontend::TERMINATE {
                 return Err(Event::End(End::ClientLeft));
             }
+            // On its type alone, as PostgreSQL does: the rest of it may never come.
+            ExpectQueue::of_client(header.tag, 0).map_err(|e| violation(e.to_string()))?;
             let whole = self.client.input.len() >= header.len;
             if !whole && self.needs_whole(header.tag, header.len)? {
                 return if self.client.ended {
@@ -201,47 +202,6 @@ impl Session {
             self.account.used() as u64,
             std::sync::atomic::Ordering::Relaxed,
         );
-    }
-
-    /// Answers the client's message without a server, where the session owes it an error.
-    fn answer_ourselves(&mut self, tag: u8, len: usize, whole: bool) -> Result<bool, Event> {
-        if self.discarding {
-            self.drop_client_message(len, whole);
-            if tag == frontend::SYNC {
-                self.discarding = false;
-                back::ready_for_query(&mut self.client.output, self.tracker.status().byte());
-            }
-            return Ok(true);
-        }
-        if !self.tracker.at_boundary() || !self.tracker.is_between() || self.corked_by_move() {
-            return Ok(false);
-        }
-        let Some(fields) = self.refuse.take() else {
-            return Ok(false);
-        };
-        fields.write_error(&mut self.client.output);
-        self.drop_client_message(len, whole);
-        match tag {
-            frontend::QUERY | frontend::FUNCTION_CALL | frontend::SYNC => {
-                back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
-            }
-            _ => self.discarding = true,
-        }
-        Ok(true)
-    }
-
-    fn corked_by_move(&self) -> bool {
-        self.gate.phase != Phase::Open
-    }
-
-    fn drop_client_message(&mut self, len: usize, whole: bool) {
-        if whole {
-            self.client.input.advance(len);
-        } else {
-            self.client.passing = len - self.client.input.len();
-            self.client.input.clear();
-            self.dropping_rest = true;
-        }
     }
 
     fn pump_server(&mut self) -> Result<(), Event> {
@@ -414,16 +374,6 @@ impl Session {
         Verdict::Pass
     }
 
-    fn state_row(&mut self, at: usize, len: usize) {
-        let (Some(state), Some(server)) = (self.asking.as_mut(), self.server.as_ref()) else {
-            return;
-        };
-        let row = super::replay::text_row(&server.link.input[at + 5..at + len]);
-        if let [Some(kind), Some(name), Some(value)] = row.as_slice() {
-            state.add_row(kind, name, value, &self.registered.entry.login.user);
-        }
-    }
-
     /// An exchange of the client's is answered.
     fn completed(&mut self, status: TxnStatus, touched: bool) -> Verdict {
         self.charge();
@@ -457,58 +407,5 @@ impl Session {
             return Verdict::Drop;
         }
         Verdict::Pass
-    }
-
-    /// Asks the backend for the session's state; the client's ReadyForQuery waits for the answer,
-    /// so that a failover never finds a state that nobody knows.
-    fn ask_for_state(&mut self) {
-        self.state_due = false;
-        let Some(server) = self.server.as_mut() else {
-            return;
-        };
-        self.tracker.push_own_exchange();
-        own::snapshot(&mut server.link.output, self.tracker.custom_settings());
-        self.asking = Some(Snapshot::default());
-    }
-
-    /// Behind a dropped frame: the answer to the question for the state may be complete.
-    fn after_drop(&mut self) {
-        if self.asking.is_some() && self.tracker.is_quiet() {
-            if let Some(state) = self.asking.take() {
-                self.learn_state(state);
-            }
-            back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
-        }
-    }
-
-    fn learn_state(&mut self, state: Snapshot) {
-        let names: std::collections::BTreeSet<&str> =
-            state.protocol_prepared.iter().map(String::as_str).collect();
-        self.tracker
-            .prepared_mut()
-            .reconcile(|name| std::str::from_utf8(name).is_ok_and(|n| names.contains(n)));
-        self.state = state;
-        self.show_protection();
-    }
-
-    /// Why a failover now would cost this session an error.
-    pub(super) fn unprotected(&self) -> Option<String> {
-        let options = &self.shared.options;
-        if let Some(lost) = self.tracker.journal().lost() {
-            return Some(lost.to_owned());
-        }
-        if !options.capture_settings && !self.state.settings.is_empty() {
-            return Some("settings, which are not captured".into());
-        }
-        let statements = !self.tracker.prepared().is_empty() || !self.state.prepared.is_empty();
-        if !options.capture_prepared && statements {
-            return Some("prepared statements, which are not captured".into());
-        }
-        self.state.immovable.first().cloned()
-    }
-
-    /// Shows it in the list of sessions.
-    pub(super) fn show_protection(&self) {
-        super::registry::lock(&self.entry().shown).unprotected = self.unprotected();
     }
 }

@@ -87,7 +87,7 @@ impl Tracker {
         let dropped = self.expect.take_dropped_syncs();
         let open = self.status != TxnStatus::Idle || self.projected_open;
         if last && to.is_named() {
-            self.named_done(tag, frame, open);
+            self.named_done(tag, frame);
         }
         let Some(exchange) = self.journal.in_flight_mut().front_mut() else {
             return;
@@ -111,10 +111,12 @@ impl Tracker {
         }
     }
 
-    pub(super) fn named_done(&mut self, tag: u8, frame: &[u8], open: bool) {
+    pub(super) fn named_done(&mut self, tag: u8, frame: &[u8]) {
         match self.named.pop_front() {
             Some(Named::Parse(name, mut statement)) => {
-                statement.made_inside = open;
+                // Until the session is idle again: an exchange that leaves a transaction open is
+                // a record, and its replay prepares the statement itself.
+                statement.made_inside = true;
                 self.prepared.insert(name, statement);
             }
             Some(Named::CloseStatement(name)) => self.prepared.remove(&name),

@@ -1,0 +1,109 @@
+//! Everything a proxy is started with, in code or from a `helios_proxy.toml`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use helios_telemetry::metrics::Metrics;
+
+use crate::auth::AuthMethod;
+use crate::backend::Login;
+use crate::config::{ProxyConfig, ReplayMode};
+use crate::engine::shared::EngineOptions;
+use crate::handle::StartError;
+use crate::tls::{BackendTls, ServerTls};
+
+/// Everything a proxy is started with.
+#[derive(Debug)]
+pub struct ProxyOptions {
+    /// Host to listen on; `*` for all addresses.
+    pub host: String,
+    /// Port to listen on; 0 takes a free one.
+    pub port: u16,
+    /// Folder for a Unix socket.
+    pub unix_socket_dir: Option<PathBuf>,
+    /// How clients prove who they are.
+    pub auth: AuthMethod,
+    /// TLS towards clients.
+    pub tls: Option<ServerTls>,
+    /// TLS towards servers.
+    pub backend_tls: BackendTls,
+    /// The proxy's own login: a superuser, for verifiers and for questions about sessions.
+    pub service: Login,
+    /// Most connections in all.
+    pub max_connections: usize,
+    /// Most connections of one user.
+    pub max_connections_per_user: Option<usize>,
+    /// Limit of a client's login.
+    pub login_timeout: Duration,
+    /// How often the primary is asked whether it lives.
+    pub health_check_interval: Duration,
+    /// How long it may take to answer.
+    pub health_check_timeout: Duration,
+    /// The engine's.
+    pub engine: EngineOptions,
+    /// Metrics registry.
+    pub metrics: Metrics,
+}
+
+impl ProxyOptions {
+    /// What a `helios_proxy.toml` says; reads the files that it names.
+    ///
+    /// # Errors
+    /// A certificate, key or password file cannot be used.
+    pub fn from_config(config: &ProxyConfig) -> Result<Self, StartError> {
+        let (edge, backends) = (&config.proxy, &config.backends);
+        let first = backends.instances.first();
+        Ok(Self {
+            host: edge.listen.host.clone(),
+            port: edge.listen.port,
+            unix_socket_dir: edge.unix_socket_dir.clone(),
+            auth: edge.auth,
+            tls: edge.server_tls()?,
+            backend_tls: backends.tls()?,
+            service: backends.service_login().map_err(StartError::Password)?,
+            max_connections: edge.max_connections,
+            max_connections_per_user: edge.max_connections_per_user,
+            login_timeout: edge.login_timeout,
+            health_check_interval: first.map_or(HEALTH, |i| i.health_check_interval),
+            health_check_timeout: first.map_or(HEALTH, |i| i.health_check_timeout),
+            engine: engine_options(config),
+            metrics: Metrics::new(),
+        })
+    }
+}
+
+/// Interval and limit of health checks where no instance is configured.
+const HEALTH: Duration = Duration::from_secs(2);
+
+fn engine_options(config: &ProxyConfig) -> EngineOptions {
+    let (edge, replay, migration) = (&config.proxy, &config.replay, &config.migration);
+    let mode = match replay.mode {
+        _ if !edge.session_migration_enabled => helios_session::ReplayMode::None,
+        ReplayMode::None => helios_session::ReplayMode::None,
+        ReplayMode::Session => helios_session::ReplayMode::Session,
+        ReplayMode::Transaction => helios_session::ReplayMode::Transaction,
+        ReplayMode::Select => helios_session::ReplayMode::Select,
+    };
+    EngineOptions {
+        mode,
+        max_journal_bytes: replay.max_journal_bytes,
+        max_total_journal_bytes: replay.max_total_journal_bytes,
+        max_replay_time: replay.max_replay_time,
+        max_replay_attempts: replay.max_replay_attempts,
+        replay_backoff: replay.replay_backoff,
+        replay_on_connection_loss: replay.replay_on_connection_loss,
+        write_timeout: replay.write_timeout,
+        connect_timeout: config.backends.connect_timeout,
+        outage_limit: migration.migration_timeout,
+        idle_timeout: edge.idle_timeout,
+        capture_settings: migration.capture_set_parameters,
+        capture_prepared: migration.capture_prepared_statements,
+        move_on_failure: config.triggers.on_backend_failure,
+        move_on_maintenance: config.triggers.on_maintenance_signal,
+        log_migrations: config.observability.log_migrations,
+        check_query: config.health.check_query.clone(),
+        failure_threshold: config.health.failure_threshold,
+        success_threshold: config.health.success_threshold,
+        ..EngineOptions::default()
+    }
+}
