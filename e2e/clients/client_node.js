@@ -21,34 +21,44 @@ function switchNow() {
 }
 
 async function transaction(client) {
-  const add = (v, n) =>
-    client.query({ name: 'add', text: 'insert into np (v, n) values ($1, $2) returning id', values: [v, n] })
+  const text = 'insert into np (pos, v, n) values ($1, $2, $3) returning id'
+  const seen = []
+  const add = async (v, n) => {
+    const pos = seen.length + 1
+    const result = await client.query({ name: 'add', text, values: [pos, v, n] })
+    seen.push({ pos, v, n, id: result.rows[0].id })
+    return result
+  }
   await client.query('begin isolation level repeatable read')
   check('first id', (await add('first', 1)).rows, [{ id: 1 }])
   for (let i = 0; i < 50; i++) await add(`row ${i}`, i)
-  const cursor = client.query(new Cursor('select id from np order by id'))
-  check('before the move', (await cursor.read(5)).map((r) => r.id), [1, 2, 3, 4, 5])
+  const cursor = client.query(new Cursor('select pos, id from np order by pos'))
+  const place = ({ pos, id }) => ({ pos, id })
+  check('before the move', await cursor.read(5), seen.slice(0, 5).map(place))
   await switchNow()
-  check('after the move', (await cursor.read(5)).map((r) => r.id), [6, 7, 8, 9, 10])
+  check('after the move', await cursor.read(5), seen.slice(5, 10).map(place))
   await cursor.close()
-  check('second id', (await add('second', 2)).rows, [{ id: 52 }])
+  await add('second', 2)
   const sum = await client.query('select sum(n)::int as sum from np where id > $1', [0])
   check('sum inside the transaction', sum.rows, [{ sum: 1228 }])
   await client.query('commit')
+  return seen
 }
 
 async function main() {
   const client = new Client()
   await client.connect()
   await client.query('drop table if exists np')
-  await client.query('create table np (id serial primary key, v text unique, n int)')
-  await transaction(client)
+  await client.query('create table np (id serial primary key, pos int, v text unique, n int)')
+  const seen = await transaction(client)
   await client.end()
   const pool = new Pool({ max: 4 })
   const counts = await Promise.all(
     [0, 1, 2, 3].map((r) => pool.query('select count(*)::int as c from np where id % 4 = $1', [r])),
   )
   check('rows', counts.reduce((sum, result) => sum + result.rows[0].c, 0), 52)
+  // Every id was seen: all of them are what they were.
+  check('table', (await pool.query('select pos, v, n, id from np order by pos')).rows, seen)
   await pool.query('drop table np')
   await pool.end()
   lines.close()

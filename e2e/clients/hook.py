@@ -19,3 +19,13 @@ def check(what, got, expected):
     """Ends the program when a value is not what it has to be."""
     if got != expected:
         sys.exit(f"{what}: got {got!r}, expected {expected!r}")
+
+
+def check_rows(rows, contents, seen):
+    """What a table holds at the end: `rows` of (n, v, id) in the order of n, against all (n, v),
+    and the ids that the program saw, by n. Ids are unique; sequences may leave gaps in those that
+    nobody saw."""
+    check("contents", [(n, v) for n, v, _ in rows], contents)
+    ids = {n: key for n, _, key in rows}
+    check("unique ids", len(set(ids.values())), len(rows))
+    check("ids that were seen", {n: ids[n] for n in seen}, seen)

@@ -25,7 +25,7 @@ pub(crate) async fn program(
     sqlx::query("drop table if exists sx")
         .execute(&pool)
         .await?;
-    sqlx::query("create table sx (id serial primary key, v text unique, at timestamptz)")
+    sqlx::query("create table sx (id serial primary key, n int, v text unique, at timestamptz)")
         .execute(&pool)
         .await?;
 
@@ -38,7 +38,7 @@ pub(crate) async fn program(
     switch().await?;
     add(&mut nested, 100, 25).await?;
     nested.commit().await?;
-    let values: Vec<String> = sqlx::query("select v from sx where id > $1 order by id")
+    let values: Vec<String> = sqlx::query("select v from sx where n >= $1 order by n")
         .bind(0_i32)
         .fetch(&mut *transaction)
         .map_ok(|row| row.get(0))
@@ -66,7 +66,8 @@ pub(crate) async fn program(
 
 async fn add(connection: &mut PgConnection, from: i32, count: i32) -> Result<()> {
     for n in from..from + count {
-        sqlx::query("insert into sx (v, at) values ($1, now())")
+        sqlx::query("insert into sx (n, v, at) values ($1, $2, now())")
+            .bind(n)
             .bind(format!("value {n}"))
             .execute(&mut *connection)
             .await?;
