@@ -31,10 +31,10 @@ use crate::tls::TlsError;
 
 /// How long open transactions may go on by themselves once new ones are held, before they are
 /// frozen: long enough for short ones to end, short enough not to be noticed.
-const GRACE: Duration = Duration::from_millis(15);
+const GRACE: Duration = Duration::from_millis(5);
 
 /// How long frozen sessions may take to finish the statement in flight before it is cut.
-const STATEMENT_GRACE: Duration = Duration::from_millis(15);
+const STATEMENT_GRACE: Duration = Duration::from_millis(10);
 
 /// Why a proxy did not start.
 #[derive(Debug, thiserror::Error)]
