@@ -2,9 +2,10 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use helios_local::credentials::SERVICE_USER;
-use helios_local::{Credentials, LocalBuilder, LocalCluster};
+use helios_local::{Credentials, LocalBuilder, LocalCluster, LocalError};
 use helios_testkit::{PgOptions, PgServer};
 use tokio_postgres::config::Host;
 use tokio_postgres::{Client, Config, NoTls};
@@ -12,6 +13,9 @@ use tokio_postgres::{Client, Config, NoTls};
 use crate::Result;
 use crate::driver::Target;
 use crate::restart::{RestartingServer, all_protected};
+
+/// The longest that an old primary may take to follow the new one.
+const REJOIN_LIMIT: Duration = Duration::from_secs(20);
 
 /// A cluster with its proxy in this process, in a directory of its own.
 ///
@@ -155,7 +159,14 @@ impl Subject {
         };
         all_protected(&cluster.sessions().await)?;
         let before = cluster.status().await.primary;
-        Box::pin(cluster.switchover(None)).await?;
+        // Refused while the old primary of the move before is not a standby yet; nothing is done.
+        let deadline = Instant::now() + REJOIN_LIMIT;
+        while let Err(e) = Box::pin(cluster.switchover(None)).await {
+            if !matches!(e, LocalError::Refused(_)) || Instant::now() >= deadline {
+                return Err(e.into());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
         let after = cluster.status().await.primary;
         if after.is_none() || after == before {
             return Err(format!("the primary has not moved: was {before:?}, is {after:?}").into());
