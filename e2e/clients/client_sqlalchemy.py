@@ -48,11 +48,25 @@ def unit_of_work(engine):
                 session.flush()
         except IntegrityError:
             pass
+        seen = {"ada": ada.id, **{n: order.id for n, order in enumerate(ada.orders)}}
         switch()
-        session.add(Customer(name="grace", orders=[Order(amount=100), Order(amount=200)]))
+        grace = Customer(name="grace", orders=[Order(amount=100), Order(amount=200)])
+        session.add(grace)
+        session.flush()
+        seen |= {"grace": grace.id, **{order.amount: order.id for order in grace.orders}}
         for order in session.scalars(select(Order).where(Order.customer_id == ada.id)):
             order.amount += 1
         session.commit()
+    return seen
+
+
+def check_ids(session, seen):
+    """Every id that the program saw is the id of that row."""
+    found = {name: key for name, key in session.execute(select(Customer.name, Customer.id))}
+    for amount, key in session.execute(select(Order.amount, Order.id)):
+        # What the program has done to the amounts since it saw the ids.
+        found[amount // 2 if amount >= 100 else amount - 1] = key
+    check("ids", found, seen)
 
 
 async def core():
@@ -69,12 +83,13 @@ def main():
     engine = create_engine(url("psycopg"))
     Base.metadata.drop_all(engine)
     Base.metadata.create_all(engine)
-    unit_of_work(engine)
+    seen = unit_of_work(engine)
     asyncio.run(core())
     with Session(engine) as session:
         query = select(Customer.name, func.count(), func.sum(Order.amount))
         rows = session.execute(query.join(Order).group_by(Customer.name).order_by(Customer.name))
         check("orders", [tuple(r) for r in rows], [("ada", 10, 55), ("grace", 2, 600)])
+        check_ids(session, seen)
     Base.metadata.drop_all(engine)
     engine.dispose()
 

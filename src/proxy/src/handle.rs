@@ -138,7 +138,9 @@ impl Proxy {
 async fn client(shared: Arc<Shared>, edge: Arc<EdgeContext>, incoming: Incoming) {
     let peer = incoming.peer.clone();
     match login::accept(incoming, &edge).await {
-        Ok(Accepted::Cancel { key }) => shared.registry.cancel(key.pid, &key.secret),
+        Ok(Accepted::Cancel { key, stream }) => {
+            shared.registry.cancel(key.pid, &key.secret, stream)
+        }
         Ok(Accepted::Session(login)) => {
             shared.metrics.connections.inc();
             Box::pin(session::serve(shared, *login)).await;

@@ -78,6 +78,16 @@ impl Kept {
         let wanted = tag.is_some_and(|t| {
             rows > 0 && (inserts(t) || (t.starts_with(b"SELECT") && rows <= SELECT_ROWS))
         });
+        self.finish(wanted);
+    }
+
+    /// The command that runs has stopped at its limit of rows, having returned `rows`. Drivers
+    /// read one row so; which command it is, no tag tells.
+    pub fn suspend(&mut self, rows: u64) {
+        self.finish(rows > 0 && rows <= SELECT_ROWS);
+    }
+
+    fn finish(&mut self, wanted: bool) {
         if !wanted {
             self.frames.truncate(self.start);
         }
@@ -155,6 +165,17 @@ mod tests {
         out.extend_from_slice(&u32::try_from(len + 4).unwrap().to_be_bytes());
         out.resize(len + 5, 7);
         out
+    }
+
+    #[test]
+    fn a_suspended_portal_keeps_a_few_rows() {
+        let mut kept = Kept::default();
+        kept.add(b'D', &frame(b'D', 5), 0);
+        kept.suspend(1);
+        assert_eq!(kept.commands().len(), 1);
+        kept.add(b'D', &frame(b'D', 5), 1);
+        kept.suspend(SELECT_ROWS + 1);
+        assert_eq!(kept.commands().len(), 1);
     }
 
     #[test]

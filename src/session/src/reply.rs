@@ -131,9 +131,8 @@ impl Reply {
                 self.kept.add(tag, frame, self.commands.len());
             }
             backend::COMMAND_COMPLETE => self.kept.end(frame.get(5..), self.rows),
-            backend::ERROR_RESPONSE | backend::PORTAL_SUSPENDED | backend::EMPTY_QUERY_RESPONSE => {
-                self.kept.end(None, 0);
-            }
+            backend::PORTAL_SUSPENDED => self.kept.suspend(self.rows),
+            backend::ERROR_RESPONSE | backend::EMPTY_QUERY_RESPONSE => self.kept.end(None, 0),
             _ => {}
         }
     }

@@ -244,11 +244,15 @@ fn integers(description: &[u8], rows: &[&[u8]], formats: Option<&[u16]>) -> Vec<
             integer(value??, format)
         });
         if let Some(values) = values.collect() {
-            out.push(SeenColumn {
+            let seen = SeenColumn {
                 table: column.table,
                 attribute: column.attribute,
                 values,
-            });
+            };
+            // A column that is returned twice, as SQLAlchemy does with ids, was drawn once.
+            if seen.table == 0 || !out.contains(&seen) {
+                out.push(seen);
+            }
         }
     }
     out

@@ -6,13 +6,15 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::unconstrained;
+use tokio::time::Instant;
 
 use super::gate::GateState;
 use super::link::{HIGH_WATER, READ};
-use super::session::{End, Event, Session, far_future};
+use super::session::{End, Event, Session};
 
 impl Session {
     /// Moves bytes until something else happens.
@@ -129,4 +131,8 @@ impl Session {
             _ => READ,
         }
     }
+}
+
+fn far_future() -> Instant {
+    Instant::now() + Duration::from_secs(86_400)
 }

@@ -108,7 +108,7 @@ impl Session {
         if let Some(server) = self.server.take()
             && !self.tracker.is_between()
         {
-            self.spawn_cancel(&server);
+            self.spawn_cancel(&server, false);
         }
         self.last_words = None;
         Ok(())
@@ -122,7 +122,7 @@ impl Session {
         match self.plan() {
             Plan::Replay => {
                 if let Some(server) = self.server.take() {
-                    self.spawn_cancel(&server);
+                    self.spawn_cancel(&server, false);
                 }
             }
             // Alone and all or nothing: once the server says that it is cancelled, nothing of it
@@ -130,7 +130,7 @@ impl Session {
             _ if self.is_cancellable() => {
                 self.cut = true;
                 if let Some(server) = &self.server {
-                    self.spawn_cancel(server);
+                    self.spawn_cancel(server, true);
                 }
             }
             _ => {}

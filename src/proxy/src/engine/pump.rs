@@ -3,6 +3,8 @@
 //! Only frame headers and the few messages that change state are looked into. The invariant: no
 //! frame is forwarded before the tracker has explained it.
 
+use std::sync::atomic::Ordering;
+
 use bytes::Buf;
 use helios_session::TxnStatus;
 use helios_session::expect::{Expect, ExpectQueue, MAX_EXPECTED};
@@ -136,6 +138,9 @@ impl Session {
             return true;
         }
         let boundary = self.tracker.at_boundary();
+        if boundary && self.entry().cancel_under_way.load(Ordering::Relaxed) {
+            return true;
+        }
         match self.gate.phase {
             Phase::Open => false,
             Phase::Hold => boundary && !self.tracker.projects_open(),
@@ -198,10 +203,9 @@ impl Session {
             self.shared.metrics.journal_overflows.inc();
             self.show_protection();
         }
-        self.entry().journal_bytes.store(
-            self.account.used() as u64,
-            std::sync::atomic::Ordering::Relaxed,
-        );
+        self.entry()
+            .journal_bytes
+            .store(self.account.used() as u64, Ordering::Relaxed);
     }
 
     fn pump_server(&mut self) -> Result<(), Event> {
@@ -385,15 +389,15 @@ impl Session {
         let entry = self.entry();
         match status {
             TxnStatus::Idle => {
-                entry.began.store(0, std::sync::atomic::Ordering::Relaxed);
+                entry.began.store(0, Ordering::Relaxed);
                 self.instead = None;
             }
             TxnStatus::Open | TxnStatus::Failed => {
                 let _ = entry.began.compare_exchange(
                     0,
                     self.shared.now_micros(),
-                    std::sync::atomic::Ordering::Relaxed,
-                    std::sync::atomic::Ordering::Relaxed,
+                    Ordering::Relaxed,
+                    Ordering::Relaxed,
                 );
             }
         }

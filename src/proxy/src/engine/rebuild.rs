@@ -2,6 +2,7 @@
 //!
 //! The invariant: a COMMIT in flight is resolved from evidence before anything is run again.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -197,6 +198,8 @@ impl Session {
         self.server = Some(server);
         self.attempts = 0;
         self.retry_at = None;
+        // One that is still under way is for a backend of the past.
+        self.entry().cancel_under_way.store(false, Ordering::SeqCst);
         self.show_instance();
         self.charge();
     }

@@ -12,6 +12,10 @@ use helios_api::{InstanceName, SessionId};
 use tokio::sync::Notify;
 
 use crate::backend::{BackendConn, Login};
+use crate::stream::Stream;
+
+/// Cancel requests whose senders wait for one session; the senders of more are not waited for.
+const MAX_CANCELLING: usize = 8;
 
 /// What a session shows of itself.
 #[derive(Debug, Clone, Default)]
@@ -37,6 +41,11 @@ pub struct Entry {
     pub key: CancelKey,
     /// A cancel request waits to be forwarded.
     pub cancel: AtomicBool,
+    /// Connections of clients that wait for a cancel request to be delivered.
+    pub cancelling: Mutex<Vec<Stream>>,
+    /// A cancel request is on its way to the server: nothing new is sent until it has been
+    /// delivered, or it could hit a COMMIT that follows.
+    pub cancel_under_way: AtomicBool,
     /// Wakes the session for it.
     pub wake: Notify,
     /// A backend opened ahead of time on the next primary.
@@ -129,6 +138,8 @@ impl Registry {
             peer,
             key: CancelKey { pid, secret },
             cancel: AtomicBool::new(false),
+            cancelling: Mutex::default(),
+            cancel_under_way: AtomicBool::new(false),
             wake: Notify::new(),
             warm: Mutex::new(None),
             shown: Mutex::default(),
@@ -146,13 +157,18 @@ impl Registry {
 
     /// Asks the session with this key to cancel what it runs; a wrong key is ignored, as in
     /// PostgreSQL.
-    pub fn cancel(&self, pid: i32, secret: &[u8]) {
+    pub fn cancel(&self, pid: i32, secret: &[u8], stream: Stream) {
         let key = CancelKey {
             pid,
             secret: secret.to_vec(),
         };
         let entry = lock(&self.keys).get(&key).cloned();
         if let Some(entry) = entry {
+            let mut waiting = lock(&entry.cancelling);
+            if waiting.len() < MAX_CANCELLING {
+                waiting.push(stream);
+            }
+            drop(waiting);
             entry.cancel.store(true, Ordering::SeqCst);
             entry.wake.notify_one();
         }

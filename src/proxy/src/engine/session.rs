@@ -313,7 +313,6 @@ impl Session {
         event: Event,
         gate: &mut watch::Receiver<GateState>,
     ) -> Result<(), End> {
-        tracing::trace!(session = %self.entry().id, ?event, step = self.gate.step, "woken");
         match event {
             Event::Gate => {
                 self.gate = gate.borrow_and_update().clone();
@@ -325,9 +324,10 @@ impl Session {
                 self.gate_changed(gate).await
             }
             Event::Cancel => {
-                self.entry().cancel.store(false, Ordering::SeqCst);
-                self.cancel_waits = true;
-                self.forward_cancel();
+                if self.entry().cancel.swap(false, Ordering::SeqCst) {
+                    self.cancel_waits = true;
+                    self.forward_cancel();
+                }
                 Ok(())
             }
             Event::ServerLost => {
@@ -358,7 +358,6 @@ impl Session {
             if self.gate.phase != Phase::Open {
                 self.entry().set_state(4);
             }
-            tracing::trace!(session = %self.entry().id, step, phase = ?self.gate.phase, "stands");
             self.member.acknowledge(step);
         }
     }
@@ -441,21 +440,28 @@ impl Session {
         if let Some(mut server) = self.server.take() {
             // A statement that still runs would hold its locks: a client that vanishes cancels.
             if !self.tracker.is_between() && !self.commit_in_flight() {
-                self.spawn_cancel(&server);
+                self.spawn_cancel(&server, false);
             }
             helios_wire::message::front::terminate(&mut server.link.output);
             let _ = tokio::time::timeout(Duration::from_secs(1), server.link.flush()).await;
         }
     }
 
-    pub(super) fn spawn_cancel(&self, server: &Server) {
+    /// `holds`: nothing new is sent to this server until the request has been delivered.
+    pub(super) fn spawn_cancel(&self, server: &Server, holds: bool) {
         let shared = Arc::clone(&self.shared);
+        let entry = Arc::clone(self.entry());
         let (endpoint, pid, secret) = (server.endpoint.clone(), server.pid, server.secret.clone());
+        entry.cancel_under_way.store(holds, Ordering::SeqCst);
+        let waiting = std::mem::take(&mut *lock(&entry.cancelling));
         tokio::spawn(async move {
             let limit = shared.options.connect_timeout;
             if let Err(e) = backend::cancel(&endpoint, &shared.tls, pid, secret, limit).await {
                 tracing::debug!(error = %e, "cancel request was not delivered");
             }
+            drop(waiting);
+            entry.cancel_under_way.store(false, Ordering::SeqCst);
+            entry.wake.notify_one();
         });
     }
 
@@ -464,6 +470,7 @@ impl Session {
     pub(super) fn forward_cancel(&mut self) {
         if self.tracker.is_between() {
             self.cancel_waits = false;
+            lock(&self.entry().cancelling).clear();
             return;
         }
         if self.commit_in_flight() || self.tracker.expect().head_is_own() {
@@ -472,7 +479,7 @@ impl Session {
         if let Some(server) = &self.server {
             self.cancel_waits = false;
             self.cancelled_by_client = true;
-            self.spawn_cancel(server);
+            self.spawn_cancel(server, true);
         }
     }
 
@@ -487,8 +494,4 @@ impl Session {
                 .is_none_or(|kinds| kinds.iter().any(ends))
         })
     }
-}
-
-pub(super) fn far_future() -> Instant {
-    Instant::now() + Duration::from_secs(86_400)
 }

@@ -31,9 +31,12 @@ pub(super) async fn handshake(
         admission,
     } = incoming;
     let First { stream, packet } = first_packet(stream, ctx.tls.as_ref()).await?;
+    if let Ok(FirstPacket::Cancel(key)) = packet {
+        return Ok(Accepted::Cancel { key, stream });
+    }
     let mut client = Framed::new(stream);
     let startup = match packet {
-        Ok(FirstPacket::Cancel(key)) => return Ok(Accepted::Cancel { key }),
+        Ok(FirstPacket::Cancel(_)) => return Err(LoginError::Closed),
         Ok(FirstPacket::Startup(startup)) => startup,
         Ok(FirstPacket::SslRequest | FirstPacket::GssEncRequest) => {
             let why = "encryption was asked for twice";

@@ -40,10 +40,13 @@ pub struct EdgeContext {
 /// What a client wanted.
 #[derive(Debug)]
 pub enum Accepted {
-    /// To cancel what another connection does; its connection is closed already.
+    /// To cancel what another connection does. Its client waits until this connection is closed,
+    /// before it goes on: to be kept until the request has been delivered.
     Cancel {
         /// Whom.
         key: CancelKey,
+        /// The connection to close then.
+        stream: Stream,
     },
     /// A session; its client waits for ParameterStatus, BackendKeyData and ReadyForQuery.
     Session(Box<ClientLogin>),

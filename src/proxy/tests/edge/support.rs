@@ -109,7 +109,10 @@ impl Edge {
 
 async fn serve(accepted: Accepted, endpoint: &Endpoint, tls: &BackendTls) {
     let mut client = match accepted {
-        Accepted::Cancel { key } => {
+        Accepted::Cancel {
+            key,
+            stream: _stream,
+        } => {
             let _ = backend::cancel(endpoint, tls, key.pid, key.secret, LIMIT).await;
             return;
         }
