@@ -2,11 +2,14 @@
 //!
 //! The invariant: the truth, once; afterwards the session is usable.
 
+use bytes::BytesMut;
 use helios_api::control::MigrationEvent;
 use helios_session::TxnStatus;
+use helios_session::grammar::Kind;
+use helios_session::journal::Exchange;
 use helios_telemetry::metrics::CommitOutcome;
 use helios_wire::message::back;
-use helios_wire::{ErrorFields, SqlState};
+use helios_wire::{ErrorFields, SqlState, frontend};
 
 use super::rebuild::Attempt;
 use super::registry::lock;
@@ -20,18 +23,37 @@ impl Session {
         let Some(front) = journal.in_flight().front() else {
             return Ok(());
         };
-        if !front.closed {
-            return self.outcome_unknown("the transaction has committed, its answer is lost");
-        }
-        let reply = replay::committed_reply(journal.exchange_bytes(front), front.reply.messages);
+        let Some(reply) = self.rest_of_commit(front) else {
+            return self.outcome_unknown("the transaction has committed, results of it are lost");
+        };
         self.client.output.extend_from_slice(&reply);
         self.tracker.committed_front();
+        (self.skip, self.forced) = (None, None);
         self.shared
             .metrics
             .commit_resolution(CommitOutcome::Committed);
         self.shared.metrics.losses_prevented.inc();
         lock(&self.shared.report).resolved += 1;
         Ok(())
+    }
+
+    /// What the client has not got yet of the answer to an exchange that ended with a COMMIT;
+    /// `None` where it cannot be known.
+    fn rest_of_commit(&self, front: &Exchange) -> Option<BytesMut> {
+        let bytes = self.tracker.journal().exchange_bytes(front);
+        let mut kinds = self.tracker.kinds(front)?;
+        kinds.retain(|k| *k != Kind::Empty);
+        if !front.closed {
+            return None;
+        }
+        if kinds.len() == 1 {
+            let delivered = self.skip.map_or(front.reply.messages, |s| s.messages);
+            return Some(replay::committed_reply(bytes, delivered));
+        }
+        // Several statements in one query: all but the COMMIT must have been answered.
+        let answered = front.reply.commands.len() + 1 == kinds.len() && self.skip.is_none();
+        let simple = bytes.first() == Some(&frontend::QUERY);
+        (answered && simple).then(|| replay::committed_reply(bytes, 0))
     }
 
     pub(super) fn outcome_unknown(&mut self, why: &str) -> Result<(), Attempt> {
@@ -63,6 +85,7 @@ impl Session {
             }
             unfinished |= !exchange.closed;
         }
+        (self.skip, self.forced) = (None, None);
         self.discarding = unfinished;
         self.dropping_rest = self.client.passing > 0;
         self.tracker.abandon(TxnStatus::Idle);

@@ -46,10 +46,13 @@ impl Session {
             self.state_lost();
         }
         loop {
-            let plan = match self.forced.take() {
+            let plan = match self.plan() {
                 _ if !self.may_move(topology) => Plan::Disconnect,
-                Some(reason) => Plan::Abort { reason },
-                None => self.plan(),
+                // Only where nothing can have committed: a COMMIT in flight is resolved first.
+                Plan::Replay if self.forced.is_some() => Plan::Abort {
+                    reason: self.forced.take().unwrap_or_default(),
+                },
+                plan => plan,
             };
             tracing::debug!(session = %self.entry().id, ?plan, "session is rebuilt");
             match plan {
@@ -95,6 +98,9 @@ impl Session {
 
     /// Nothing has committed: runs everything again, or gives up where that cannot be.
     pub(super) async fn again(&mut self, server: Server) -> Result<(), Attempt> {
+        if let Some(reason) = self.forced.take() {
+            return self.abort(server, &reason).await;
+        }
         let in_flight = self.tracker.in_flight();
         let unprotected = self.unprotected();
         let plan = replay_or_abort(&Situation {
@@ -177,10 +183,12 @@ impl Session {
                 .detail("Rows over 1 MiB are passed on as they come and cannot be taken back."),
             )));
         }
-        self.skip = (front.reply.messages > 0).then(|| Skip {
+        // One that is not through is of an earlier move: the client has more than this backend gave.
+        let had = (front.reply.messages > 0).then(|| Skip {
             messages: front.reply.messages,
             digest: front.reply.digest(),
         });
+        self.skip = self.skip.or(had);
         Ok(())
     }
 
