@@ -55,6 +55,7 @@ class Cluster:
         self.run(
             "start", "--detach", "--instances", str(instances), "--mode", mode,
             "--listen", f"127.0.0.1:{port}", "--socket-dir", sockets,
+            "--set", "max_connections=1300",
         )
         self.pid = self.status()["pid"]
         secret = json.loads((self.folder / "credentials.json").read_text())

@@ -223,6 +223,9 @@ pub(crate) struct StartArgs {
     /// Let commits not wait for a standby: faster, and a crash may lose the last ones
     #[arg(long)]
     pub(crate) asynchronous: bool,
+    /// A PostgreSQL setting for all servers; may be given several times
+    #[arg(long = "set", value_name = "NAME=VALUE", value_parser = setting)]
+    pub(crate) settings: Vec<(String, String)>,
     /// A helios_proxy.toml instead of the generated one
     #[arg(long, value_name = "FILE")]
     pub(crate) proxy_config: Option<PathBuf>,
@@ -309,8 +312,18 @@ pub(crate) struct ProxyArgs {
     #[arg(long, value_name = "FILE", default_value = "helios_proxy.toml")]
     pub(crate) config: PathBuf,
     /// Say all that is wrong with it, each with its line, and end
-    #[arg(long, required = true)]
+    #[arg(long)]
     pub(crate) check: bool,
+}
+
+/// `NAME=VALUE`.
+fn setting(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
+    let name = name.trim();
+    if name.is_empty() {
+        return Err("the setting has no name".to_owned());
+    }
+    Ok((name.to_owned(), value.trim().to_owned()))
 }
 
 /// `agent`.

@@ -34,7 +34,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
         Command::Completions { shell } => return completions(*shell),
-        Command::Proxy(args) => return commands::proxy::check(args),
+        Command::Proxy(args) if args.check => return commands::proxy::check(args),
         _ => {}
     }
     raise_file_limit();
@@ -62,7 +62,8 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             (Command::Status(args), _) => commands::show::status(args).await,
             (Command::Sessions(args), _) => commands::show::sessions(args).await,
             (Command::Switchover(args), _) => commands::show::switchover(args).await,
-            (Command::Completions { .. } | Command::Proxy(_) | Command::Demo(_), _) => Ok(()),
+            (Command::Proxy(args), _) => Box::pin(commands::proxy::run(args)).await,
+            (Command::Completions { .. } | Command::Demo(_), _) => Ok(()),
         }
     })
 }
@@ -77,7 +78,10 @@ fn completions(shell: clap_complete::Shell) -> Result<(), Failure> {
 fn set_up_log(args: &LogArgs, command: &Command, file: Option<&Path>) -> Result<(), Failure> {
     let runs_on = matches!(
         command,
-        Command::Local(LocalCommand::Start(_)) | Command::Agent(_) | Command::Demo(_)
+        Command::Local(LocalCommand::Start(_))
+            | Command::Agent(_)
+            | Command::Proxy(_)
+            | Command::Demo(_)
     );
     let default = if runs_on { "info" } else { "warn" };
     let format = match args.log_format {

@@ -1,14 +1,106 @@
-//! `helios proxy --check`: says everything that is wrong with a `helios_proxy.toml`.
+//! `helios proxy`: a proxy alone, in front of servers that somebody else looks after.
+//!
+//! It looks for the primary among the configured instances once, when it starts. A proxy alone never
+//! moves sessions to another primary: it has no evidence of what a promotion left behind.
 
+use std::time::Duration;
+
+use helios_api::control::{Backend, Topology};
+use helios_api::{Epoch, Timeline};
 use helios_proxy::config::ProxyConfig;
+use helios_proxy::{Proxy, ProxyOptions, backend, control};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::ProxyArgs;
 use crate::failure::Failure;
 use crate::out;
 
-/// Runs it.
+/// How long sessions may end by themselves when the proxy is told to stop.
+const GRACE: Duration = Duration::from_secs(10);
+
+fn load(args: &ProxyArgs) -> Result<ProxyConfig, Failure> {
+    ProxyConfig::load(&args.config).map_err(|e| Failure::usage(e.to_string()))
+}
+
+/// `--check`.
 pub(crate) fn check(args: &ProxyArgs) -> Result<(), Failure> {
-    ProxyConfig::load(&args.config).map_err(|e| Failure::usage(e.to_string()))?;
+    load(args)?;
     out::note(&format!("{} is valid", args.config.display()));
     Ok(())
+}
+
+/// Runs it until it is told to stop.
+pub(crate) async fn run(args: &ProxyArgs) -> Result<(), Failure> {
+    let config = load(args)?;
+    let failed = |e| Failure::failed(format!("could not listen for signals: {e}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let options = ProxyOptions::from_config(&config).map_err(|e| Failure::usage(e.to_string()))?;
+    let primary = find_primary(&config, &options).await?;
+    out::note(&format!(
+        "primary: {} at {}",
+        primary.name, primary.endpoint
+    ));
+    let topology = Topology {
+        epoch: Epoch(1),
+        timeline: Timeline(1),
+        primary,
+        fences: Vec::new(),
+    };
+    let host = options.host.clone();
+    let handle = Proxy::start(options, topology)
+        .await
+        .map_err(|e| Failure::failed(e.to_string()))?;
+    out::note(&format!("listening on {host}:{}", handle.port()));
+    let observability = &config.observability;
+    if observability.metrics_enabled {
+        let address = (
+            observability.metrics_address.as_str(),
+            observability.metrics_port,
+        );
+        let listener = tokio::net::TcpListener::bind(address).await.map_err(|e| {
+            Failure::failed(format!(
+                "could not listen on {}:{}: {e}",
+                address.0, address.1
+            ))
+        })?;
+        let router = control::router(handle.clone());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+    }
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    out::note("stopping");
+    handle.shutdown(GRACE).await;
+    Ok(())
+}
+
+/// The instance, by priority, that is not in recovery.
+async fn find_primary(config: &ProxyConfig, options: &ProxyOptions) -> Result<Backend, Failure> {
+    let mut instances = config.backends.instances.clone();
+    instances.sort_by_key(|i| i.priority);
+    let mut problems = Vec::new();
+    for instance in instances {
+        let (at, limit) = (&instance.backend.endpoint, config.backends.connect_timeout);
+        match backend::connect(at, &options.backend_tls, &options.service, limit).await {
+            Ok(conn)
+                if conn
+                    .parameters
+                    .get("in_hot_standby")
+                    .is_none_or(|v| v == "off") =>
+            {
+                return Ok(instance.backend);
+            }
+            Ok(_) => problems.push(format!("{} is in recovery", instance.backend.name)),
+            Err(e) => problems.push(e.to_string()),
+        }
+    }
+    if problems.is_empty() {
+        problems.push("no [[backends.instances]] is configured".to_owned());
+    }
+    Err(Failure::failed(format!(
+        "no primary was found: {}",
+        problems.join("; ")
+    )))
 }

@@ -47,6 +47,7 @@ fn options(args: &StartArgs) -> Result<LocalOptions, Failure> {
     options.user.clone_from(&args.user);
     options.password.clone_from(&args.password);
     options.synchronous = !args.asynchronous;
+    options.parameters.extend(args.settings.iter().cloned());
     options.proxy_config.clone_from(&args.proxy_config);
     options.agents = AgentMode::Process(program);
     Ok(options)
