@@ -47,11 +47,7 @@ impl Session {
     fn pump_client(&mut self) -> Result<(), Event> {
         loop {
             if self.client.input.is_empty() {
-                return if self.client.ended {
-                    Err(Event::End(End::ClientLeft))
-                } else {
-                    Ok(())
-                };
+                return self.starved();
             }
             if self
                 .server
@@ -69,13 +65,7 @@ impl Session {
             }
             let header = match peek_header(&self.client.input) {
                 Ok(Some(header)) => header,
-                Ok(None) => {
-                    return if self.client.ended {
-                        Err(Event::End(End::ClientLeft))
-                    } else {
-                        Ok(())
-                    };
-                }
+                Ok(None) => return self.starved(),
                 Err(e) => return Err(violation(e.to_string())),
             };
             if header.tag == frontend::TERMINATE {
@@ -85,11 +75,7 @@ impl Session {
             ExpectQueue::of_client(header.tag, 0).map_err(|e| violation(e.to_string()))?;
             let whole = self.client.input.len() >= header.len;
             if !whole && self.needs_whole(header.tag, header.len)? {
-                return if self.client.ended {
-                    Err(Event::End(End::ClientLeft))
-                } else {
-                    Ok(())
-                };
+                return self.starved();
             }
             if self.answer_ourselves(header.tag, header.len, whole)? {
                 continue;
@@ -108,11 +94,16 @@ impl Session {
                     return Ok(());
                 }
             }
-            self.client_frame(
-                header.tag,
-                header.len.min(self.client.input.len()),
-                header.len,
-            )?;
+            self.client_frame(header.tag, have, header.len)?;
+        }
+    }
+
+    /// No whole message is there: more may come, unless the client has left.
+    fn starved(&self) -> Result<(), Event> {
+        if self.client.ended {
+            Err(Event::End(End::ClientLeft))
+        } else {
+            Ok(())
         }
     }
 
