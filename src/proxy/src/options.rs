@@ -92,7 +92,6 @@ fn engine_options(config: &ProxyConfig) -> EngineOptions {
         max_replay_attempts: replay.max_replay_attempts,
         replay_backoff: replay.replay_backoff,
         replay_on_connection_loss: replay.replay_on_connection_loss,
-        write_timeout: replay.write_timeout,
         connect_timeout: config.backends.connect_timeout,
         outage_limit: migration.migration_timeout,
         idle_timeout: edge.idle_timeout,

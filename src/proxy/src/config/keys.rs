@@ -3,9 +3,11 @@
 
 /// Section, keys.
 const NOT_YET: &[(&str, &[&str])] = &[
+    ("proxy", &["control_address", "control_socket"]),
     (
         "transaction_replay",
         &[
+            "write_timeout_secs",
             "journal_path",
             "journal_max_size_mb",
             "journal_sync_mode",

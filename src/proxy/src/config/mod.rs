@@ -63,10 +63,6 @@ pub struct EdgeConfig {
     pub login_timeout: Duration,
     /// A session that is idle outside of a transaction for longer ends; never without it.
     pub idle_timeout: Option<Duration>,
-    /// Address of the control API; none without it.
-    pub control_address: Option<ListenAddress>,
-    /// Unix socket of the control API; none without it.
-    pub control_socket: Option<PathBuf>,
     /// Whether sessions move at all; `false` makes a plain proxy.
     pub session_migration_enabled: bool,
 }
@@ -86,8 +82,6 @@ impl Default for EdgeConfig {
             max_connections_per_user: None,
             login_timeout: Duration::from_secs(60),
             idle_timeout: None,
-            control_address: None,
-            control_socket: None,
             session_migration_enabled: true,
         }
     }
@@ -125,8 +119,6 @@ pub struct ReplayConfig {
     pub max_journal_bytes: usize,
     /// Most bytes that all journals may hold together.
     pub max_total_journal_bytes: usize,
-    /// How long a new primary may take to replay what a transaction has seen.
-    pub write_timeout: Duration,
     /// How long open transactions may go on when a switchover begins.
     pub switchover_drain_timeout: Duration,
     /// How often a replay that fails in the middle is begun.
@@ -145,7 +137,6 @@ impl Default for ReplayConfig {
             mode: ReplayMode::default(),
             max_journal_bytes: 16 << 20,
             max_total_journal_bytes: 1 << 30,
-            write_timeout: Duration::from_secs(15),
             switchover_drain_timeout: Duration::from_secs(30),
             max_replay_attempts: 5,
             replay_backoff: Duration::from_millis(50),

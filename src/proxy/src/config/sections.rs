@@ -113,8 +113,6 @@ fn edge(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<'_
             &mut edge.idle_timeout,
             seconds(1, 365 * DAY),
         )
-        .set_some("control_address", &mut edge.control_address, address)
-        .set_some("control_socket", &mut edge.control_socket, path)
         .set(
             "session_migration_enabled",
             &mut edge.session_migration_enabled,
@@ -167,11 +165,6 @@ fn replay(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<
             "max_total_journal_bytes",
             &mut replay.max_total_journal_bytes,
             bytes(4096, 1024 * GIB),
-        )
-        .set(
-            "write_timeout_secs",
-            &mut replay.write_timeout,
-            seconds(1, DAY),
         )
         .set(
             "switchover_drain_timeout_secs",

@@ -29,15 +29,12 @@ auth = "cert"
 tls_cert = "server.crt"
 tls_key = "server.key"
 tls_client_ca = "ca.crt"
-control_address = "127.0.0.1:7001"
-control_socket = "/run/helios/control"
 
 [transaction_replay]
 tr_enabled = true
 tr_mode = "select"
 tr_max_journal_bytes = "32MiB"
 max_total_journal_bytes = 2_147_483_648
-write_timeout_secs = 7
 switchover_drain_timeout_secs = 8
 max_replay_attempts = 9
 replay_backoff_ms = 10

@@ -32,8 +32,6 @@ pub struct EngineOptions {
     pub max_journal_bytes: usize,
     /// Bytes all journals may hold together.
     pub max_total_journal_bytes: usize,
-    /// How long a replay waits for the new primary to reach the position a transaction has seen.
-    pub write_timeout: Duration,
     /// How long one session's replay may take.
     pub max_replay_time: Duration,
     /// Attempts of a replay that breaks in the middle.
@@ -74,7 +72,6 @@ impl Default for EngineOptions {
             mode: ReplayMode::Transaction,
             max_journal_bytes: 16 << 20,
             max_total_journal_bytes: 1 << 30,
-            write_timeout: Duration::from_secs(15),
             max_replay_time: Duration::from_secs(60),
             max_replay_attempts: 5,
             replay_backoff: Duration::from_millis(50),
