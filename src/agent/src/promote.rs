@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use helios_api::agent::{AgentError, AgentReply, InstanceState};
-use helios_api::control::Fence;
+use helios_api::control::{Fence, LostCommits};
 use helios_api::{Epoch, Lsn, Timeline, Xid};
 use tokio::time::Instant;
 use tokio_postgres::Client;
@@ -179,6 +179,7 @@ impl Instance {
             timeline,
             fork,
             xid: proof.map(|e| e.xid),
+            lost: LostCommits::default(),
         };
         self.report_promoted(&fence);
         tracing::debug!(?replayed, ?recorded, ?recovered, "phases of the promotion");
@@ -202,6 +203,7 @@ impl Instance {
             timeline,
             fork,
             xid: proof.map(|e| e.xid),
+            lost: LostCommits::default(),
         };
         Ok(reply(fence, began))
     }

@@ -35,6 +35,24 @@ pub struct Fence {
     /// First id that was not completed when recovery ended, read in recovery after the last record
     /// was replayed. `None` when that could not be proven: outcomes are then unknown.
     pub xid: Option<Xid>,
+    /// Whether commits that clients were told of are missing on the new timeline.
+    #[serde(default)]
+    pub lost: LostCommits,
+}
+
+/// What is known, at a promotion, of the commits that were acknowledged before it.
+///
+/// Commits that a session itself made with `synchronous_commit` off or local never count: nobody
+/// promised to keep those.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LostCommits {
+    /// Proven: every one of them is on the new timeline.
+    None,
+    /// Some may be missing: replication was asynchronous and the old primary wrote past the fork
+    /// (or nobody can tell), or a person asked for a promotion without proof.
+    #[default]
+    Possible,
 }
 
 /// The primary of an epoch, with the evidence of the promotions that led to it.
@@ -48,6 +66,16 @@ pub struct Topology {
     pub primary: Backend,
     /// The last promotions, oldest first.
     pub fences: Vec<Fence>,
+}
+
+impl Topology {
+    /// Whether commits acknowledged in `epoch` may be missing on this primary: a promotion since
+    /// could not prove that it kept them.
+    #[must_use]
+    pub fn may_have_lost(&self, epoch: Epoch) -> bool {
+        let mut since = self.fences.iter().filter(|fence| fence.epoch > epoch);
+        since.any(|fence| fence.lost == LostCommits::Possible)
+    }
 }
 
 /// Asks a proxy to hold new transactions and to freeze the open ones (design section 6, *drain*).

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use helios_api::InstanceName;
 use helios_api::agent::InstanceState;
+use helios_api::control::LostCommits;
 
 use crate::observe::Observation;
 use crate::state::{ClusterState, Position, Settings};
@@ -93,9 +94,8 @@ pub fn choose(
     end: Option<Position>,
     preferred: Option<&InstanceName>,
 ) -> Option<InstanceName> {
-    let holds_all = |p: &Position| end.is_some_and(|end| p.timeline == end.timeline && *p >= end);
     if let Some(name) = best(positions, preferred)
-        && positions.get(&name).is_some_and(holds_all)
+        && positions.get(&name).is_some_and(|p| reaches(p, end))
     {
         return Some(name);
     }
@@ -108,6 +108,28 @@ pub fn choose(
         best(positions, preferred)
     } else {
         None
+    }
+}
+
+/// Whether somebody's WAL ends where the old primary's does, or behind it.
+fn reaches(position: &Position, end: Option<Position>) -> bool {
+    end.is_some_and(|end| position.timeline == end.timeline && *position >= end)
+}
+
+/// What is known of acknowledged commits that a chosen candidate lacks: nothing is missing when it
+/// was chosen by proof, be it the end of the old primary's WAL or the positions of everybody who
+/// confirmed commits.
+#[must_use]
+pub fn lost(
+    electorate: &Electorate,
+    chosen: Option<&Position>,
+    end: Option<Position>,
+) -> LostCommits {
+    let proven = chosen.is_some_and(|p| reaches(p, end));
+    if proven || matches!(electorate, Electorate::All(_)) {
+        LostCommits::None
+    } else {
+        LostCommits::Possible
     }
 }
 

@@ -3,7 +3,7 @@
 //! Plain data that people and metrics read; decisions never look back into it.
 
 use helios_api::agent::Rejoin;
-use helios_api::control::{DrainReport, ResumeReport};
+use helios_api::control::{DrainReport, LostCommits, ResumeReport};
 use helios_api::{Epoch, InstanceName};
 use serde::{Deserialize, Serialize};
 
@@ -142,6 +142,9 @@ pub struct OperationRecord {
     pub resumed: ResumeReport,
     /// How the old primary came back; `None` until it has.
     pub rejoin: Option<Rejoin>,
+    /// Whether commits that clients were told of may be missing since.
+    #[serde(default)]
+    pub lost: LostCommits,
 }
 
 impl OperationRecord {

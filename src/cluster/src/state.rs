@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use helios_api::control::{Backend, DrainReport, Fence, ResumeReport, Topology};
+use helios_api::control::{Backend, DrainReport, Fence, LostCommits, ResumeReport, Topology};
 use helios_api::{Epoch, InstanceName, Lsn, Timeline};
 use serde::{Deserialize, Serialize};
 
@@ -256,6 +256,9 @@ pub enum Step {
     Promote {
         /// The chosen one.
         candidate: InstanceName,
+        /// What is known of acknowledged commits that it lacks.
+        #[serde(default)]
+        lost: LostCommits,
     },
     /// A candidate that died while it was promoted is fenced, before the old primary comes back.
     Discard {

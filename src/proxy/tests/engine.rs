@@ -39,6 +39,7 @@ fn topology(server: &PgServer, epoch: u64) -> Topology {
         timeline: Timeline(1),
         fork: Lsn(0),
         xid: Some(Xid(u64::MAX)),
+        lost: helios_api::control::LostCommits::None,
     });
     Topology {
         epoch: Epoch(epoch),

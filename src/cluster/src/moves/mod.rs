@@ -8,6 +8,7 @@ mod steps;
 
 use helios_api::InstanceName;
 use helios_api::agent::{AgentCommand, AgentReply};
+use helios_api::control::{Fence, LostCommits};
 
 use crate::decide::{Ctx, backoff_ms};
 use crate::elect::{self, Electorate};
@@ -174,7 +175,7 @@ pub(crate) fn absorb(ctx: &Ctx<'_>, state: &mut ClusterState, finished: &Finishe
 }
 
 /// Records what a reply tells; a promotion is returned.
-fn note(m: &mut Move, action: &Action, reply: &Reply) -> Option<helios_api::control::Fence> {
+fn note(m: &mut Move, action: &Action, reply: &Reply) -> Option<Fence> {
     match reply {
         Reply::Done => {}
         Reply::Drained(report) => {
@@ -262,9 +263,14 @@ fn receiver(action: &Action) -> String {
 }
 
 /// Records a promotion: from here on the candidate is the primary.
-fn take_over(ctx: &Ctx<'_>, state: &mut ClusterState, fence: &helios_api::control::Fence) {
-    let Some(Step::Promote { candidate }) = state.moving().map(|m| m.step.clone()) else {
+fn take_over(ctx: &Ctx<'_>, state: &mut ClusterState, fence: &Fence) {
+    let Some(Step::Promote { candidate, lost }) = state.moving().map(|m| m.step.clone()) else {
         return;
+    };
+    // The agent that promotes knows nothing of what others held.
+    let fence = Fence {
+        lost,
+        ..fence.clone()
     };
     if fence.epoch != state.epoch {
         return;
@@ -273,7 +279,7 @@ fn take_over(ctx: &Ctx<'_>, state: &mut ClusterState, fence: &helios_api::contro
         name: candidate.clone(),
         timeline: fence.timeline,
     });
-    state.fences.push(fence.clone());
+    state.fences.push(fence);
     let over = state.fences.len().saturating_sub(MAX_FENCES);
     state.fences.drain(..over);
     for (name, member) in &mut state.members {
@@ -308,7 +314,7 @@ pub(crate) fn round(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> More {
             steps::trim(ctx, state, &mut m, &positions);
             steps::choose(ctx, state, &mut m, preferred, end, positions)?
         }
-        Step::Promote { candidate } => steps::promote(ctx, state, &mut m, candidate)?,
+        Step::Promote { candidate, .. } => steps::promote(ctx, state, &mut m, candidate)?,
         Step::Discard { candidate } => steps::discard(ctx, state, &mut m, &candidate)?,
         Step::Restart => steps::restart(ctx, state, &mut m)?,
         Step::Replay => return Ok(steps::replay(ctx, state, m)),
@@ -346,6 +352,11 @@ fn finish(ctx: &Ctx<'_>, state: &mut ClusterState, mut m: Move) {
         (_, Some(reason)) => Outcome::Diverted { reason },
         (_, None) => Outcome::Succeeded,
     };
+    let promoted = state.fences.last().filter(|f| f.epoch == state.epoch);
+    let lost = match promoted {
+        Some(fence) if to != m.from => fence.lost,
+        _ => LostCommits::None,
+    };
     state.operations.push(OperationRecord {
         id: m.id,
         kind: m.kind,
@@ -359,6 +370,7 @@ fn finish(ctx: &Ctx<'_>, state: &mut ClusterState, mut m: Move) {
         drained: m.drained,
         resumed: m.resumed,
         rejoin: None,
+        lost,
     });
     let over = state.operations.len().saturating_sub(MAX_OPERATIONS);
     state.operations.drain(..over);

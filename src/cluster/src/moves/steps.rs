@@ -162,7 +162,9 @@ pub(super) fn choose(
     positions.retain(|name, _| ready.contains(name));
     let electorate = elect::electorate(ctx.settings, state);
     if let Some(candidate) = elect::choose(&electorate, &positions, end, preferred.as_ref()) {
-        enter(m, Step::Promote { candidate }, ctx.now)?;
+        let held = positions.get(&candidate).copied();
+        let lost = elect::lost(&electorate, held.as_ref(), end);
+        enter(m, Step::Promote { candidate, lost }, ctx.now)?;
         state.epoch = state.epoch.next();
         return Ok(true);
     }

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use helios_api::agent::{
     AgentCommand, AgentReply, AgentRequest, AgentState, InstanceState, Rejoin, StandbyPosition,
 };
-use helios_api::control::{DrainReport, Fence, ProxyStatus, ResumeReport};
+use helios_api::control::{DrainReport, Fence, LostCommits, ProxyStatus, ResumeReport};
 use helios_api::{Endpoint, Epoch, Host, InstanceName, Lsn, Timeline};
 use helios_cluster::{
     Action, ClusterState, Contact, Failure, Finished, InstanceView, Mode, Observation,
@@ -572,6 +572,7 @@ impl World {
             timeline: Timeline(i.timeline),
             fork: Lsn(i.log.len() as u64),
             xid: None,
+            lost: LostCommits::default(),
         };
         i.promoted = Some(fence.clone());
         i.standby_signal = false;

@@ -89,6 +89,7 @@ mod tests {
             timeline: Timeline(u32::try_from(*epoch).unwrap()),
             fork: Lsn(0),
             xid: xid.map(Xid),
+            lost: helios_api::control::LostCommits::None,
         });
         Topology {
             epoch: Epoch(epoch),
