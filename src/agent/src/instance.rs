@@ -118,6 +118,9 @@ impl Instance {
             AgentCommand::Checkpoint => Box::pin(self.checkpoint()).await,
             AgentCommand::Fence { clean } => Box::pin(self.fence(clean, pending)).await,
             AgentCommand::StopReceiver => Box::pin(self.stop_receiver()).await,
+            AgentCommand::WalBeyond { timeline, at } => {
+                Box::pin(self.wal_beyond(timeline, at)).await
+            }
             AgentCommand::Promote => Box::pin(self.promote(epoch, pending)).await,
             AgentCommand::SetSynchronous { standbys, number } => {
                 Box::pin(self.set_synchronous(&standbys, number)).await

@@ -8,6 +8,8 @@ use helios_api::agent::{AgentError, AgentReply};
 use helios_api::{Lsn, Timeline};
 
 use crate::durable::Pending;
+use crate::error::refused;
+use crate::files::Directory;
 use crate::instance::Instance;
 use crate::wal::{self, Control};
 use crate::{process, sql};
@@ -51,6 +53,28 @@ impl Instance {
         };
         let timeline = wal::latest_timeline(&self.config, control.timeline)?;
         Ok((last.max(control.checkpoint).max(control.minimum), timeline))
+    }
+
+    /// Whether anything was flushed at `at` or behind it. The instance must be stopped: what runs
+    /// goes on writing.
+    pub(crate) async fn wal_beyond(
+        &mut self,
+        timeline: Timeline,
+        at: Lsn,
+    ) -> Result<AgentReply, AgentError> {
+        if self.postmaster.is_some() {
+            return Err(refused("PostgreSQL is running; its WAL has no end yet"));
+        }
+        if self.directory()? == Directory::Empty {
+            return Err(refused("data directory is empty; its WAL is lost"));
+        }
+        let control = Control::read(&self.config).await?;
+        // "No record" is only proof where pg_control names nothing past the position either.
+        let beyond = wal::latest_timeline(&self.config, control.timeline)? != timeline
+            || control.checkpoint >= at
+            || control.minimum > at
+            || wal::has_record(&self.config, timeline, at).await?;
+        Ok(AgentReply::WalBeyond { beyond })
     }
 
     pub(crate) async fn shut_down(&mut self) -> Result<AgentReply, AgentError> {

@@ -47,6 +47,13 @@ pub enum AgentCommand {
     },
     /// Standby: stop the WAL receiver cleanly and report final positions.
     StopReceiver,
+    /// Stopped: does the WAL of `timeline` go on at `at`, where a record begins if it does?
+    WalBeyond {
+        /// The timeline.
+        timeline: Timeline,
+        /// The position.
+        at: Lsn,
+    },
     /// Standby: replay everything received, record the fence, promote, wait for the first commit.
     Promote,
     /// Primary: who must confirm commits; empty switches synchronous replication off.
@@ -77,6 +84,11 @@ pub enum AgentReply {
     Following {
         /// How the instance got there.
         how: Rejoin,
+    },
+    /// Answer to [`AgentCommand::WalBeyond`].
+    WalBeyond {
+        /// `false` only when it is proven that nothing was flushed past the position.
+        beyond: bool,
     },
     /// Answer to [`AgentCommand::StopReceiver`] and [`AgentCommand::Fence`].
     Positions {

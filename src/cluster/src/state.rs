@@ -259,6 +259,9 @@ pub enum Step {
         /// What is known of acknowledged commits that it lacks.
         #[serde(default)]
         lost: LostCommits,
+        /// The old primary's WAL has been found to end here.
+        #[serde(default)]
+        ends: Option<Lsn>,
     },
     /// A candidate that died while it was promoted is fenced, before the old primary comes back.
     Discard {

@@ -8,6 +8,7 @@
 
 mod world;
 
+use helios_api::control::LostCommits;
 use helios_cluster::{Durability, OperationKind, Outcome, Refusal, Request, Settings};
 use world::{Fault, Role, World, name};
 
@@ -243,6 +244,59 @@ fn a_lone_primary_that_had_gone_on_is_never_overtaken() {
         world.settle();
         world.check_nothing_lost();
     }
+}
+
+/// Commits wait for nobody: what a crash loses must be marked, what it does not lose need not be.
+#[test]
+fn asynchronous_failovers_say_what_they_may_have_lost() {
+    let asynchronous = || Settings {
+        synchronous: false,
+        ..Settings::default()
+    };
+    let run = |at: Option<u64>, fault: Fault, idle: bool| {
+        let mut world = World::new(2, asynchronous());
+        world.settle();
+        for _ in 0..5 {
+            world.step();
+        }
+        world.faults = at
+            .map(|at| (world.points + at, fault))
+            .into_iter()
+            .collect();
+        world.idle = idle;
+        if idle {
+            (0..10).for_each(|_| world.step());
+        } else {
+            world.hold_back = true;
+            (0..3).for_each(|_| world.step());
+        }
+        let base = world.points;
+        world.stop(&name(1));
+        world.step();
+        world.hold_back = false;
+        world.settle();
+        (world.points - base, world)
+    };
+    for fault in [
+        Fault::Controller,
+        Fault::Postmaster(1),
+        Fault::Postmaster(2),
+        Fault::Machine(1),
+        Fault::Machine(2),
+    ] {
+        let (points, _) = run(None, fault, false);
+        for at in 0..points + 30 {
+            run(Some(at), fault, false);
+        }
+    }
+    // The model itself checks that nothing is lost without the mark; here both ends of it.
+    let (_, world) = run(None, Fault::Controller, false);
+    assert_eq!(world.durable.primary_name(), Some(&name(2)));
+    assert_eq!(world.durable.fences[0].lost, LostCommits::Possible);
+    let (_, world) = run(None, Fault::Controller, true);
+    assert_eq!(world.durable.fences[0].lost, LostCommits::None);
+    let record = world.durable.operations.last().unwrap();
+    assert_eq!(record.lost, LostCommits::None);
 }
 
 #[test]

@@ -222,6 +222,8 @@ fn limit(command: &AgentCommand) -> Duration {
         AgentCommand::StopReceiver => 40,
         AgentCommand::Promote => 70,
         AgentCommand::SetSynchronous { .. } => 15,
+        // A primary waits for the answer before it lets sessions in.
+        AgentCommand::WalBeyond { .. } => 2,
     })
 }
 

@@ -169,6 +169,7 @@ pub(crate) fn absorb(ctx: &Ctx<'_>, state: &mut ClusterState, finished: &Finishe
             if let Some(fence) = promoted {
                 take_over(ctx, state, &fence);
             }
+            nothing_left_behind(state);
         }
         Err(failure) => fail(ctx, m, at, failure),
     }
@@ -203,7 +204,17 @@ fn note(m: &mut Move, action: &Action, reply: &Reply) -> Option<Fence> {
                 },
             );
         }
-        Reply::Agent(AgentReply::Done | AgentReply::Following { .. }) => {}
+        Reply::Agent(AgentReply::WalBeyond { beyond: false }) => {
+            if let (Step::Promote { ends, .. }, Action::Agent { request, .. }) =
+                (&mut m.step, action)
+                && let AgentCommand::WalBeyond { at, .. } = request.command
+            {
+                *ends = Some(at);
+            }
+        }
+        Reply::Agent(
+            AgentReply::Done | AgentReply::Following { .. } | AgentReply::WalBeyond { .. },
+        ) => {}
     }
     None
 }
@@ -226,10 +237,15 @@ fn note_position(m: &mut Move, action: &Action, position: Position) {
 }
 
 fn fail(ctx: &Ctx<'_>, m: &mut Move, at: usize, failure: &Failure) {
-    m.failures = m.failures.saturating_add(1);
     let Some(action) = m.todo.get_mut(at) else {
         return;
     };
+    // Not proven then, and no failure of the step.
+    if is_question(action) {
+        m.todo.remove(at);
+        return;
+    }
+    m.failures = m.failures.saturating_add(1);
     match &m.step {
         // Nothing has happened yet that would have to go on.
         Step::Prepare { .. } | Step::Drain { .. } => {
@@ -255,6 +271,11 @@ fn fail(ctx: &Ctx<'_>, m: &mut Move, at: usize, failure: &Failure) {
     m.retry_at = ctx.now.plus_millis(backoff_ms(m.failures));
 }
 
+fn is_question(action: &Action) -> bool {
+    matches!(action, Action::Agent { request, .. }
+        if matches!(request.command, AgentCommand::WalBeyond { .. }))
+}
+
 fn receiver(action: &Action) -> String {
     match action {
         Action::Agent { instance, .. } => format!("instance \"{instance}\""),
@@ -262,9 +283,26 @@ fn receiver(action: &Action) -> String {
     }
 }
 
+/// The new timeline begins where the old primary's WAL was found to end: nothing is missing.
+fn nothing_left_behind(state: &mut ClusterState) {
+    let Some(Step::Promote { ends, .. }) = state.moving().map(|m| &m.step) else {
+        return;
+    };
+    let (ends, epoch) = (*ends, state.epoch);
+    if let Some(fence) = state.fences.last_mut()
+        && fence.epoch == epoch
+        && Some(fence.fork) == ends
+    {
+        fence.lost = LostCommits::None;
+    }
+}
+
 /// Records a promotion: from here on the candidate is the primary.
 fn take_over(ctx: &Ctx<'_>, state: &mut ClusterState, fence: &Fence) {
-    let Some(Step::Promote { candidate, lost }) = state.moving().map(|m| m.step.clone()) else {
+    let Some(Step::Promote {
+        candidate, lost, ..
+    }) = state.moving().map(|m| m.step.clone())
+    else {
         return;
     };
     // The agent that promotes knows nothing of what others held.

@@ -5,7 +5,7 @@
 
 use helios_api::InstanceName;
 use helios_api::agent::{AgentCommand, InstanceState};
-use helios_api::control::DrainRequest;
+use helios_api::control::{DrainRequest, LostCommits};
 
 use super::{
     MAX_FAILURES, More, Positions, UPKEEP_BESIDE_REPLAY_MS, emit, fencing, finish, start_again,
@@ -164,8 +164,25 @@ pub(super) fn choose(
     if let Some(candidate) = elect::choose(&electorate, &positions, end, preferred.as_ref()) {
         let held = positions.get(&candidate).copied();
         let lost = elect::lost(&electorate, held.as_ref(), end);
-        enter(m, Step::Promote { candidate, lost }, ctx.now)?;
+        let step = Step::Promote {
+            candidate: candidate.clone(),
+            lost,
+            ends: None,
+        };
+        enter(m, step, ctx.now)?;
         state.epoch = state.epoch.next();
+        m.todo = vec![promotion(state, &candidate)];
+        // Beside the promotion, the old primary's files are asked for what was left behind.
+        if let Some(held) = held
+            && lost == LostCommits::Possible
+            && ctx.obs.agent(&m.from).is_some()
+        {
+            let command = AgentCommand::WalBeyond {
+                timeline: held.timeline,
+                at: held.end,
+            };
+            m.todo.push(Action::agent(&m.from, state.epoch, command));
+        }
         return Ok(true);
     }
     if waited < ctx.settings.choose_patience_ms {
@@ -219,10 +236,13 @@ pub(super) fn promote(
         return Ok(true);
     }
     if m.todo.is_empty() {
-        let command = AgentCommand::Promote;
-        m.todo = vec![Action::agent(&candidate, state.epoch, command)];
+        m.todo = vec![promotion(state, &candidate)];
     }
     Ok(false)
+}
+
+fn promotion(state: &ClusterState, candidate: &InstanceName) -> Action {
+    Action::agent(candidate, state.epoch, AgentCommand::Promote)
 }
 
 /// The candidate is primary; it gets its synchronous setting before sessions do. If it has died

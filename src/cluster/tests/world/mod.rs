@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use helios_api::agent::{
     AgentCommand, AgentReply, AgentRequest, AgentState, InstanceState, Rejoin, StandbyPosition,
 };
-use helios_api::control::{DrainReport, Fence, LostCommits, ProxyStatus, ResumeReport};
+use helios_api::control::{DrainReport, Fence, LostCommits, ProxyStatus, ResumeReport, Topology};
 use helios_api::{Endpoint, Epoch, Host, InstanceName, Lsn, Timeline};
 use helios_cluster::{
     Action, ClusterState, Contact, Failure, Finished, InstanceView, Mode, Observation,
@@ -76,6 +76,10 @@ pub(crate) struct World {
     pub(crate) points: u64,
     pub(crate) faults: Vec<(u64, Fault)>,
     pub(crate) reverse: bool,
+    /// The client rests.
+    pub(crate) idle: bool,
+    /// Nothing reaches a standby.
+    pub(crate) hold_back: bool,
     pub(crate) trace: Vec<String>,
 }
 
@@ -115,6 +119,8 @@ impl World {
             points: 0,
             faults: Vec::new(),
             reverse: false,
+            idle: false,
+            hold_back: false,
             trace: Vec::new(),
         }
     }
@@ -187,7 +193,12 @@ impl World {
     }
 
     fn client(&mut self) {
-        let Some(target) = self.proxy.primary.clone().filter(|_| !self.proxy.held) else {
+        let Some(target) = self
+            .proxy
+            .primary
+            .clone()
+            .filter(|_| !self.proxy.held && !self.idle)
+        else {
             return;
         };
         let instance = self.instances.get_mut(&target).unwrap();
@@ -200,6 +211,9 @@ impl World {
 
     /// Standbys receive one record a tick, the second one every other tick only.
     fn replicate(&mut self) {
+        if self.hold_back {
+            return;
+        }
         let names: Vec<_> = self.instances.keys().cloned().collect();
         for (at, standby) in names.iter().enumerate() {
             let Some(primary) = self.instances[standby].following.clone() else {
@@ -264,14 +278,28 @@ impl World {
 
     /// The primary of the durable state holds every acknowledged commit.
     pub(crate) fn check_nothing_lost(&self) {
+        let lost = self.lost();
+        assert!(lost.is_empty(), "lost {lost:?}\n{}", self.trace.join("\n"));
+    }
+
+    /// Acknowledged commits that the primary of the durable state does not hold.
+    pub(crate) fn lost(&self) -> Vec<u64> {
         let primary = self.durable.primary.as_ref().unwrap();
         let log: BTreeSet<_> = self.instances[&primary.name].log.iter().collect();
-        let lost: Vec<_> = self
-            .acknowledged
-            .iter()
-            .filter(|c| !log.contains(c))
-            .collect();
-        assert!(lost.is_empty(), "lost {lost:?}\n{}", self.trace.join("\n"));
+        let lost = self.acknowledged.iter().filter(|c| !log.contains(c));
+        lost.copied().collect()
+    }
+
+    /// Nothing is lost by a promotion that says so; what another one lost is forgotten.
+    fn check_marked(&mut self, topology: &Topology) {
+        let lost = self.lost();
+        let since = self.proxy.epoch;
+        assert!(
+            lost.is_empty() || topology.may_have_lost(since),
+            "lost {lost:?} without a mark: {topology:?}\n{}",
+            self.trace.join("\n")
+        );
+        self.acknowledged.retain(|commit| !lost.contains(commit));
     }
 
     /// A point where something may be injected; `true`: the controller dies here.
@@ -458,13 +486,13 @@ impl World {
                 Ok(Reply::Done)
             }
             ProxyCommand::Resume(topology) => {
+                self.check_marked(topology);
                 self.proxy = Proxy {
                     epoch: topology.epoch,
                     primary: Some(topology.primary.name.clone()),
                     held: false,
                 };
                 self.unacknowledged.clear();
-                self.check_nothing_lost();
                 Ok(Reply::Resumed(ResumeReport::default()))
             }
         }
@@ -512,6 +540,10 @@ impl World {
             AgentCommand::StopReceiver if i.role == Role::Standby => {
                 i.receiving = false;
                 return Ok(here);
+            }
+            AgentCommand::WalBeyond { at, .. } if i.role == Role::Stopped => {
+                let beyond = i.log.len() as u64 > at.0;
+                return Ok(AgentReply::WalBeyond { beyond });
             }
             AgentCommand::Promote => return self.promote(n, request.epoch, locked),
             AgentCommand::SetSynchronous { standbys, .. } if i.role == Role::Primary => {
