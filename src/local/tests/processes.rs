@@ -2,93 +2,17 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // a test that cannot go on has failed
 
-use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+mod common;
 
+use std::process::Command;
+use std::time::Duration;
+
+use common::supervised::{Supervised, agent_pid, example, until};
 use helios_local::client::LocalClient;
 use helios_local::{LocalCluster, LocalStatus};
+use nix::sys::signal::{Signal, kill};
 use tempfile::TempDir;
-use tokio_postgres::{Client, NoTls};
-
-const LIMIT: Duration = Duration::from_secs(40);
-
-/// Cargo builds examples beside the tests, unless it was told to build one test alone.
-fn example(name: &str) -> PathBuf {
-    let mut path = std::env::current_exe().unwrap();
-    path.pop();
-    path.pop();
-    let path = path.join("examples").join(name);
-    assert!(
-        path.exists(),
-        "run \"cargo build -p helios-local --examples\" first"
-    );
-    path
-}
-
-struct Supervised {
-    child: Child,
-    address: String,
-}
-
-impl Supervised {
-    fn start(dir: &Path) -> Self {
-        let mut child = Command::new(example("supervised"))
-            .arg("run")
-            .arg(dir)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut address = String::new();
-        BufReader::new(child.stdout.take().unwrap())
-            .read_line(&mut address)
-            .unwrap();
-        assert!(
-            address.contains("host="),
-            "it did not start: {:?}",
-            child.wait()
-        );
-        Self { child, address }
-    }
-
-    async fn connect(&self) -> Client {
-        let (client, connection) = tokio_postgres::connect(&self.address, NoTls).await.unwrap();
-        tokio::spawn(connection);
-        client
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Supervised {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-async fn until(
-    client: &LocalClient,
-    what: &str,
-    done: impl Fn(&LocalStatus) -> bool,
-) -> LocalStatus {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let status = client.status().await.unwrap();
-        if done(&status) {
-            return status;
-        }
-        assert!(
-            Instant::now() < deadline,
-            "no {what} within {LIMIT:?}: {status:#?}"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
+use tokio_postgres::NoTls;
 
 fn whole(status: &LocalStatus) -> bool {
     status.phase == "steady" && status.synchronous.len() + 1 == status.instances.len()
@@ -147,7 +71,7 @@ async fn survives_the_death_of_supervisor_agents_and_servers() {
         .find(|i| i.name == name)
         .unwrap()
         .postmaster_pid;
-    kill_agent(dir.path(), name.as_str());
+    kill(agent_pid(dir.path(), name.as_str()), Signal::SIGKILL).unwrap();
     client
         .batch_execute("insert into t values (3)")
         .await
@@ -192,25 +116,4 @@ async fn survives_the_death_of_supervisor_agents_and_servers() {
     assert_eq!(count, 3);
     until(&LocalClient::new(dir.path()), "whole cluster", whole).await;
     cluster.shutdown().await;
-}
-
-/// Finds the agent by its arguments and kills it.
-fn kill_agent(dir: &Path, instance: &str) {
-    let config = dir.join("instances").join(instance).join("config.json");
-    let config = config.to_str().unwrap().to_owned();
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else {
-            continue;
-        };
-        if line
-            .split(|b| *b == 0)
-            .any(|argument| argument == config.as_bytes())
-        {
-            let pid = entry.file_name().to_str().unwrap().parse().unwrap();
-            let pid = nix::unistd::Pid::from_raw(pid);
-            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-            return;
-        }
-    }
-    panic!("no agent of {instance}");
 }
