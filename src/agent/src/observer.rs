@@ -22,8 +22,8 @@ use crate::sql::{self, Row, SqlError};
 const INTERVAL: Duration = Duration::from_millis(200);
 /// How often a connection is tried while the server starts.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(10);
-/// Silence after which the instance is called unresponsive.
-const SILENCE: Duration = Duration::from_millis(750);
+/// Silence after which the instance is called unresponsive, the pause between questions included.
+const SILENCE: Duration = Duration::from_millis(950);
 /// Silence after which the connection is given up for a new one.
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// `statement_timeout` of the connections.
@@ -63,58 +63,67 @@ pub(crate) struct Observer {
 impl Observer {
     /// Watches until it is dropped.
     pub(crate) async fn watch(self) {
-        let mut heard = None;
+        // Before its first answer a server is starting, not silent.
+        let mut silence = None;
         loop {
-            let (probe, command) = self.connect(heard).await;
+            let (probe, command) = self.connect(&mut silence).await;
             let command_closed = Arc::clone(&command);
             self.client.send_replace(Some(command));
-            self.ask(&probe, &command_closed, &mut heard).await;
+            let silence = silence.get_or_insert_with(Silence::new);
+            self.ask(&probe, &command_closed, silence).await;
             self.client.send_replace(None);
         }
     }
 
-    /// Tries until both connections are there. `heard`: when the server last answered.
-    async fn connect(&self, heard: Option<Instant>) -> (Arc<Client>, Arc<Client>) {
-        let began = Instant::now();
+    /// Tries until both connections are there.
+    async fn connect(&self, silence: &mut Option<Silence>) -> (Arc<Client>, Arc<Client>) {
         let endpoint = self.config.unix_endpoint();
         loop {
             let login = || sql::connect(&endpoint, &self.config.superuser, &EMPTY, STATEMENT_LIMIT);
-            match futures_util::try_join!(Box::pin(login()), Box::pin(login())) {
-                Ok(both) => return both,
-                Err(error) => self.report_refusal(&error, heard, began),
-            }
+            let both = async { futures_util::try_join!(Box::pin(login()), Box::pin(login())) };
+            tokio::pin!(both);
+            let error = loop {
+                tokio::select! {
+                    biased;
+                    result = &mut both => match result {
+                        Ok(both) => return both,
+                        Err(error) => break error,
+                    },
+                    () = tokio::time::sleep(INTERVAL) => self.report_silence(silence.as_mut()),
+                }
+            };
+            self.report_refusal(&error, silence.as_mut());
             tokio::time::sleep(CONNECT_INTERVAL).await;
         }
     }
 
-    fn report_refusal(&self, error: &SqlError, heard: Option<Instant>, began: Instant) {
+    fn report_refusal(&self, error: &SqlError, silence: Option<&mut Silence>) {
         let starting = matches!(error, SqlError::Server(e)
             if e.code() == Some(&tokio_postgres::error::SqlState::CANNOT_CONNECT_NOW));
         if starting {
             let step = "recovery".to_owned();
             self.hub.observe(self.run, InstanceState::Starting { step });
-        } else if let Some(heard) = heard
-            && began.elapsed() > SILENCE
-        {
-            self.report_silence(heard);
+        } else {
+            self.report_silence(silence);
         }
     }
 
-    fn report_silence(&self, heard: Instant) {
-        let for_ms = u64::try_from(heard.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.hub
-            .observe(self.run, InstanceState::Unresponsive { for_ms });
+    fn report_silence(&self, silence: Option<&mut Silence>) {
+        let Some(silence) = silence else { return };
+        let lasted = silence.lasts();
+        if lasted > SILENCE {
+            let for_ms = u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX);
+            self.hub
+                .observe(self.run, InstanceState::Unresponsive { for_ms });
+        }
     }
 
     /// Asks until a connection is lost.
-    async fn ask(&self, probe: &Client, command: &Client, heard: &mut Option<Instant>) {
+    async fn ask(&self, probe: &Client, command: &Client, silence: &mut Silence) {
         while !probe.is_closed() && !command.is_closed() {
-            match self
-                .ask_once(probe, heard.unwrap_or_else(Instant::now))
-                .await
-            {
+            match self.ask_once(probe, silence).await {
                 Ok(state) => {
-                    *heard = Some(Instant::now());
+                    *silence = Silence::new();
                     self.hub.observe(self.run, state);
                 }
                 Err(SqlError::Timeout(_)) => return,
@@ -127,7 +136,11 @@ impl Observer {
     }
 
     /// One question; reports silence while the answer is due.
-    async fn ask_once(&self, probe: &Client, heard: Instant) -> Result<InstanceState, SqlError> {
+    async fn ask_once(
+        &self,
+        probe: &Client,
+        silence: &mut Silence,
+    ) -> Result<InstanceState, SqlError> {
         let asked = Instant::now();
         let answer = probe.simple_query(QUESTION);
         tokio::pin!(answer);
@@ -143,10 +156,33 @@ impl Observer {
             if asked.elapsed() > GIVE_UP {
                 return Err(SqlError::Timeout(GIVE_UP));
             }
-            if asked.elapsed() > SILENCE {
-                self.report_silence(heard);
-            }
+            self.report_silence(Some(silence));
         }
+    }
+}
+
+/// How long a server has not answered, in time during which this process was awake: when the whole
+/// machine stood still, nobody was silent.
+#[derive(Debug)]
+struct Silence {
+    counted: Duration,
+    looked: Instant,
+}
+
+impl Silence {
+    fn new() -> Self {
+        Self {
+            counted: Duration::ZERO,
+            looked: Instant::now(),
+        }
+    }
+
+    /// Looked at every [`INTERVAL`]; a longer gap is our own.
+    fn lasts(&mut self) -> Duration {
+        let now = Instant::now();
+        self.counted += now.duration_since(self.looked).min(2 * INTERVAL);
+        self.looked = now;
+        self.counted
     }
 }
 

@@ -35,6 +35,7 @@ impl Supervised {
         let mut child = Command::new(example("supervised"))
             .arg("run")
             .arg(dir)
+            .arg("fsync=off")
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
