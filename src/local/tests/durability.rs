@@ -41,7 +41,7 @@ async fn required_durability_blocks_and_loses_nothing() {
     tokio::time::sleep(Duration::from_secs(4)).await;
     assert_eq!(writers.count(), settled, "acknowledged without a standby");
     let status = cluster.status().await;
-    assert_eq!(status.synchronous, [standby.clone()]);
+    assert_eq!(status.synchronous, std::slice::from_ref(&standby));
 
     // The primary dies in that state. Nobody else holds what was acknowledged for certain, so it
     // is started again where it was, and still waits.

@@ -97,7 +97,7 @@ async fn cloudnative_pg_11114_target_is_chosen_after_the_old_primary_has_stopped
     let other = standbys(&status)[1].name.clone();
     signal_all(&slow, Signal::SIGSTOP);
     let alone = until(&cluster, "set without the frozen standby", |s| {
-        s.synchronous == [other.clone()]
+        s.synchronous == std::slice::from_ref(&other)
     });
     alone.await;
     writers.more(50).await;
