@@ -2,9 +2,12 @@
 
 ARGS ?=
 FUZZ_SECONDS ?= 60
+RUNS ?= 20
+SEED ?= 1
+CLIENTS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint fuzz
+.PHONY: help demo test bench lint fuzz chaos
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 8
@@ -33,3 +36,8 @@ lint: ## formatting, clippy, documentation, licences
 
 fuzz: ## the wire protocol under random input, FUZZ_SECONDS in all
 	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+chaos: ## RUNS experiments from SEED with CLIENTS: faults under every workload, judged by a checker
+	@scripts/setup.sh demo
+	cargo build --release -p helios -p helios-e2e --bin helios --bin chaos
+	@"$${CARGO_TARGET_DIR:-target}/release/chaos" --runs $(RUNS) --seed $(SEED) --clients $(CLIENTS) $(ARGS)

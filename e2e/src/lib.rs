@@ -3,6 +3,7 @@
 //! Everything here goes through real sockets to real servers, and judges by the data and by what
 //! a client received; nothing asks the product's own counters.
 
+pub mod chaos;
 pub mod driver;
 pub mod raw;
 pub mod restart;

@@ -2,6 +2,8 @@
 //!
 //! A dev-dependency only; nothing of the product may depend on it.
 
+pub mod frames;
+pub mod interpose;
 pub mod net;
 pub mod pg;
 

@@ -1,0 +1,163 @@
+//! `chaos`: randomised experiments from a seed, on real servers behind the proxy.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use helios_e2e::Result;
+use helios_e2e::chaos::fault::FaultKind;
+use helios_e2e::chaos::history::Level;
+use helios_e2e::chaos::plan::Choices;
+use helios_e2e::chaos::report::Summary;
+use helios_e2e::chaos::runner::{Options, run};
+use helios_e2e::chaos::workload::Workload;
+
+/// Randomised experiments: clients work through the proxy while servers, agents and connections
+/// fail, and a checker judges what they saw and what the database holds.
+///
+/// Experiment n has the seed SEED + n; the same seed with the same choices is the same workload,
+/// isolation level, faults and times. Stops at the first violation, with a minimal history and the
+/// cluster's files kept.
+#[derive(Debug, Parser)]
+#[command(
+    name = "chaos",
+    after_help = "Exit status:\n  0  nothing was violated\n  1  a violation, or the experiments could not go on\n  2  an option is wrong"
+)]
+struct Cli {
+    /// Experiments
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    runs: u64,
+    /// Seed of the first one
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    seed: u64,
+    /// Clients of each
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=64))]
+    clients: u64,
+    /// Seconds that the clients of each work
+    #[arg(long, value_name = "SECONDS", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    duration: u64,
+    /// Only these workloads
+    #[arg(long, value_name = "NAME", value_enum, value_delimiter = ',')]
+    workload: Vec<Workload>,
+    /// Only these faults
+    #[arg(long, value_name = "NAME", value_enum, value_delimiter = ',')]
+    fault: Vec<FaultKind>,
+    /// Only these isolation levels
+    #[arg(long, value_name = "NAME", value_enum, value_delimiter = ',')]
+    level: Vec<LevelArg>,
+    /// Go on behind a violation, on a new cluster
+    #[arg(long)]
+    keep_going: bool,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    json: bool,
+    /// Write the result's table to this file
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// The helios program; the one beside this program by default
+    #[arg(long, value_name = "FILE", env = "HELIOS")]
+    helios: Option<PathBuf>,
+}
+
+/// Isolation levels as the command line names them.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LevelArg {
+    /// The same as read committed in PostgreSQL
+    ReadUncommitted,
+    /// The default of PostgreSQL
+    ReadCommitted,
+    /// Snapshot isolation
+    RepeatableRead,
+    /// Serializable snapshot isolation
+    Serializable,
+}
+
+impl From<LevelArg> for Level {
+    fn from(level: LevelArg) -> Self {
+        match level {
+            LevelArg::ReadUncommitted => Self::ReadUncommitted,
+            LevelArg::ReadCommitted => Self::ReadCommitted,
+            LevelArg::RepeatableRead => Self::RepeatableRead,
+            LevelArg::Serializable => Self::Serializable,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match chaos(&cli) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            note(&format!("chaos: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn chaos(cli: &Cli) -> Result<bool> {
+    let options = options(cli)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    note(&format!(
+        "{} experiments from seed {}, {} clients, {} s each",
+        cli.runs, cli.seed, cli.clients, cli.duration
+    ));
+    let summary = runtime.block_on(Box::pin(run(&options, &mut |line| note(line))))?;
+    publish(cli, &summary)?;
+    Ok(summary.is_good())
+}
+
+fn options(cli: &Cli) -> Result<Options> {
+    let program = match &cli.helios {
+        Some(program) => program.clone(),
+        None => std::env::current_exe()?.with_file_name("helios"),
+    };
+    if !program.is_file() {
+        let path = program.display();
+        return Err(
+            format!("there is no program \"{path}\"; build it, or name it with --helios").into(),
+        );
+    }
+    Ok(Options {
+        runs: cli.runs,
+        seed: cli.seed,
+        choices: Choices {
+            workloads: or_all(&cli.workload, &Workload::ALL),
+            faults: or_all(&cli.fault, &FaultKind::ALL),
+            levels: match cli.level.as_slice() {
+                [] => Level::ALL.to_vec(),
+                some => some.iter().map(|level| Level::from(*level)).collect(),
+            },
+            clients: usize::try_from(cli.clients)?,
+            duration: Duration::from_secs(cli.duration),
+        },
+        program,
+        keep_going: cli.keep_going,
+    })
+}
+
+fn or_all<T: Copy>(chosen: &[T], all: &[T]) -> Vec<T> {
+    if chosen.is_empty() { all } else { chosen }.to_vec()
+}
+
+fn publish(cli: &Cli, summary: &Summary) -> Result<()> {
+    if let Some(file) = &cli.markdown {
+        std::fs::write(file, summary.markdown())?;
+    }
+    let mut out = std::io::stdout().lock();
+    if cli.json {
+        writeln!(out, "{:#}", summary.json())?;
+    } else {
+        write!(out, "\n{}", summary.table())?;
+    }
+    Ok(())
+}
+
+/// Progress and remarks.
+fn note(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}

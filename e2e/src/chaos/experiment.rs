@@ -1,0 +1,176 @@
+//! One experiment: fresh tables, clients, faults, the wait for the cluster, the verdict.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::checker::{Anomaly, Finding};
+use super::cluster::{Cluster, redundant, serving};
+use super::fault::{Injector, Network};
+use super::notes::{Notes, Tally};
+use super::plan::Plan;
+use super::workload::{Setting, Verdict, Worker, judge};
+use crate::Result;
+
+/// A client without an answer for so long hangs. The proxy's own limit on an outage is 60 s.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(75);
+/// How long the cluster may take to be redundant again; a fresh clone may be needed.
+pub const RECOVERY_LIMIT: Duration = Duration::from_secs(90);
+/// Limit on a query of the judge's.
+const JUDGE_LIMIT: Duration = Duration::from_secs(60);
+
+/// What came of it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The plan.
+    pub plan: Plan,
+    /// What was done when.
+    pub faults: Vec<String>,
+    /// How requests ended.
+    pub tally: Tally,
+    /// Acknowledged and lost, where that is allowed.
+    pub lost: u64,
+    /// What is wrong; empty when all is well.
+    pub findings: Vec<Finding>,
+    /// Seconds, from the first client to the verdict.
+    pub seconds: f64,
+    /// What the clients wrote down.
+    #[serde(skip)]
+    pub notes: Notes,
+}
+
+/// Runs one.
+///
+/// # Errors
+/// The harness itself could not go on; what the product does wrong is a finding.
+pub async fn run(cluster: &Arc<Cluster>, plan: &Plan) -> Result<Report> {
+    cluster.wait("redundant", RECOVERY_LIMIT, redundant).await?;
+    let schema = format!("x{}", plan.seed);
+    let proxy = connect(cluster).await?;
+    let sql = format!(
+        "DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}; {}",
+        plan.workload.tables(&schema)
+    );
+    timeout(JUDGE_LIMIT, proxy.batch_execute(&sql)).await??;
+    let network = match plan.fault.is_network() {
+        true => Network::install(cluster).await?,
+        false => Network::default(),
+    };
+    cluster.wait("redundant", RECOVERY_LIMIT, redundant).await?;
+    let clock = Instant::now();
+    let setting = Setting {
+        target: cluster.target().clone(),
+        schema: schema.clone(),
+        workload: plan.workload,
+        level: plan.level,
+        seed: plan.seed,
+        limit: ANSWER_LIMIT,
+        extra: plan.fault.extra_states().to_vec(),
+        clock,
+        ids: Arc::new(AtomicU64::new(1)),
+        stop: CancellationToken::new(),
+    };
+    let mut clients = JoinSet::new();
+    for client in 0..plan.clients {
+        clients.spawn(Worker::new(setting.clone(), client).run());
+    }
+    let injector = Injector::new(Arc::clone(cluster), network, clock);
+    let faults = Box::pin(injector.run(&plan.steps)).await;
+    tokio::time::sleep(plan.duration.saturating_sub(clock.elapsed())).await;
+    setting.stop.cancel();
+    let (notes, mut findings) = finish(clients).await;
+    let faults = faults.unwrap_or_else(|error| {
+        findings.push(Finding::new(Anomaly::Client, error.to_string()));
+        Vec::new()
+    });
+    let judged = Box::pin(verdict(cluster, plan, &schema, &notes)).await;
+    let verdict = judged.unwrap_or_else(|error| Verdict {
+        findings: vec![Finding::new(
+            Anomaly::Client,
+            format!("after the faults: {error}"),
+        )],
+        lost: 0,
+    });
+    findings.extend(verdict.findings);
+    Ok(Report {
+        plan: plan.clone(),
+        faults,
+        tally: notes.tally,
+        lost: verdict.lost,
+        findings,
+        seconds: clock.elapsed().as_secs_f64(),
+        notes,
+    })
+}
+
+/// Waits for all clients; one that does not end hangs.
+async fn finish(mut clients: JoinSet<Notes>) -> (Notes, Vec<Finding>) {
+    let (mut notes, mut findings) = (Notes::default(), Vec::new());
+    // A request, the ROLLBACK behind it, and a new connection.
+    let deadline = tokio::time::Instant::now() + ANSWER_LIMIT * 3;
+    loop {
+        match tokio::time::timeout_at(deadline, clients.join_next()).await {
+            Ok(None) => break,
+            Ok(Some(Ok(one))) => notes.merge(one),
+            Ok(Some(Err(error))) => {
+                findings.push(Finding::new(
+                    Anomaly::Client,
+                    format!("client ended: {error}"),
+                ));
+            }
+            Err(_) => {
+                let what = format!("{} clients do not end", clients.len());
+                findings.push(Finding::new(Anomaly::Client, what));
+                break;
+            }
+        }
+    }
+    (notes, findings)
+}
+
+/// Waits until clients would be served again, and judges the data.
+async fn verdict(cluster: &Cluster, plan: &Plan, schema: &str, notes: &Notes) -> Result<Verdict> {
+    cluster.wait("serving", RECOVERY_LIMIT, serving).await?;
+    let (primary, _) = cluster.roles().await?;
+    let db = cluster.connect(&primary).await?;
+    let judged = judge(plan.workload, &db, schema, notes, plan.fault.may_lose());
+    let mut verdict = timeout(JUDGE_LIMIT, judged).await??;
+    if verdict.findings.is_empty() {
+        clean_up(&db, schema).await?;
+    }
+    // The cluster must be whole again by itself; this is the next experiment's start.
+    if let Err(error) = cluster.wait("redundant", RECOVERY_LIMIT, redundant).await {
+        let what = error.to_string();
+        verdict.findings.push(Finding::new(Anomaly::Client, what));
+    }
+    Ok(verdict)
+}
+
+/// Prepared transactions hold locks; tables cost checkpoints.
+async fn clean_up(db: &tokio_postgres::Client, schema: &str) -> Result<()> {
+    db.batch_execute("SET statement_timeout = '30s'; SET synchronous_commit = local")
+        .await?;
+    let waiting = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()";
+    for row in db.query(waiting, &[]).await? {
+        let gid: String = row.try_get(0)?;
+        db.batch_execute(&format!("ROLLBACK PREPARED '{gid}'"))
+            .await?;
+    }
+    Ok(db
+        .batch_execute(&format!("DROP SCHEMA {schema} CASCADE"))
+        .await?)
+}
+
+async fn connect(cluster: &Cluster) -> Result<tokio_postgres::Client> {
+    let config: tokio_postgres::Config = cluster.target().conninfo().parse()?;
+    let (client, connection) =
+        timeout(JUDGE_LIMIT, config.connect(tokio_postgres::NoTls)).await??;
+    // Ends with the client.
+    tokio::spawn(connection);
+    Ok(client)
+}

@@ -1,0 +1,294 @@
+//! What happens to a cluster: kinds of faults, the acts that they are made of, who carries them
+//! out.
+
+mod inject;
+mod network;
+
+use clap::ValueEnum;
+use rand::RngExt;
+use rand::rngs::StdRng;
+use serde::Serialize;
+
+pub use inject::Injector;
+pub use network::Network;
+
+use super::cluster::Shape;
+use super::plan::Step;
+use super::workload::Workload;
+
+/// Kinds of faults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultKind {
+    /// Nothing happens: what the workload does by itself
+    None,
+    /// A planned move
+    Switchover,
+    /// kill -9 of the primary's postmaster and all its processes
+    Crash,
+    /// kill -9 of one backend: crash recovery in place
+    BackendKill,
+    /// kill -9 of the primary's agent
+    AgentKill,
+    /// SIGSTOP of the primary, SIGCONT later
+    Freeze,
+    /// The primary dies while a planned move is under way
+    CrashInSwitchover,
+    /// The new primary dies soon after the old one (three servers)
+    CrashTwice,
+    /// A standby that lags behind takes over, asynchronous replication
+    LaggingStandby,
+    /// Sessions' connections to the primary are cut, at a message's end or in its middle
+    Cut,
+    /// Connections to the primary go silent without an end, then go on or break
+    HalfOpen,
+    /// Connections to the primary become slow
+    Slow,
+    /// The primary is cut off from proxy and standby for a while
+    PartitionPrimary,
+    /// The standby is cut off from the primary for a while
+    PartitionStandby,
+    /// Connections are cut while a planned move is under way
+    CutInSwitchover,
+}
+
+/// Something that is done at a time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "act", rename_all = "snake_case")]
+pub enum Act {
+    /// Asks for a planned move, and waits for its end.
+    Switchover,
+    /// The same, without waiting.
+    BeginSwitchover,
+    /// Kills the primary, whoever that is then.
+    CrashPrimary,
+    /// Kills this many of the clients' backends.
+    KillBackends {
+        /// How many.
+        count: usize,
+        /// Which ones.
+        pick: u64,
+    },
+    /// Kills the primary's agent.
+    KillAgent,
+    /// Stops all processes of the primary for a while.
+    Freeze {
+        /// How long, in milliseconds.
+        millis: u64,
+    },
+    /// Holds what is sent to the standby, then kills the primary, and drops what was held.
+    CrashBehindLag {
+        /// How long the standby lags, in milliseconds.
+        millis: u64,
+    },
+    /// Cuts sessions' connections to the primary.
+    Cut {
+        /// Requests are counted; else answers.
+        requests: bool,
+        /// Messages are counted; else bytes.
+        messages: bool,
+        /// The connection ends behind so many.
+        after: u64,
+        /// Of so many sessions.
+        victims: usize,
+    },
+    /// Holds connections to the primary.
+    Hold {
+        /// Those of sessions.
+        sessions: bool,
+        /// Those of the proxy and the controller.
+        service: bool,
+        /// Those of standbys.
+        replication: bool,
+        /// How long, in milliseconds.
+        millis: u64,
+        /// Sessions' connections break then; else they go on.
+        close: bool,
+    },
+    /// Slows sessions' connections to the primary.
+    Slow {
+        /// Each piece of data is so late, in milliseconds.
+        delay: u64,
+        /// How long, in milliseconds.
+        millis: u64,
+    },
+}
+
+/// A cut of some sessions' connections.
+fn cut(rng: &mut StdRng) -> Act {
+    let messages = rng.random_bool(0.7);
+    Act::Cut {
+        requests: rng.random_bool(0.5),
+        messages,
+        after: rng.random_range(0..if messages { 40 } else { 1500 }),
+        victims: rng.random_range(1..=8),
+    }
+}
+
+impl FaultKind {
+    /// All of them.
+    pub const ALL: [Self; 15] = [
+        Self::None,
+        Self::Switchover,
+        Self::Crash,
+        Self::BackendKill,
+        Self::AgentKill,
+        Self::Freeze,
+        Self::CrashInSwitchover,
+        Self::CrashTwice,
+        Self::LaggingStandby,
+        Self::Cut,
+        Self::HalfOpen,
+        Self::Slow,
+        Self::PartitionPrimary,
+        Self::PartitionStandby,
+        Self::CutInSwitchover,
+    ];
+
+    /// For tables and the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Switchover => "switchover",
+            Self::Crash => "crash",
+            Self::BackendKill => "backend-kill",
+            Self::AgentKill => "agent-kill",
+            Self::Freeze => "freeze",
+            Self::CrashInSwitchover => "crash-in-switchover",
+            Self::CrashTwice => "crash-twice",
+            Self::LaggingStandby => "lagging-standby",
+            Self::Cut => "cut",
+            Self::HalfOpen => "half-open",
+            Self::Slow => "slow",
+            Self::PartitionPrimary => "partition-primary",
+            Self::PartitionStandby => "partition-standby",
+            Self::CutInSwitchover => "cut-in-switchover",
+        }
+    }
+
+    /// Whether a workload's checker can judge what is left after it. Lists that may lose their end
+    /// give no order of versions, and an acknowledged PREPARE may be lost.
+    #[must_use]
+    pub fn suits(self, workload: Workload) -> bool {
+        let judged = !matches!(workload, Workload::ListAppend | Workload::TwoPhase);
+        self != Self::LaggingStandby || judged
+    }
+
+    /// Whether acknowledged commits may be lost: asynchronous replication.
+    #[must_use]
+    pub fn may_lose(self) -> bool {
+        self == Self::LaggingStandby
+    }
+
+    /// Whether connections to the servers have to go through a go-between.
+    #[must_use]
+    pub fn is_network(self) -> bool {
+        matches!(
+            self,
+            Self::Cut
+                | Self::HalfOpen
+                | Self::Slow
+                | Self::PartitionPrimary
+                | Self::PartitionStandby
+                | Self::CutInSwitchover
+                | Self::LaggingStandby
+        )
+    }
+
+    /// SQLSTATEs that it adds to the list of what clients may be told.
+    #[must_use]
+    pub fn extra_states(self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The cluster that it needs.
+    #[must_use]
+    pub fn shape(self) -> Shape {
+        Shape {
+            instances: if self == Self::CrashTwice { 3 } else { 2 },
+            synchronous: self != Self::LaggingStandby,
+        }
+    }
+
+    /// What is done when; `first` is the time of the first act in milliseconds.
+    #[must_use]
+    pub fn steps(self, first: u64, rng: &mut StdRng) -> Vec<Step> {
+        let at = |at_ms: u64, act: Act| Step { at_ms, act };
+        match self {
+            Self::None => Vec::new(),
+            Self::Switchover => vec![at(first, Act::Switchover)],
+            Self::Crash => vec![at(first, Act::CrashPrimary)],
+            Self::BackendKill => {
+                let count = rng.random_range(1..=2);
+                let pick = rng.random();
+                vec![at(first, Act::KillBackends { count, pick })]
+            }
+            Self::AgentKill => vec![at(first, Act::KillAgent)],
+            Self::Freeze => {
+                let millis = rng.random_range(100..4000);
+                vec![at(first, Act::Freeze { millis })]
+            }
+            Self::CrashInSwitchover => {
+                let later = first + rng.random_range(0..250);
+                vec![
+                    at(first, Act::BeginSwitchover),
+                    at(later, Act::CrashPrimary),
+                ]
+            }
+            Self::CrashTwice => {
+                let later = first + rng.random_range(50..1500);
+                vec![at(first, Act::CrashPrimary), at(later, Act::CrashPrimary)]
+            }
+            Self::LaggingStandby => {
+                let millis = rng.random_range(100..700);
+                vec![at(first, Act::CrashBehindLag { millis })]
+            }
+            Self::Cut
+            | Self::HalfOpen
+            | Self::Slow
+            | Self::PartitionPrimary
+            | Self::PartitionStandby
+            | Self::CutInSwitchover => self.network_steps(first, rng),
+        }
+    }
+
+    fn network_steps(self, first: u64, rng: &mut StdRng) -> Vec<Step> {
+        let at = |at_ms: u64, act: Act| Step { at_ms, act };
+        let hold = |sessions, service, replication, millis, close| Act::Hold {
+            sessions,
+            service,
+            replication,
+            millis,
+            close,
+        };
+        match self {
+            Self::Cut => {
+                let again = first + rng.random_range(100..1000);
+                vec![at(first, cut(rng)), at(again, cut(rng))]
+            }
+            Self::HalfOpen => {
+                let (millis, close) = (rng.random_range(100..2500), rng.random_bool(0.6));
+                let service = rng.random_bool(0.3);
+                vec![at(first, hold(true, service, false, millis, close))]
+            }
+            Self::Slow => {
+                let (delay, millis) = (rng.random_range(1..60), rng.random_range(500..2000));
+                vec![at(first, Act::Slow { delay, millis })]
+            }
+            Self::PartitionPrimary => {
+                let millis = rng.random_range(200..6000);
+                vec![at(first, hold(true, true, true, millis, true))]
+            }
+            Self::PartitionStandby => {
+                let millis = rng.random_range(200..6000);
+                vec![at(first, hold(false, false, true, millis, false))]
+            }
+            Self::CutInSwitchover => {
+                let later = first + rng.random_range(0..300);
+                vec![at(first, Act::BeginSwitchover), at(later, cut(rng))]
+            }
+            _ => Vec::new(),
+        }
+    }
+}
