@@ -147,8 +147,18 @@ impl ExpectQueue {
             return false;
         }
         self.skipping = false;
-        self.queue.push_back((expect, owner));
+        // The copy may have failed already: the server then ignores its end.
+        if expect != Expect::CopyEnd || !self.queue.is_empty() {
+            self.queue.push_back((expect, owner));
+        }
         true
+    }
+
+    /// The end of a copy is answered with the copy itself.
+    fn drop_copy_ends(&mut self) {
+        while matches!(self.queue.front(), Some((Expect::CopyEnd, _))) {
+            self.queue.pop_front();
+        }
     }
 
     /// The request that a client message makes, `None` for those without a reply.
@@ -188,9 +198,7 @@ impl ExpectQueue {
         ) {
             return Ok(Explained::Asynchronous);
         }
-        while matches!(self.queue.front(), Some((Expect::CopyEnd, _))) {
-            self.queue.pop_front();
-        }
+        self.drop_copy_ends();
         let Some((head, owner)) = self.queue.front().copied() else {
             return if tag == backend::ERROR_RESPONSE {
                 Ok(Explained::Unsolicited)
@@ -227,6 +235,7 @@ impl ExpectQueue {
         let step = match (head, tag) {
             (Expect::Query | Expect::Sync | Expect::FunctionCall, b::READY_FOR_QUERY) => {
                 self.queue.pop_front();
+                self.drop_copy_ends();
                 return Some(Explained::Ready { owner });
             }
             (
@@ -343,6 +352,9 @@ mod tests {
                 b"1EZ2CZ",
             ),
             (&[Parse, Bind, Execute, Sync], b"12DCEZ"),
+            (&[Query, CopyEnd], b"GCZ"),
+            (&[Query, CopyEnd, CopyEnd], b"GCGCZ"),
+            (&[Query, CopyEnd, Query], b"GEZCZ"),
             (&[Bind, Execute, Sync, CopyEnd, Sync], b"2GCZ"),
             (&[Bind, Execute, CopyEnd, Sync], b"2GCZ"),
             (&[Bind, Execute, CopyEnd, Sync], b"2GEZ"),
@@ -358,6 +370,17 @@ mod tests {
                 String::from_utf8_lossy(replies)
             );
         }
+    }
+
+    #[test]
+    fn the_end_of_a_copy_that_has_failed_is_owed_nothing() {
+        let mut queue = ExpectQueue::default();
+        queue.push(Expect::Query, Owner::Client);
+        for tag in b"GEZ" {
+            assert!(queue.explain(*tag).is_ok());
+        }
+        queue.push(Expect::CopyEnd, Owner::Client);
+        assert!(queue.is_empty());
     }
 
     #[test]
