@@ -3,7 +3,7 @@
 //! The parser is squawk's, written after `gram.y` and checked by its authors against PostgreSQL's
 //! regression suite. What it cannot parse is [`Kind::Opaque`]: nothing is assumed of it.
 
-use squawk_syntax::ast::AstNode;
+use squawk_syntax::ast::{self, AstNode};
 use squawk_syntax::{SourceFile, SyntaxKind};
 
 /// What a statement may do to the transaction that it runs in.
@@ -115,6 +115,23 @@ pub fn nextval_literal(sql: &str) -> Option<String> {
         found = Some(literal.replace("''", "'"));
     }
     found
+}
+
+/// The PREPARE of `name` alone, from the text of the query that it came in: PostgreSQL shows the
+/// whole query for each statement that was prepared in it. `None` where it cannot be found.
+#[must_use]
+pub fn prepare_of(sql: &str, name: &str) -> Option<String> {
+    let parse = SourceFile::parse(sql);
+    let nodes: Vec<_> = parse.tree().syntax().children().collect();
+    let prepares = nodes
+        .iter()
+        .rev()
+        .filter_map(|n| ast::Prepare::cast(n.clone()));
+    let mut of_name = prepares.filter(|p| {
+        let given = p.name().map(|n| n.syntax().text().to_string());
+        given.is_some_and(|given| bare(given.trim()) == name)
+    });
+    of_name.next().map(|p| p.syntax().text().to_string())
 }
 
 fn bare(identifier: &str) -> String {
@@ -249,6 +266,15 @@ mod tests {
         assert_eq!(name("select nextval('a'), nextval('b')"), None);
         assert_eq!(name("select nextval(E'a')"), None);
         assert_eq!(name("select 1"), None);
+    }
+
+    #[test]
+    fn one_prepare_of_several() {
+        let sql = "prepare a (int) as select $1; PREPARE \"B\" AS table t; select 1";
+        let found = |name| prepare_of(sql, name).map(|s| s.trim_end_matches(';').to_owned());
+        assert_eq!(found("a").as_deref(), Some("prepare a (int) as select $1"));
+        assert_eq!(found("B").as_deref(), Some("PREPARE \"B\" AS table t"));
+        assert_eq!(found("b"), None);
     }
 
     #[test]

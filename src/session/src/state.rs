@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::grammar;
 use crate::kept::COLUMN_BYTES;
 use crate::keyword::Hint;
 
@@ -206,7 +207,10 @@ impl Snapshot {
         if let Some(role) = &self.role {
             sql.push(format!("SET ROLE {}", literal(role)));
         }
-        sql.extend(self.prepared.iter().map(|(_, text)| text.clone()));
+        let alone = |(name, text): &(String, String)| {
+            grammar::prepare_of(text, name).unwrap_or_else(|| text.clone())
+        };
+        sql.extend(self.prepared.iter().map(alone));
         sql
     }
 
