@@ -32,7 +32,8 @@ impl Isolation {
 pub enum Verdict {
     /// The same, byte for byte.
     Same,
-    /// Only rows of plain reads differ: right under READ COMMITTED in mode `transaction`.
+    /// Only rows of plain reads differ: right under READ COMMITTED in mode `transaction`, while the
+    /// transaction has written nothing that could have been read.
     RowsDiffer,
     /// Something differs that the client has seen and can act on.
     Different(String),
@@ -93,6 +94,25 @@ pub fn compare(
     }
 }
 
+/// Whether a transaction may have written something before its exchange `index`. A read behind
+/// that may have seen it, and a difference may be one in what will be committed.
+///
+/// `kinds` are the statements of all its exchanges; `has_id` tells whether it has a transaction id.
+#[must_use]
+pub fn may_have_written(kinds: &[Vec<Kind>], index: usize, has_id: bool) -> bool {
+    let writes = |kinds: &[Vec<Kind>]| kinds.iter().flatten().any(|k| !looks_only(*k));
+    let before = kinds.get(..=index).unwrap_or(kinds);
+    // An id without a statement that writes: a function that was called by a read did.
+    has_id && (writes(before) || !writes(kinds))
+}
+
+fn looks_only(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::Read | Kind::Begin | Kind::Empty | Kind::Harmless | Kind::Rollback
+    )
+}
+
 fn describe(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Complete(tag) => String::from_utf8_lossy(tag.as_bytes()).into_owned(),
@@ -118,6 +138,17 @@ mod tests {
         reply.add(b'C', &frame);
         reply.status = Some(TxnStatus::Open);
         reply
+    }
+
+    #[test]
+    fn what_was_written_may_have_been_read() {
+        use Kind::{Begin, Read, Write};
+        let kinds = [vec![Begin], vec![Read], vec![Write], vec![Read]];
+        assert!(!may_have_written(&kinds, 1, true));
+        assert!(may_have_written(&kinds, 3, true));
+        assert!(!may_have_written(&kinds, 3, false));
+        assert!(!may_have_written(&kinds[..2], 1, false));
+        assert!(may_have_written(&kinds[..2], 1, true));
     }
 
     #[test]

@@ -20,3 +20,4 @@ mod resolve;
 mod sequences;
 pub mod session;
 pub mod shared;
+mod verify;

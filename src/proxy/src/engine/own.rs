@@ -9,7 +9,7 @@ use helios_session::tracker::Ask;
 use helios_wire::message::front::{self, Format, Target};
 
 /// `pg_current_xact_id_if_assigned()`.
-const XACT_ID_IF_ASSIGNED: u32 = 5060;
+pub(super) const XACT_ID_IF_ASSIGNED: u32 = 5060;
 /// `pg_current_wal_insert_lsn()`.
 const WAL_INSERT_LSN: u32 = 2852;
 /// Name of our short-lived statements and portals.

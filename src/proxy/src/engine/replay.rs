@@ -10,18 +10,16 @@ use std::task::Poll;
 
 use helios_session::TxnStatus;
 use helios_session::expect::Violation;
-use helios_session::grammar::Kind;
 use helios_session::journal::Record;
-use helios_session::sequences::drawing;
 use helios_session::state::{Prepared, Snapshot};
 use helios_session::tracker::{ServerStep, Tracker};
-use helios_session::verify::{Isolation, Verdict, compare};
 use helios_wire::message::{back, front, read};
 use helios_wire::{FrameError, backend, peek_header};
 
 use super::link::{HIGH_WATER, Link};
 use super::own;
 use super::sequences::Keeper;
+use super::verify::verify;
 
 /// Why a session could not be rebuilt.
 #[derive(Debug, thiserror::Error)]
@@ -115,7 +113,7 @@ fn describe_error(body: &[u8]) -> String {
 }
 
 /// The next whole frame of a connection that only we use.
-async fn next_frame(link: &mut Link) -> Result<(u8, bytes::BytesMut), ReplayError> {
+pub(super) async fn next_frame(link: &mut Link) -> Result<(u8, bytes::BytesMut), ReplayError> {
     loop {
         if let Some(header) = peek_header(&link.input)?
             && link.input.len() >= header.len
@@ -341,102 +339,6 @@ fn strayed(records: &[Record], new: &Tracker) -> Option<ReplayError> {
         statement: done + 1,
         what: "the transaction ended".into(),
     })
-}
-
-async fn verify(link: &mut Link, old: &Tracker, new: &mut Tracker) -> Result<(), ReplayError> {
-    let mut soft = None;
-    let (mut kinds_of_all, mut draws) = (None, None);
-    let pairs = old.journal().records().iter().zip(new.journal().records());
-    for (index, (seen, again)) in pairs.enumerate() {
-        if seen.reply == again.reply {
-            continue;
-        }
-        let kinds = kinds_of_all.get_or_insert_with(|| kinds_by_record(old));
-        let locking = kinds.iter().flatten().any(|k| *k == Kind::LockingRead);
-        let of_this = kinds.get(index).map(Vec::as_slice).unwrap_or_default();
-        match compare(&seen.reply, &again.reply, of_this, locking, old.mode()) {
-            Verdict::Same => {}
-            Verdict::RowsDiffer if draws.get_or_insert_with(|| drawing(old)).contains(&index) => {
-                return Err(ReplayError::Different {
-                    statement: index + 1,
-                    what: "values of a sequence differ".into(),
-                });
-            }
-            Verdict::RowsDiffer => soft = soft.or(Some(index + 1)),
-            Verdict::Different(what) => {
-                return Err(ReplayError::Different {
-                    statement: index + 1,
-                    what,
-                });
-            }
-        }
-    }
-    let Some(statement) = soft else { return Ok(()) };
-    // The replayed transaction runs at the level of the original: it was begun by the same words.
-    let level = isolation(link).await?;
-    match Isolation::from_setting(&level) {
-        Isolation::ReadCommitted => Ok(()),
-        Isolation::Snapshot => Err(ReplayError::Different {
-            statement,
-            what: format!("rows of a result differ under {level}"),
-        }),
-    }
-}
-
-/// `current_setting(text)`.
-const CURRENT_SETTING: u32 = 2077;
-
-/// Asks for the level inside the transaction, by a function call: a query would end the unnamed
-/// portal that the client may still be reading from.
-async fn isolation(link: &mut Link) -> Result<String, ReplayError> {
-    let value = call(link, CURRENT_SETTING, b"transaction_isolation").await?;
-    Ok(String::from_utf8_lossy(&value.unwrap_or_default()).into_owned())
-}
-
-/// `to_regclass(text)`.
-const TO_REGCLASS: u32 = 3495;
-
-/// The OID of a relation, by the name under which the session knows it where it stands.
-///
-/// # Errors
-/// The connection's.
-pub(super) async fn regclass(link: &mut Link, name: &str) -> Result<Option<u32>, ReplayError> {
-    let value = call(link, TO_REGCLASS, name.as_bytes()).await?;
-    Ok(value.and_then(|v| v.try_into().ok().map(u32::from_be_bytes)))
-}
-
-/// Calls a function with one text argument; its result in binary, `None` for NULL or an error.
-async fn call(
-    link: &mut Link,
-    function: u32,
-    argument: &[u8],
-) -> Result<Option<Vec<u8>>, ReplayError> {
-    let (text, binary) = (front::Format::Text, front::Format::Binary);
-    front::function_call(&mut link.output, function, text, &[Some(argument)], binary)
-        .map_err(|e| ReplayError::State(e.to_string()))?;
-    link.flush().await?;
-    let mut result = None;
-    loop {
-        let (tag, frame) = next_frame(link).await?;
-        let body = frame.get(5..).unwrap_or_default();
-        match tag {
-            backend::READY_FOR_QUERY => return Ok(result),
-            backend::FUNCTION_CALL_RESPONSE => {
-                let value = read::function_call_response(body).ok().flatten();
-                result = value.map(<[u8]>::to_vec);
-            }
-            _ => {}
-        }
-    }
-}
-
-fn kinds_by_record(old: &Tracker) -> Vec<Vec<Kind>> {
-    let journal = old.journal();
-    journal
-        .records()
-        .iter()
-        .map(|r| old.kinds_of(journal.record_bytes(r)))
-        .collect()
 }
 
 /// Puts a fresh backend into a failed transaction block: what an aborted transaction leaves.

@@ -22,6 +22,7 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 use super::link::Link;
 use super::replay::{self, ReplayError};
 use super::shared::Shared;
+use super::verify::regclass;
 use crate::backend::{self, BackendError, Login};
 
 /// The lock that all replays hold, with the connection that the last one used.
@@ -316,7 +317,7 @@ impl Keeper {
         link: &mut Link,
         name: &str,
     ) -> Result<Option<Sequence>, ReplayError> {
-        let Some(oid) = replay::regclass(link, name).await? else {
+        let Some(oid) = regclass(link, name).await? else {
             return Ok(None);
         };
         let sql =
