@@ -20,10 +20,10 @@ use tokio_util::task::TaskTracker;
 use crate::auth::VerifierCache;
 use crate::backend;
 use crate::engine::gate::{Gate, Phase};
-use crate::engine::monitor;
 use crate::engine::registry::lock;
 use crate::engine::session;
 use crate::engine::shared::Shared;
+use crate::engine::{evidence, monitor};
 use crate::listener::{BindError, Incoming, Limits, Listener};
 use crate::login::{self, Accepted, EdgeContext};
 use crate::options::ProxyOptions;
@@ -131,6 +131,7 @@ impl Proxy {
         let handle = ProxyHandle(Arc::new(inner));
         handle.spawn_listener(listener, edge);
         handle.spawn_monitor(options.health_check_interval, options.health_check_timeout);
+        handle.spawn_watch_log();
         Ok(handle)
     }
 }
@@ -186,6 +187,17 @@ impl ProxyHandle {
             let watch = monitor::watch(shared, reachable, interval, timeout);
             tokio::select! {
                 () = watch => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
+
+    fn spawn_watch_log(&self) {
+        let shared = Arc::clone(&self.0.shared);
+        let stop = self.0.stop.clone();
+        self.0.tasks.spawn(async move {
+            tokio::select! {
+                () = evidence::watch_log(shared) => {}
                 () = stop.cancelled() => {}
             }
         });

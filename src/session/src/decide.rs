@@ -2,6 +2,7 @@
 
 use helios_api::Xid;
 
+use crate::evidence::Fate;
 use crate::grammar::Kind;
 use crate::{ReplayMode, TxnStatus};
 
@@ -29,6 +30,25 @@ pub struct InFlight {
     pub undone: bool,
     /// Evidence for the transaction that a COMMIT in it would end.
     pub evidence: Evidence,
+    /// All of it but the last ReadyForQuery has been answered, and the client has the answer.
+    pub answered: bool,
+    /// The mark of a transaction that commits by itself.
+    pub mark: MarkState,
+    /// The client has ended copy data in it.
+    pub copy_ended: bool,
+}
+
+/// What is known of a mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MarkState {
+    /// None was set.
+    None,
+    /// One was set, but the exchange may have held several transactions.
+    Mixed,
+    /// One was set and has not been looked for.
+    Sent,
+    /// It has been looked for.
+    Found(Fate),
 }
 
 /// Everything that the decision rests on.
@@ -58,6 +78,12 @@ pub enum Plan {
         /// Its transaction.
         xid: Xid,
     },
+    /// Look for the marks of all exchanges in the log, and decide again.
+    FindMarks,
+    /// Exchange 0 is over, outside a transaction; only ReadyForQuery is missing.
+    Finish,
+    /// Exchange 0 has committed by itself, and its results are lost.
+    ResultsLost,
     /// Exchange 0 is a COMMIT that the server has answered; only ReadyForQuery is missing.
     Complete,
     /// The transaction is lost, and the client must be told: it may be tried again (40001).
@@ -83,6 +109,12 @@ pub fn decide(s: &Situation<'_>) -> Plan {
     let mut open = s.status != TxnStatus::Idle;
     let mut failed = s.status == TxnStatus::Failed;
     for (at, exchange) in s.in_flight.iter().enumerate() {
+        if !open && let Some(plan) = by_mark(at, exchange) {
+            match plan {
+                Plan::Replay => continue,
+                plan => return plan,
+            }
+        }
         match step(&mut open, &mut failed, exchange) {
             Step::Safe => {}
             Step::Committed if at == 0 => return Plan::Complete,
@@ -91,6 +123,31 @@ pub fn decide(s: &Situation<'_>) -> Plan {
         }
     }
     replay_or_abort(s)
+}
+
+/// What a mark says of an exchange outside a transaction block; [`Plan::Replay`]: nothing of it has
+/// committed, `None`: there is no mark that would speak for it.
+fn by_mark(at: usize, exchange: &InFlight) -> Option<Plan> {
+    let marked = exchange.mark != MarkState::None;
+    if at == 0 && marked && exchange.answered && exchange.failed {
+        // The server rolled back and said so.
+        return Some(Plan::Finish);
+    }
+    if exchange.undone {
+        return None;
+    }
+    Some(match exchange.mark {
+        MarkState::None => return None,
+        // The server still waits for data.
+        MarkState::Sent if is_copy(exchange) && !exchange.copy_ended => Plan::Replay,
+        MarkState::Sent => Plan::FindMarks,
+        MarkState::Found(Fate::NotCommitted) => Plan::Replay,
+        MarkState::Found(Fate::Committed) if at == 0 && exchange.answered => Plan::Finish,
+        MarkState::Found(Fate::Committed) if at == 0 => Plan::ResultsLost,
+        MarkState::Found(Fate::Committed | Fate::Unknown) | MarkState::Mixed => {
+            Plan::Unknown { at }
+        }
+    })
 }
 
 /// Nothing in flight can have committed: whether what was open can be had again.
@@ -156,7 +213,9 @@ fn step(open: &mut bool, failed: &mut bool, exchange: &InFlight) -> Step {
             Kind::Commit => {}
             Kind::Chain if *failed => *failed = false,
             Kind::Chain => return Step::InDoubt,
-            Kind::Read | Kind::LockingRead | Kind::Write | Kind::Other if *open => {}
+            Kind::Read | Kind::LockingRead | Kind::Write | Kind::CopyIn | Kind::Other if *open => {}
+            // The server still waits for data.
+            Kind::CopyIn if kinds.len() == 1 && !exchange.copy_ended => {}
             Kind::Opaque if *open && kinds.len() == 1 && began_open => {}
             _ => return Step::InDoubt,
         }
@@ -166,6 +225,10 @@ fn step(open: &mut bool, failed: &mut bool, exchange: &InFlight) -> Step {
         }
     }
     Step::Safe
+}
+
+fn is_copy(exchange: &InFlight) -> bool {
+    exchange.kinds.as_deref() == Some(&[Kind::CopyIn])
 }
 
 fn is_only_commit(kinds: &[Kind]) -> bool {
@@ -192,7 +255,7 @@ fn commit(exchange: &InFlight, began_open: bool, kinds: &[Kind]) -> Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Kind::{Begin, Chain, Commit, Harmless, Opaque, Other, Read, Rollback, Write};
+    use Kind::{Begin, Chain, Commit, CopyIn, Harmless, Opaque, Other, Read, Rollback, Write};
 
     fn flight(kinds: &[Kind], evidence: Evidence) -> InFlight {
         InFlight {
@@ -201,6 +264,9 @@ mod tests {
             failed: false,
             undone: false,
             evidence,
+            answered: false,
+            mark: MarkState::None,
+            copy_ended: false,
         }
     }
 
@@ -306,6 +372,62 @@ mod tests {
             plan(TxnStatus::Open, &[exchange]),
             Plan::Abort { .. }
         ));
+    }
+
+    #[test]
+    fn marks() {
+        use MarkState::{Found, Mixed, Sent};
+        let marked = |mark, answered, failed| InFlight {
+            mark,
+            answered,
+            failed,
+            ..flight(&[Write], Evidence::Unknown)
+        };
+        let (yes, no) = (Found(Fate::Committed), Found(Fate::NotCommitted));
+        let doubt = |at| Plan::Unknown { at };
+        let cases: &[(&[InFlight], Plan)] = &[
+            (&[marked(Sent, false, false)], Plan::FindMarks),
+            (&[marked(no, false, false)], Plan::Replay),
+            (&[marked(no, true, false)], Plan::Replay),
+            (&[marked(yes, true, false)], Plan::Finish),
+            (&[marked(yes, false, false)], Plan::ResultsLost),
+            (&[marked(Found(Fate::Unknown), true, false)], doubt(0)),
+            (&[marked(Mixed, false, false)], doubt(0)),
+            (&[marked(Sent, true, true)], Plan::Finish),
+            (
+                &[marked(no, false, false), marked(yes, false, false)],
+                doubt(1),
+            ),
+            (
+                &[
+                    marked(no, false, false),
+                    flight(&[Write], Evidence::Unknown),
+                ],
+                doubt(1),
+            ),
+            (
+                &[marked(no, false, false), marked(no, false, false)],
+                Plan::Replay,
+            ),
+        ];
+        for (in_flight, want) in cases {
+            assert_eq!(&plan(TxnStatus::Idle, in_flight), want, "{in_flight:?}");
+        }
+        let copy = flight(&[CopyIn], Evidence::Unknown);
+        assert_eq!(
+            plan(TxnStatus::Idle, std::slice::from_ref(&copy)),
+            Plan::Replay
+        );
+        let ended = InFlight {
+            copy_ended: true,
+            ..copy
+        };
+        assert_eq!(plan(TxnStatus::Idle, &[ended]), doubt(0));
+        // inside a block nothing commits by itself
+        assert_eq!(
+            plan(TxnStatus::Open, &[marked(yes, false, false)]),
+            Plan::Replay
+        );
     }
 
     #[test]

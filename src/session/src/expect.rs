@@ -61,6 +61,11 @@ pub enum Owner {
     Client,
     /// The proxy's own: replies are kept from the client.
     Proxy,
+    /// The mark that the proxy puts in front of an autocommit statement: kept from the client.
+    Mark,
+    /// A client's simple query in the extended form that the proxy gave it: what the simple form
+    /// does not have is kept from the client.
+    Converted,
 }
 
 /// What a backend message is.
@@ -110,7 +115,13 @@ impl ExpectQueue {
     /// Whether the head, the request that the server is at, is the proxy's own.
     #[must_use]
     pub fn head_is_own(&self) -> bool {
-        matches!(self.queue.front(), Some((_, Owner::Proxy)))
+        matches!(self.queue.front(), Some((_, Owner::Proxy | Owner::Mark)))
+    }
+
+    /// Everything before the Sync in front has been answered.
+    #[must_use]
+    pub fn only_sync_is_owed(&self) -> bool {
+        matches!(self.queue.front(), Some((Expect::Sync, Owner::Client)))
     }
 
     /// Number of requests that wait.

@@ -27,6 +27,8 @@ pub enum Kind {
     LockingRead,
     /// INSERT, UPDATE, DELETE, MERGE, COPY: all or nothing, also by itself.
     Write,
+    /// COPY … FROM STDIN: the same, and not done before the client has ended its data.
+    CopyIn,
     /// Everything else that cannot end a transaction from inside one (DDL, savepoints …).
     Other,
     /// May commit by itself or cannot be read: nothing is known.
@@ -191,6 +193,7 @@ fn kind(node: &squawk_syntax::SyntaxNode) -> Kind {
         S::FETCH | S::MOVE | S::CLOSE => Kind::Read,
         S::INSERT | S::UPDATE | S::DELETE | S::MERGE => Kind::Write,
         S::COPY if has(S::PROGRAM_KW) => Kind::Opaque,
+        S::COPY if has(S::STDIN_KW) => Kind::CopyIn,
         S::COPY => Kind::Write,
         S::CALL
         | S::DO
@@ -314,7 +317,8 @@ mod tests {
                 Kind::Write,
             ),
             ("insert into t values (';')", Kind::Write),
-            ("copy t from stdin", Kind::Write),
+            ("copy t from stdin", Kind::CopyIn),
+            ("copy t to stdout", Kind::Write),
             ("call p()", Kind::Opaque),
             ("do $$ begin commit; end $$", Kind::Opaque),
             ("create temp table t (a int)", Kind::Other),

@@ -11,6 +11,7 @@ use std::ops::Range;
 use helios_api::Lsn;
 
 use crate::TxnStatus;
+use crate::evidence::{Fate, Mark};
 use crate::reply::Reply;
 
 /// Bytes of one exchange in flight that are kept although its transaction's journal is lost.
@@ -58,10 +59,30 @@ pub struct Exchange {
     pub transaction: u64,
     /// The server has undone it (planned move: cancelled by us).
     pub undone: bool,
+    /// Outside a transaction block: the mark that went in front of its first writing statement.
+    pub mark: Option<Mark>,
+    /// What became of the transaction with the mark, once it was looked for.
+    pub fate: Option<Fate>,
+    /// Copies into the server that have begun.
+    pub copies: u32,
+    /// Copies into the server whose data the client has ended.
+    pub copies_ended: u32,
+    /// It is a COPY in the extended form that the proxy gave it, and its Sync has not been sent.
+    pub sync_owed: bool,
+    /// Something in it may begin or end a transaction: the mark does not speak for all of it.
+    pub mixed: bool,
     /// What has been delivered to the client.
     pub reply: Reply,
     /// WAL position behind it, where it was asked for.
     pub wal: Option<Lsn>,
+}
+
+impl Exchange {
+    /// The server waits for copy data, or for their end.
+    #[must_use]
+    pub fn is_copying(&self) -> bool {
+        self.copies > self.copies_ended
+    }
 }
 
 /// The journal.

@@ -59,6 +59,84 @@ pub fn hint(sql: &[u8]) -> Hint {
     }
 }
 
+/// What a statement outside a transaction block is to the transaction that it runs in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// One statement that may write and is committed as a whole: a mark may stand in front.
+    Writes,
+    /// The same, and reads copy data from the client.
+    Copies,
+    /// Ends no transaction; writes only through functions.
+    Reads,
+    /// Ends or begins transactions itself, cannot run beside another, is more than one, or is not
+    /// known.
+    Other,
+}
+
+/// First words of statements that are one transaction and may follow another statement in it.
+const WRITING: [&[u8]; 14] = [
+    b"insert",
+    b"update",
+    b"delete",
+    b"merge",
+    b"with",
+    b"truncate",
+    b"grant",
+    b"revoke",
+    b"comment",
+    b"refresh",
+    b"execute",
+    b"security",
+    b"import",
+    b"reassign",
+];
+
+/// Words that tell DDL that PostgreSQL runs in no transaction block, or in several transactions.
+const ALONE: [&[u8]; 5] = [
+    b"database",
+    b"tablespace",
+    b"subscription",
+    b"system",
+    b"concurrently",
+];
+
+/// What a text is, outside a transaction block. A text with a semicolon inside counts as several.
+#[must_use]
+pub fn unit(sql: &[u8]) -> Unit {
+    let trimmed = sql.trim_ascii_end();
+    let one = trimmed.strip_suffix(b";").unwrap_or(trimmed);
+    if one.contains(&b';') {
+        return Unit::Other;
+    }
+    let word = first_word(one);
+    let is = |w: &[u8]| word.eq_ignore_ascii_case(w);
+    if WRITING.iter().any(|w| is(w)) {
+        return Unit::Writes;
+    }
+    if is(b"copy") {
+        return if contains_any(one, &[b"stdin"]) {
+            Unit::Copies
+        } else {
+            Unit::Writes
+        };
+    }
+    if is(b"create") || is(b"alter") || is(b"drop") {
+        let searchable = one.len() <= SEARCH_LIMIT && !contains_any(one, &ALONE);
+        return if searchable {
+            Unit::Writes
+        } else {
+            Unit::Other
+        };
+    }
+    if is(b"explain") && contains_any(one, &[b"analy"]) {
+        return Unit::Writes;
+    }
+    match hint(one) {
+        Hint::Read | Hint::Empty => Unit::Reads,
+        _ => Unit::Other,
+    }
+}
+
 /// `ROLLBACK [WORK | TRANSACTION] TO …` stays inside the transaction.
 fn goes_back_to_savepoint(sql: &[u8], word: &[u8]) -> bool {
     let next = next_word(sql, word);
@@ -191,6 +269,37 @@ mod tests {
             ("insert into t values (1); copy t from STDIN", Hint::Copy),
         ] {
             assert_eq!(hint(sql.as_bytes()), want, "{sql}");
+        }
+    }
+
+    #[test]
+    fn units() {
+        for (sql, want) in [
+            ("insert into t values (1)", Unit::Writes),
+            ("INSERT INTO t VALUES (1) ; ", Unit::Writes),
+            ("insert into t values (1); commit", Unit::Other),
+            ("insert into t values (';')", Unit::Other),
+            (
+                "/* x */ with a as (delete from t returning 1) table a",
+                Unit::Writes,
+            ),
+            ("create table t ()", Unit::Writes),
+            ("create index concurrently i on t (a)", Unit::Other),
+            ("CREATE DATABASE d", Unit::Other),
+            ("alter system set x = 1", Unit::Other),
+            ("explain analyze delete from t", Unit::Writes),
+            ("explain delete from t", Unit::Reads),
+            ("select 1", Unit::Reads),
+            ("call p()", Unit::Other),
+            ("do $$ begin end $$", Unit::Other),
+            ("vacuum", Unit::Other),
+            ("begin", Unit::Other),
+            ("commit prepared 'x'", Unit::Other),
+            ("copy t from stdin", Unit::Copies),
+            ("copy t to stdout", Unit::Writes),
+            ("lock table t", Unit::Other),
+        ] {
+            assert_eq!(unit(sql.as_bytes()), want, "{sql}");
         }
     }
 

@@ -5,6 +5,7 @@
 //! queue, and what cannot be explained or proven is an error, never a guess.
 
 pub mod decide;
+pub mod evidence;
 pub mod expect;
 pub mod grammar;
 pub mod journal;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::grammar;
 use crate::kept::COLUMN_BYTES;
-use crate::keyword::Hint;
+use crate::keyword::{Hint, Unit};
 
 /// A statement prepared with a Parse message.
 #[derive(Debug, Clone)]
@@ -18,6 +18,8 @@ pub struct Prepared {
     pub parse: Arc<[u8]>,
     /// Hint from its text.
     pub hint: Hint,
+    /// What it is outside a transaction block.
+    pub unit: Unit,
     /// Its text might change session state.
     pub touches: bool,
     /// Made in the transaction that is open.
@@ -243,6 +245,7 @@ mod tests {
         Prepared {
             parse: Arc::from(&b"P"[..]),
             hint: Hint::Read,
+            unit: Unit::Reads,
             touches: false,
             made_inside: inside,
             columns: None,

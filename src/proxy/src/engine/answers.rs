@@ -27,13 +27,8 @@ impl Session {
             return self.outcome_unknown("the transaction has committed, results of it are lost");
         };
         self.client.output.extend_from_slice(&reply);
-        self.tracker.committed_front();
         (self.skip, self.forced) = (None, None);
-        self.shared
-            .metrics
-            .commit_resolution(CommitOutcome::Committed);
-        self.shared.metrics.losses_prevented.inc();
-        lock(&self.shared.report).resolved += 1;
+        self.resolved_front();
         Ok(())
     }
 
@@ -54,6 +49,43 @@ impl Session {
         let answered = front.reply.commands.len() + 1 == kinds.len() && self.skip.is_none();
         let simple = bytes.first() == Some(&frontend::QUERY);
         (answered && simple).then(|| replay::committed_reply(bytes, 0))
+    }
+
+    /// The exchange in front is over, and its client has everything but ReadyForQuery.
+    pub(super) fn finish_front(&mut self) {
+        back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
+        self.resolved_front();
+    }
+
+    /// The transaction of the exchange in front has ended on the backend that is gone.
+    fn resolved_front(&mut self) {
+        self.tracker.committed_front();
+        if self.tracker.take_touched() {
+            // What it changed in the session went with its backend.
+            let fields = retryable("the session's new state was not known yet");
+            self.failed(&fields, "state unknown");
+            self.refuse = Some(fields);
+        }
+        self.shared
+            .metrics
+            .commit_resolution(CommitOutcome::Committed);
+        self.shared.metrics.losses_prevented.inc();
+        lock(&self.shared.report).resolved += 1;
+    }
+
+    /// The statement in front has committed by itself, and what it returned is lost, or is not what
+    /// the client was given.
+    pub(super) fn results_lost(&mut self) -> Result<(), Attempt> {
+        let fields = ErrorFields::error(
+            SqlState::TRANSACTION_RESOLUTION_UNKNOWN,
+            "the statement was committed, but its result was lost, because the primary failed",
+        )
+        .hint("Do not run it again: it took effect once.");
+        self.shared
+            .metrics
+            .commit_resolution(CommitOutcome::Committed);
+        self.failed(&fields, "results lost");
+        self.answer_in_flight(&fields)
     }
 
     pub(super) fn outcome_unknown(&mut self, why: &str) -> Result<(), Attempt> {

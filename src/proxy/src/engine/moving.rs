@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use bytes::BytesMut;
 use helios_api::control::{MigrationEvent, MoveReason, Topology};
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, decide};
@@ -19,7 +20,25 @@ use super::rebuild::Attempt;
 use super::registry::lock;
 use super::replay;
 use super::session::{End, Server, Session, is_away, is_primary, no_primary};
+use super::shared::Shared;
 use crate::backend::{self, BackendConn, BackendError};
+
+/// A fatal error that a server sent before it closed the connection.
+#[derive(Debug)]
+pub(super) struct LastWords {
+    frame: BytesMut,
+    /// Start of the postmaster that was known then: a restart in place has another one.
+    postmaster: Option<String>,
+}
+
+impl LastWords {
+    pub(super) fn new(frame: &[u8], shared: &Shared) -> Self {
+        Self {
+            frame: frame.into(),
+            postmaster: lock(&shared.postmaster_start).clone(),
+        }
+    }
+}
 
 impl Session {
     /// The backend's connection ended.
@@ -146,7 +165,7 @@ impl Session {
         let all_or_nothing = |k: &Kind| {
             matches!(
                 k,
-                Kind::Read | Kind::LockingRead | Kind::Write | Kind::Harmless
+                Kind::Read | Kind::LockingRead | Kind::Write | Kind::CopyIn | Kind::Harmless
             )
         };
         alone
@@ -237,7 +256,7 @@ impl Session {
 
     pub(super) fn disconnect(&mut self) -> End {
         match self.last_words.take() {
-            Some(frame) => End::Forward(frame),
+            Some(words) => End::Forward(words.frame),
             None => End::Fatal(ErrorFields::fatal(
                 SqlState::ADMIN_SHUTDOWN,
                 "terminating connection because the primary moved",
@@ -323,27 +342,27 @@ impl Session {
         server: &mut Server,
         topology: &Topology,
     ) -> Result<(), Attempt> {
-        let Some(frame) = self.last_words.take() else {
+        let Some(words) = self.last_words.take() else {
             return Ok(());
         };
         if self.epoch != topology.epoch || self.gate.phase != Phase::Open {
             return Ok(());
         }
-        let code = SqlState(helios_session::reply::sqlstate(&frame));
+        let code = SqlState(helios_session::reply::sqlstate(&words.frame));
         if !is_away(&code) {
-            return Err(Attempt::End(End::Forward(frame)));
+            return Err(Attempt::End(End::Forward(words.frame)));
         }
-        let known = lock(&self.shared.postmaster_start).clone();
         let sql = "SELECT pg_catalog.pg_postmaster_start_time()::pg_catalog.text";
         let now = match replay::simple(&mut server.link, sql).await {
             Ok(rows) => rows.first().and_then(|r| r.first()).cloned().flatten(),
             Err(e) => {
-                self.last_words = Some(frame);
+                self.last_words = Some(words);
                 return Err(Attempt::Retry(e.to_string()));
             }
         };
-        if code == SqlState::ADMIN_SHUTDOWN && known.is_some() && known == now {
-            return Err(Attempt::End(End::Forward(frame)));
+        let same = words.postmaster.is_some() && words.postmaster == now;
+        if code == SqlState::ADMIN_SHUTDOWN && same {
+            return Err(Attempt::End(End::Forward(words.frame)));
         }
         Ok(())
     }

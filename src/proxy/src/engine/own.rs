@@ -4,14 +4,18 @@
 //! (`src/include/catalog/pg_proc.dat`).
 
 use bytes::BytesMut;
+use helios_session::evidence::Gtid;
 use helios_session::state::snapshot_query;
 use helios_session::tracker::Ask;
+use helios_wire::message::BuildError;
 use helios_wire::message::front::{self, Format, Target};
 
 /// `pg_current_xact_id_if_assigned()`.
 pub(super) const XACT_ID_IF_ASSIGNED: u32 = 5060;
 /// `pg_current_wal_insert_lsn()`.
 const WAL_INSERT_LSN: u32 = 2852;
+/// Type `bytea`.
+const BYTEA: u32 = 17;
 /// Name of our short-lived statements and portals.
 const NAME: &[u8] = b"_helios";
 
@@ -29,11 +33,60 @@ pub(super) fn ask(out: &mut BytesMut, ask: Ask) {
     debug_assert!(built.is_ok(), "constant messages can be built");
 }
 
-fn call(out: &mut BytesMut, oid: u32) -> Result<(), helios_wire::message::BuildError> {
+/// Appends a mark (`helios_session::evidence`): a logical message in the transaction that is to
+/// follow. `pg_logical_emit_message` may be called by everybody.
+pub(super) fn mark(out: &mut BytesMut, gtid: Gtid) {
+    let sql = b"SELECT pg_catalog.pg_logical_emit_message(true, 'helios', $1)";
+    let id = gtid.0.to_be_bytes();
+    let built = front::parse(out, NAME, sql, &[BYTEA])
+        .and_then(|()| front::bind(out, NAME, NAME, &[Format::Binary], &[Some(&id)], &[]))
+        .and_then(|()| front::execute(out, NAME, 0))
+        .and_then(|()| front::close(out, Target::Statement, NAME));
+    debug_assert!(built.is_ok(), "constant messages can be built");
+}
+
+/// Appends a simple query in its extended form; the unnamed statement is gone afterwards, as it is
+/// behind a simple query. Results are flushed before the commit begins.
+///
+/// # Errors
+/// For a text that is too large.
+pub(super) fn converted(out: &mut BytesMut, sql: &[u8]) -> Result<(), BuildError> {
+    front::parse(out, b"", sql, &[])?;
+    front::bind(out, b"", b"", &[], &[], &[])?;
+    front::describe(out, Target::Portal, b"")?;
+    front::execute(out, b"", 0)?;
+    front::close(out, Target::Statement, b"")?;
+    front::flush(out);
+    front::sync(out);
+    Ok(())
+}
+
+/// Appends a COPY … FROM STDIN in its extended form; Flush and Sync follow the end of its data.
+///
+/// # Errors
+/// For a text that is too large.
+pub(super) fn converted_copy(out: &mut BytesMut, sql: &[u8]) -> Result<(), BuildError> {
+    front::parse(out, b"", sql, &[])?;
+    front::bind(out, b"", b"", &[], &[], &[])?;
+    front::execute(out, b"", 0)
+}
+
+/// Appends a Sync, behind a Flush.
+pub(super) fn flush_and_sync(out: &mut BytesMut) {
+    front::flush(out);
+    front::sync(out);
+}
+
+/// Appends a Flush.
+pub(super) fn flush(out: &mut BytesMut) {
+    front::flush(out);
+}
+
+fn call(out: &mut BytesMut, oid: u32) -> Result<(), BuildError> {
     front::function_call(out, oid, Format::Binary, &[], Format::Binary)
 }
 
-fn extended(out: &mut BytesMut, sql: &[u8]) -> Result<(), helios_wire::message::BuildError> {
+fn extended(out: &mut BytesMut, sql: &[u8]) -> Result<(), BuildError> {
     front::parse(out, NAME, sql, &[])?;
     front::bind(out, NAME, NAME, &[], &[], &[])?;
     front::execute(out, NAME, 0)?;

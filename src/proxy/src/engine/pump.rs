@@ -8,12 +8,13 @@ use std::sync::atomic::Ordering;
 use bytes::Buf;
 use helios_session::TxnStatus;
 use helios_session::expect::{Expect, ExpectQueue, MAX_EXPECTED};
-use helios_session::tracker::{Before, ServerStep};
+use helios_session::tracker::{Before, Form, ServerStep, until_zero};
 use helios_wire::message::read;
 use helios_wire::{ErrorFields, SqlState, backend, frontend, peek_header};
 
 use super::gate::Phase;
 use super::link::{HIGH_WATER, WHOLE};
+use super::moving::LastWords;
 use super::own;
 use super::replay::is_fatal;
 use super::session::{End, Event, Session};
@@ -84,8 +85,20 @@ impl Session {
                 return Ok(());
             }
             let have = header.len.min(self.client.input.len());
-            match self.tracker.before(header.tag, &self.client.input[..have]) {
+            let floor = self.floor_for(header.tag);
+            let frame = &self.client.input[..have];
+            let mut form = Form::AsIs;
+            match self.tracker.before(header.tag, frame, floor) {
                 Before::Go => {}
+                Before::Lead(lead) => {
+                    self.set_mark(lead.mark);
+                    form = lead.form;
+                }
+                Before::Flush => {
+                    if let Some(server) = self.server.as_mut() {
+                        own::flush(&mut server.link.output);
+                    }
+                }
                 Before::Wait => return Ok(()),
                 Before::Ask(ask) => {
                     if let Some(server) = self.server.as_mut() {
@@ -94,7 +107,7 @@ impl Session {
                     return Ok(());
                 }
             }
-            self.client_frame(header.tag, have, header.len)?;
+            self.client_frame(header.tag, have, header.len, form)?;
         }
     }
 
@@ -141,7 +154,25 @@ impl Session {
         }
     }
 
-    fn client_frame(&mut self, tag: u8, have: usize, len: usize) -> Result<(), Event> {
+    /// A log position for a mark, for the few messages that may want one.
+    fn floor_for(&self, tag: u8) -> Option<helios_api::Lsn> {
+        let may_commit = matches!(tag, frontend::QUERY | frontend::BIND | frontend::SYNC);
+        if !may_commit {
+            return None;
+        }
+        self.shared.floor(&self.gate.topology, self.epoch)
+    }
+
+    fn set_mark(&mut self, mark: helios_session::evidence::Mark) {
+        self.entry()
+            .mark_floor
+            .fetch_min(mark.floor.0, Ordering::Relaxed);
+        if let Some(server) = self.server.as_mut() {
+            own::mark(&mut server.link.output, mark.gtid);
+        }
+    }
+
+    fn client_frame(&mut self, tag: u8, have: usize, len: usize, form: Form) -> Result<(), Event> {
         let now = self.shared.now_micros();
         let frame = &self.client.input[..have];
         let began = self.tracker.is_between();
@@ -155,9 +186,23 @@ impl Session {
         let Some(server) = self.server.as_mut() else {
             return Ok(());
         };
-        self.client.forward(have, &mut server.link.output);
+        let out = &mut server.link.output;
+        if form == Form::AsIs {
+            self.client.forward(have, out);
+        } else {
+            let sql = until_zero(&self.client.input[5..have]);
+            let built = match form {
+                Form::ExtendedCopy => own::converted_copy(out, sql),
+                _ => own::converted(out, sql),
+            };
+            built.map_err(|e| violation(e.to_string()))?;
+            self.client.input.advance(have);
+        }
         self.resend_left = self.resend_left.saturating_sub(have);
         self.client.passing = len - have;
+        if step.sync_after {
+            own::flush_and_sync(&mut server.link.output);
+        }
         if let Some(ask) = step.ask_after {
             own::ask(&mut server.link.output, ask);
         }
@@ -268,7 +313,7 @@ impl Session {
         };
         let frame = &server.link.input[at..at + len];
         if is_fatal(tag, frame) {
-            self.last_words = Some(frame.into());
+            self.last_words = Some(LastWords::new(frame, &self.shared));
             return Ok(Verdict::Drop);
         }
         if self.cut && self.cancelled_by_us(tag, frame) {
@@ -284,6 +329,13 @@ impl Session {
             .map_err(|e| violation(e.to_string()))?;
         match step {
             ServerStep::Forward => Ok(self.forwarded(tag, at, len)),
+            ServerStep::ForwardThenSync => {
+                let verdict = self.forwarded(tag, at, len);
+                if let Some(server) = self.server.as_mut() {
+                    own::flush_and_sync(&mut server.link.output);
+                }
+                Ok(verdict)
+            }
             ServerStep::Own(to) => {
                 if tag == backend::DATA_ROW && to == Expect::Execute {
                     self.state_row(at, len);
@@ -291,12 +343,14 @@ impl Session {
                 Ok(Verdict::Drop)
             }
             ServerStep::OwnReady => Ok(Verdict::Drop),
+            ServerStep::MarkRefused => {
+                tracing::debug!(session = %self.entry().id, "mark refused");
+                Ok(Verdict::Leave)
+            }
             ServerStep::Unsolicited => {
-                let frame = self
-                    .server
-                    .as_ref()
-                    .map(|s| s.link.input[at..at + len].into());
-                self.last_words = frame;
+                let server = self.server.as_ref();
+                let frame = server.map(|s| &s.link.input[at..at + len]);
+                self.last_words = frame.map(|f| LastWords::new(f, &self.shared));
                 Ok(Verdict::Drop)
             }
             ServerStep::Completed { status, touched } => Ok(self.completed(status, touched)),
@@ -393,6 +447,7 @@ impl Session {
             }
         }
         if self.tracker.is_between() {
+            self.entry().mark_floor.store(u64::MAX, Ordering::Relaxed);
             self.entry()
                 .set_state(if status == TxnStatus::Idle { 1 } else { 3 });
         }

@@ -9,12 +9,14 @@ use bytes::BytesMut;
 use helios_api::control::{MoveReason, Topology};
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, replay_or_abort};
+use helios_session::evidence::Fate;
 use helios_session::state::Prepared;
 use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
 use helios_wire::message::back;
 use helios_wire::{ErrorFields, SqlState};
 
 use super::answers::retryable;
+use super::evidence;
 use super::replay::{self, ReplayError};
 use super::resolve::{Outcome, resolve};
 use super::sequences::Turn;
@@ -57,6 +59,11 @@ impl Session {
             tracing::debug!(session = %self.entry().id, ?plan, "session is rebuilt");
             match plan {
                 Plan::Disconnect => return Err(Attempt::End(self.disconnect())),
+                Plan::FindMarks => self.find_marks(topology).await?,
+                Plan::Finish if self.forced.is_none() && self.skip.is_none() => {
+                    self.finish_front();
+                }
+                Plan::Finish | Plan::ResultsLost => self.results_lost()?,
                 Plan::Complete => self.deliver_commit()?,
                 Plan::Unknown { .. } => self.outcome_unknown("the evidence is missing")?,
                 Plan::Resolve { at, xid } => {
@@ -85,6 +92,26 @@ impl Session {
                 Plan::Replay => return self.again(server).await,
             }
         }
+    }
+
+    /// Looks in the log for the marks of what commits by itself.
+    async fn find_marks(&mut self, topology: &Topology) -> Result<(), Attempt> {
+        let ran_on = (self.epoch, self.timeline);
+        let shared = std::sync::Arc::clone(&self.shared);
+        let in_flight = self.tracker.journal_mut().in_flight_mut();
+        for exchange in in_flight.iter_mut().filter(|e| e.fate.is_none()) {
+            let Some(mark) = exchange.mark else { continue };
+            let fate = evidence::fate(&shared, topology, ran_on, mark).await;
+            let fate = fate.map_err(retry)?;
+            tracing::debug!(gtid = %mark.gtid, ?fate, "outcome of a statement");
+            exchange.fate = Some(fate);
+            if fate == Fate::NotCommitted {
+                shared
+                    .metrics
+                    .commit_resolution(CommitOutcome::NotCommitted);
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn may_move(&self, topology: &Topology) -> bool {

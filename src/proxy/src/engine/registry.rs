@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use helios_api::control::SessionInfo;
-use helios_api::{InstanceName, SessionId};
+use helios_api::{InstanceName, Lsn, SessionId};
 use tokio::sync::Notify;
 
 use crate::backend::{BackendConn, Login};
@@ -58,6 +58,8 @@ pub struct Entry {
     pub began: AtomicU64,
     /// Bytes of its journal.
     pub journal_bytes: AtomicU64,
+    /// Log position before the mark of the statement in flight, `u64::MAX` for none.
+    pub mark_floor: AtomicU64,
 }
 
 /// Key that a client cancels with.
@@ -146,6 +148,7 @@ impl Registry {
             state: AtomicU64::new(0),
             began: AtomicU64::new(0),
             journal_bytes: AtomicU64::new(0),
+            mark_floor: AtomicU64::new(u64::MAX),
         });
         lock(&self.sessions).insert(id, Arc::clone(&entry));
         lock(&self.keys).insert(entry.key.clone(), Arc::clone(&entry));
@@ -172,6 +175,16 @@ impl Registry {
             entry.cancel.store(true, Ordering::SeqCst);
             entry.wake.notify_one();
         }
+    }
+
+    /// The lowest log position that the mark of a statement in flight may be at.
+    #[must_use]
+    pub fn lowest_mark(&self) -> Lsn {
+        let sessions = lock(&self.sessions);
+        let floors = sessions
+            .values()
+            .map(|e| e.mark_floor.load(Ordering::Relaxed));
+        Lsn(floors.min().unwrap_or(u64::MAX))
     }
 
     /// All sessions, by number.

@@ -14,6 +14,7 @@ use helios_api::control::Backend;
 use helios_api::{Endpoint, Epoch, Timeline};
 use helios_journal::Account;
 use helios_session::TxnStatus;
+use helios_session::evidence::GtidSource;
 use helios_session::state::Snapshot;
 use helios_session::tracker::Tracker;
 use helios_wire::message::back;
@@ -23,6 +24,7 @@ use tokio::time::Instant;
 
 use super::gate::{GateState, Member, Phase};
 use super::link::Link;
+use super::moving::LastWords;
 use super::registry::{Entry, Registered, lock};
 use super::shared::Shared;
 use crate::backend::{self, BackendConn};
@@ -107,7 +109,7 @@ pub struct Session {
     /// The client's messages are dropped up to its Sync.
     pub(super) discarding: bool,
     /// A fatal error that the server sent before it went away.
-    pub(super) last_words: Option<BytesMut>,
+    pub(super) last_words: Option<LastWords>,
     /// Epoch of the backend that ran the open transaction.
     pub(super) epoch: Epoch,
     /// The backend is gone while it was needed, since then.
@@ -177,7 +179,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let account = shared.pool.account(shared.options.max_journal_bytes);
     let member = shared.gate.join();
     let session = Session {
-        tracker: Tracker::new(shared.options.mode),
+        tracker: Tracker::new(shared.options.mode).with_ids(GtidSource::new(rand::random())),
         known: conn.parameters.clone(),
         server: Some(Server::new(conn, epoch)),
         gate: gate.borrow_and_update().clone(),

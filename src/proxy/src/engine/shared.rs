@@ -10,6 +10,7 @@ use helios_session::ReplayMode;
 use helios_telemetry::metrics::Metrics;
 use tokio::sync::{Semaphore, broadcast};
 
+use super::evidence::{Floor, Found};
 use super::gate::Gate;
 use super::registry::{Registry, lock};
 use super::sequences::ReplayLock;
@@ -115,6 +116,10 @@ pub struct Shared {
     pub logins: Semaphore,
     /// Held by every replay; alone by one that sets sequences back.
     pub(super) replaying: ReplayLock,
+    /// How far the log of the primary in use has come, while marks can be found in it.
+    pub(super) floor: Mutex<Option<Floor>>,
+    /// Marks found for the move under way: one reading of the log serves all sessions.
+    pub(super) found: tokio::sync::Mutex<Option<Found>>,
     /// Migration events.
     pub events: broadcast::Sender<MigrationEvent>,
     /// What the move under way has come to.
@@ -144,6 +149,8 @@ impl Shared {
             started: Instant::now(),
             logins: Semaphore::new(SIDE_BY_SIDE),
             replaying: ReplayLock::default(),
+            floor: Mutex::default(),
+            found: tokio::sync::Mutex::default(),
             events: broadcast::Sender::new(EVENTS),
             report: Mutex::default(),
             postmaster_start: Mutex::default(),

@@ -9,7 +9,7 @@ use super::texts::until_zero;
 use super::{Ask, ClientStep, Named, Tracker, XidKnowledge};
 use crate::ReplayMode;
 use crate::expect::{Expect, Owner};
-use crate::keyword::{Hint, hint, touches_session};
+use crate::keyword::{Hint, Unit, hint, touches_session, unit};
 use crate::state::Prepared;
 
 impl Tracker {
@@ -24,15 +24,28 @@ impl Tracker {
         self.journal.in_flight().back().is_some_and(|e| e.closed)
     }
 
-    pub(super) fn copy_frame(&mut self, expect: Option<Expect>, frame: &[u8]) -> ClientStep {
+    pub(super) fn copy_frame(
+        &mut self,
+        tag: u8,
+        expect: Option<Expect>,
+        frame: &[u8],
+    ) -> ClientStep {
+        let mut step = ClientStep::default();
         if let Some(expect) = expect {
             self.expect.push(expect, Owner::Client);
         }
         if let Some(last) = self.journal.in_flight_mut().back_mut() {
             last.copy_tail = last.closed;
+            if tag != frontend::COPY_DATA {
+                last.copies_ended += 1;
+                step.sync_after = std::mem::take(&mut last.sync_owed);
+            }
+        }
+        if step.sync_after {
+            self.expect.push(Expect::Sync, Owner::Client);
         }
         self.client_more(frame);
-        ClientStep::default()
+        step
     }
 
     pub(super) fn push_request(&mut self, expect: Option<Expect>, named: Option<Named>) {
@@ -45,7 +58,13 @@ impl Tracker {
     }
 
     /// Notes what a frame means for the exchange that it belongs to.
-    pub(super) fn note(&mut self, tag: u8, frame: &[u8], hint: Option<Hint>, touches: bool) {
+    pub(super) fn note(&mut self, tag: u8, frame: &[u8], looked: &Looked) {
+        let &Looked {
+            hint,
+            unit,
+            touches,
+            ..
+        } = looked;
         let statement = matches!(hint, Some(Hint::Read | Hint::Write | Hint::Copy))
             || tag == frontend::FUNCTION_CALL;
         if statement && let Some(last) = self.xids.back_mut() {
@@ -64,6 +83,7 @@ impl Tracker {
         };
         exchange.writes |= hint == Some(Hint::Write) || tag == frontend::FUNCTION_CALL;
         exchange.touches |= touches;
+        exchange.mixed |= unit == Some(Unit::Other) || tag == frontend::FUNCTION_CALL;
         match tag {
             frontend::QUERY | frontend::FUNCTION_CALL => {
                 exchange.closed = true;
@@ -101,6 +121,8 @@ impl Tracker {
                 let sql = until_zero(body);
                 Looked {
                     hint: Some(hint(sql)),
+                    // One that the mark speaks for goes another way.
+                    unit: Some(Unit::Other),
                     touches: touches_session(sql),
                     named: None,
                 }
@@ -112,6 +134,7 @@ impl Tracker {
                 let statement = Prepared {
                     parse: Arc::from(frame),
                     hint,
+                    unit: unit(sql),
                     touches,
                     made_inside: false,
                     columns: None,
@@ -120,6 +143,7 @@ impl Tracker {
                 let named = Some(Named::Parse(name.to_vec(), statement));
                 Looked {
                     hint: None,
+                    unit: None,
                     touches,
                     named,
                 }
@@ -130,11 +154,13 @@ impl Tracker {
                 match self.statement(name) {
                     Some(s) => Looked {
                         hint: Some(s.hint),
+                        unit: Some(s.unit),
                         touches: s.touches,
                         named: None,
                     },
                     None => Looked {
                         hint: Some(Hint::Write),
+                        unit: Some(Unit::Other),
                         touches: true,
                         named: None,
                     },
@@ -151,12 +177,14 @@ impl Tracker {
                 };
                 Looked {
                     hint: None,
+                    unit: None,
                     touches: false,
                     named,
                 }
             }
             _ => Looked {
                 hint: None,
+                unit: None,
                 touches: false,
                 named: None,
             },
@@ -224,6 +252,7 @@ impl Tracker {
 
 pub(super) struct Looked {
     pub(super) hint: Option<Hint>,
+    pub(super) unit: Option<Unit>,
     pub(super) touches: bool,
     pub(super) named: Option<Named>,
 }

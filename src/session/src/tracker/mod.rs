@@ -5,17 +5,19 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use helios_api::Xid;
+use helios_api::{Lsn, Xid};
 use helios_wire::frontend;
 
+use crate::evidence::{GtidSource, Mark};
 use crate::expect::{Expect, ExpectQueue, Violation};
 use crate::journal::Journal;
-use crate::keyword::Hint;
+use crate::keyword::{Hint, Unit};
 use crate::reply::Reply;
 use crate::state::{Prepared, PreparedStatements};
 use crate::{ReplayMode, TxnStatus};
 
 mod client;
+mod marks;
 mod server;
 mod texts;
 
@@ -32,11 +34,37 @@ pub enum Ask {
     Inline,
 }
 
+/// What goes in front of a client's frame, in the same flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lead {
+    /// The mark.
+    pub mark: Mark,
+    /// How the frame is sent.
+    pub form: Form,
+}
+
+/// How a client's frame is sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Form {
+    /// As it is.
+    #[default]
+    AsIs,
+    /// A simple query in its extended form, with a Flush in front of the Sync: the server answers
+    /// a simple query only after the commit.
+    Extended,
+    /// The same for COPY … FROM STDIN: Flush and Sync follow the end of the data.
+    ExtendedCopy,
+}
+
 /// Whether a client's frame may be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Before {
     /// Now.
     Go,
+    /// Now, behind this mark.
+    Lead(Lead),
+    /// Now, behind a Flush: the results are to be known before the commit begins.
+    Flush,
     /// After this question has been sent and answered.
     Ask(Ask),
     /// After the questions under way have been answered.
@@ -50,6 +78,8 @@ pub struct ClientStep {
     pub ask_after: Option<Ask>,
     /// The frame ends an exchange.
     pub closed: bool,
+    /// Send Flush and Sync behind it.
+    pub sync_after: bool,
 }
 
 /// What the engine does with a server's frame.
@@ -57,6 +87,8 @@ pub struct ClientStep {
 pub enum ServerStep {
     /// Forward.
     Forward,
+    /// Forward, and send the Sync that the server waits for.
+    ForwardThenSync,
     /// An answer to the proxy; keep it from the client.
     Own(Expect),
     /// ReadyForQuery of the proxy's own exchange; keep it from the client.
@@ -71,6 +103,9 @@ pub enum ServerStep {
     },
     /// An error outside any exchange: the server ends the connection.
     Unsolicited,
+    /// The server refused a mark, and skips what came behind it: nothing of the exchange in front
+    /// was done. No more marks are set.
+    MarkRefused,
 }
 
 /// Most custom settings that one session is followed for.
@@ -119,6 +154,10 @@ pub struct Tracker {
     chained: bool,
     /// Custom settings that statements of this session may have set.
     custom: BTreeSet<String>,
+    gtids: GtidSource,
+    /// What goes in front of the client's next frame.
+    lead: Option<Lead>,
+    marks_refused: bool,
 }
 
 impl Tracker {
@@ -141,13 +180,27 @@ impl Tracker {
             touched: false,
             chained: false,
             custom: BTreeSet::new(),
+            gtids: GtidSource::default(),
+            lead: None,
+            marks_refused: false,
         }
+    }
+
+    /// Ids of this session's transactions come from here.
+    #[must_use]
+    pub fn with_ids(mut self, gtids: GtidSource) -> Self {
+        self.gtids = gtids;
+        self
     }
 
     /// Whether a frame may be sent now. A COMMIT waits until the id of its transaction is known, or
     /// known not to be there (design rule 4): it is asked for behind the first statement that
-    /// writes, so the answer is there as a rule.
-    pub fn before(&mut self, tag: u8, frame: &[u8]) -> Before {
+    /// writes, so the answer is there as a rule. What commits by itself gets a mark in front, if the
+    /// position of the log is known (`floor`).
+    pub fn before(&mut self, tag: u8, frame: &[u8], floor: Option<Lsn>) -> Before {
+        if !self.projected_open && self.mode.replays() {
+            return floor.map_or(Before::Go, |floor| self.lead(tag, frame, floor));
+        }
         let may_end = matches!(tag, frontend::QUERY | frontend::BIND);
         if !may_end || !self.projected_open || !self.mode.replays() {
             return Before::Go;
@@ -194,18 +247,29 @@ impl Tracker {
             tag,
             frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL
         ) {
-            return Ok(self.copy_frame(expect, frame));
+            return Ok(self.copy_frame(tag, expect, frame));
         }
         let mut step = ClientStep::default();
+        let lead = self.lead.take();
         let opens = self.opens_exchange(tag);
-        let looked = self.look(tag, frame);
+        let mut looked = self.look(tag, frame);
         if opens {
             self.sequence += 1;
             self.journal
                 .open(self.sequence, now_micros, self.transaction);
         }
-        self.push_request(expect, looked.named);
-        self.note(tag, frame, looked.hint, looked.touches);
+        let form = lead.map(|l| l.form).unwrap_or_default();
+        if form == Form::AsIs {
+            self.push_request(expect, looked.named.take());
+        } else {
+            looked.unit = Some(Unit::Writes);
+            self.push_converted(form);
+        }
+        if let (Some(lead), Some(last)) = (lead, self.journal.in_flight_mut().back_mut()) {
+            last.mark = Some(lead.mark);
+            last.sync_owed = form == Form::ExtendedCopy;
+        }
+        self.note(tag, frame, &looked);
         step.closed = self.back_closed();
         if step.closed && self.wants_ask_after() {
             self.push_ask(Ask::ByFunctionCall);
@@ -230,6 +294,8 @@ impl Tracker {
         }
         next.prepared.settle();
         next.custom.clone_from(&self.custom);
+        next.gtids = self.gtids;
+        next.marks_refused = self.marks_refused;
         next
     }
 
@@ -242,6 +308,12 @@ impl Tracker {
     /// The exchange in front was answered by the proxy: its transaction has committed.
     pub fn committed_front(&mut self) {
         self.finish(TxnStatus::Idle);
+    }
+
+    /// Whether the exchanges that were answered may have changed the session's state, and nobody has
+    /// asked for it since.
+    pub fn take_touched(&mut self) -> bool {
+        std::mem::take(&mut self.touched)
     }
 
     /// The open transaction is gone (aborted by us): the status is what the new backend has.
@@ -288,7 +360,7 @@ impl Tracker {
         self.journal
             .in_flight()
             .back()
-            .is_none_or(|e| e.closed && !e.copy_tail)
+            .is_none_or(|e| e.closed && !e.copy_tail && !e.is_copying())
     }
 
     /// The expected-reply queue.

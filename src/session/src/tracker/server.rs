@@ -26,6 +26,35 @@ impl Tracker {
             Explained::Asynchronous => Ok(ServerStep::Forward),
             Explained::Unsolicited => Ok(ServerStep::Unsolicited),
             Explained::Reply {
+                owner: Owner::Mark,
+                to,
+                ..
+            } => {
+                if tag == backend::ERROR_RESPONSE {
+                    self.mark_refused();
+                    return Ok(ServerStep::MarkRefused);
+                }
+                Ok(ServerStep::Own(to))
+            }
+            Explained::Reply {
+                owner: Owner::Converted,
+                to,
+                last,
+            } => {
+                if matches!(
+                    tag,
+                    backend::PARSE_COMPLETE
+                        | backend::BIND_COMPLETE
+                        | backend::NO_DATA
+                        | backend::CLOSE_COMPLETE
+                ) {
+                    return Ok(ServerStep::Own(to));
+                }
+                // It answers the client's Query, which is about no named statement.
+                self.client_reply(tag, Expect::Query, last, frame);
+                Ok(self.sync_when_over(tag))
+            }
+            Explained::Reply {
                 owner: Owner::Proxy,
                 to,
                 ..
@@ -34,7 +63,7 @@ impl Tracker {
                 Ok(ServerStep::Own(to))
             }
             Explained::Ready {
-                owner: Owner::Proxy,
+                owner: Owner::Proxy | Owner::Mark | Owner::Converted,
             } => {
                 self.asked_answered();
                 Ok(ServerStep::OwnReady)
@@ -60,7 +89,7 @@ impl Tracker {
     pub fn server_large(&mut self, tag: u8, first: &[u8]) -> Result<ServerStep, Violation> {
         match self.expect.explain(tag)? {
             Explained::Reply {
-                owner: Owner::Client,
+                owner: Owner::Client | Owner::Converted,
                 ..
             } => {
                 if let Some(exchange) = self.journal.in_flight_mut().front_mut() {
@@ -97,6 +126,7 @@ impl Tracker {
             exchange.closed = false;
             exchange.copy_tail = false;
         }
+        exchange.copies += u32::from(tag == backend::COPY_IN_RESPONSE);
         if tag == backend::COMMAND_COMPLETE {
             let text = frame
                 .get(5..frame.len().saturating_sub(1))

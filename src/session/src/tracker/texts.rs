@@ -3,7 +3,7 @@
 use helios_wire::frontend;
 
 use super::Tracker;
-use crate::decide::{Evidence, InFlight};
+use crate::decide::{Evidence, InFlight, MarkState};
 use crate::grammar::{self, Kind};
 use crate::journal::Exchange;
 
@@ -84,15 +84,23 @@ impl Tracker {
     /// What is in flight, for the decision.
     #[must_use]
     pub fn in_flight(&self) -> Vec<InFlight> {
-        let exchanges = self.journal.in_flight().iter();
+        let exchanges = self.journal.in_flight().iter().enumerate();
         exchanges
-            .map(|e| InFlight {
+            .map(|(at, e)| InFlight {
                 kinds: self.kinds(e),
                 commit_answered: e.reply.completed(b"COMMIT")
                     || e.reply.completed(b"PREPARE TRANSACTION"),
                 failed: e.reply.failed(),
                 undone: e.undone,
                 evidence: self.evidence(e.transaction),
+                copy_ended: e.copies_ended > 0,
+                answered: at == 0 && e.closed && self.expect.only_sync_is_owed(),
+                mark: match (e.mark, e.fate) {
+                    (None, _) => MarkState::None,
+                    (Some(_), _) if e.mixed => MarkState::Mixed,
+                    (Some(_), None) => MarkState::Sent,
+                    (Some(_), Some(fate)) => MarkState::Found(fate),
+                },
             })
             .collect()
     }

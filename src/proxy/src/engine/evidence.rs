@@ -1,0 +1,298 @@
+//! Marks in the write-ahead log: whether they can be found again, and finding them.
+//!
+//! A mark is a transactional logical message in front of an autocommit statement
+//! (`helios_session::evidence`). It is looked for with `pg_walinspect`, between a position that the
+//! log had before it was sent and the end of its timeline. The invariant: a transaction is said not
+//! to have committed only when all of the log that could hold its mark has been read, or its own
+//! status says so.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use helios_api::control::Topology;
+use helios_api::{Epoch, Lsn, Timeline, Xid};
+use helios_session::evidence::{Fate, Gtid, Mark, described, full_id};
+use helios_session::state::literal;
+
+use super::gate::{GateState, Phase};
+use super::link::Link;
+use super::registry::lock;
+use super::replay::{ReplayError, simple};
+use super::resolve::{Outcome, resolve};
+use super::shared::Shared;
+use crate::backend;
+
+/// How often the log's position is read: what a look-up reads at most beside what was written while
+/// the statement ran.
+const INTERVAL: Duration = Duration::from_millis(500);
+
+/// Schema that the extension is put in, where it is not there yet.
+const SCHEMA: &str = "helios";
+
+/// What is known of the log of the primary in use.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Floor {
+    epoch: Epoch,
+    at: Lsn,
+}
+
+/// Marks that were found between two positions of a timeline that has ended.
+#[derive(Debug)]
+pub(super) struct Found {
+    epoch: Epoch,
+    ran_on: (Epoch, Timeline),
+    from: Lsn,
+    marks: HashMap<Gtid, u32>,
+}
+
+/// Where a log ends that a mark may be in.
+enum Until {
+    /// At the fork of the timeline.
+    Fork(Lsn),
+    /// The timeline goes on.
+    Now,
+    /// Nobody knows.
+    Unknown,
+}
+
+impl Shared {
+    /// A position that the log of the primary of `epoch` has passed; `None` while marks could not
+    /// be found again.
+    pub(super) fn floor(&self, topology: &Topology, epoch: Epoch) -> Option<Lsn> {
+        let floor = (*lock(&self.floor))?;
+        if floor.epoch == epoch {
+            return Some(floor.at);
+        }
+        // Nobody has read it yet in this epoch, but it began at the fork.
+        let fence = topology.fences.iter().find(|f| f.epoch == epoch);
+        fence.filter(|_| topology.epoch == epoch).map(|f| f.fork)
+    }
+}
+
+/// Reads the log's position again and again, once it is sure that marks can be found.
+pub async fn watch_log(shared: Arc<Shared>) {
+    let mut gate = shared.gate.watch();
+    let mut link: Option<(Epoch, Link)> = None;
+    let mut told = false;
+    loop {
+        let state = gate.borrow_and_update().clone();
+        if state.phase == Phase::Open {
+            let old = link.take().filter(|(e, _)| *e == state.topology.epoch);
+            let limit = shared.options.connect_timeout;
+            match tokio::time::timeout(limit, read_position(&shared, &state, old)).await {
+                Ok(Ok((fresh, at))) => {
+                    let epoch = state.topology.epoch;
+                    *lock(&shared.floor) = Some(Floor { epoch, at });
+                    link = Some((epoch, fresh));
+                }
+                Ok(Err(ReplayError::State(why))) if !told => {
+                    told = true;
+                    tracing::warn!(
+                        why,
+                        "outcomes of autocommit statements will be unknown after a crash"
+                    );
+                }
+                Ok(Err(_)) | Err(_) => {}
+            }
+        }
+        let _ = tokio::time::timeout(INTERVAL, gate.changed()).await;
+    }
+}
+
+async fn read_position(
+    shared: &Shared,
+    state: &GateState,
+    old: Option<(Epoch, Link)>,
+) -> Result<(Link, Lsn), ReplayError> {
+    let mut link = match old {
+        Some((_, link)) => link,
+        None => {
+            let mut link = connect(shared, &state.topology).await?;
+            prepare(&mut link).await?;
+            link
+        }
+    };
+    let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text";
+    let at = position(&simple(&mut link, sql).await?)
+        .ok_or_else(|| ReplayError::State("the log has no position".into()))?;
+    Ok((link, at))
+}
+
+/// Makes sure that the log can be read: the extension is there and may be used.
+async fn prepare(link: &mut Link) -> Result<(), ReplayError> {
+    // A standby that is away must not hold this up.
+    simple(link, "SET synchronous_commit = local").await?;
+    if schema(link).await?.is_none() {
+        simple(link, &format!("CREATE SCHEMA IF NOT EXISTS {SCHEMA}")).await?;
+        let create = format!("CREATE EXTENSION IF NOT EXISTS pg_walinspect SCHEMA {SCHEMA}");
+        simple(link, &create).await?;
+    }
+    let Some(schema) = schema(link).await? else {
+        return Err(ReplayError::State("pg_walinspect is not there".into()));
+    };
+    let probe = format!(
+        "SELECT 1 FROM (SELECT pg_catalog.pg_current_wal_flush_lsn() AS at) AS now \
+         WHERE pg_catalog.has_function_privilege('{schema}.pg_get_wal_records_info(pg_lsn,pg_lsn)', \
+         'EXECUTE')"
+    );
+    match simple(link, &probe).await?.len() {
+        0 => Err(ReplayError::State("pg_walinspect may not be used".into())),
+        _ => Ok(()),
+    }
+}
+
+/// The extension's schema, as an identifier.
+async fn schema(link: &mut Link) -> Result<Option<String>, ReplayError> {
+    let sql = "SELECT pg_catalog.quote_ident(n.nspname) FROM pg_catalog.pg_extension AS e \
+               JOIN pg_catalog.pg_namespace AS n ON n.oid = e.extnamespace \
+               WHERE e.extname = 'pg_walinspect'";
+    Ok(first(&simple(link, sql).await?))
+}
+
+async fn connect(shared: &Shared, topology: &Topology) -> Result<Link, ReplayError> {
+    let at = &topology.primary.endpoint;
+    let limit = shared.options.connect_timeout;
+    let conn = backend::connect(at, &shared.tls, &shared.service, limit)
+        .await
+        .map_err(|e| ReplayError::Connection(std::io::Error::other(e.to_string())))?;
+    Ok(Link::new(conn.stream, conn.buf))
+}
+
+/// What became of a marked transaction that ran in `ran_on`, on a backend that is gone.
+///
+/// # Errors
+/// The connection's; it may be tried again.
+pub(super) async fn fate(
+    shared: &Shared,
+    topology: &Topology,
+    ran_on: (Epoch, Timeline),
+    mark: Mark,
+) -> Result<Fate, ReplayError> {
+    let mut found = shared.found.lock().await;
+    let usable = found
+        .as_ref()
+        .is_some_and(|f| f.epoch == topology.epoch && f.ran_on == ran_on && f.from <= mark.floor);
+    let mut link = connect(shared, topology).await?;
+    let marks = match until(topology, ran_on) {
+        Until::Unknown => return Ok(Fate::Unknown),
+        Until::Fork(_) if usable => None,
+        Until::Fork(end) => {
+            // One reading serves all sessions.
+            let from = shared.registry.lowest_mark().min(mark.floor);
+            let Some(marks) = scan(&mut link, from, end).await? else {
+                return Ok(Fate::Unknown);
+            };
+            *found = Some(Found {
+                epoch: topology.epoch,
+                ran_on,
+                from,
+                marks,
+            });
+            None
+        }
+        Until::Now => {
+            let end = flushed(&mut link).await?;
+            let Some(marks) = scan(&mut link, mark.floor, end).await? else {
+                return Ok(Fate::Unknown);
+            };
+            Some(marks)
+        }
+    };
+    let marks = marks.as_ref().or(found.as_ref().map(|f| &f.marks));
+    let Some(record) = marks.and_then(|m| m.get(&mark.gtid).copied()) else {
+        return Ok(Fate::NotCommitted);
+    };
+    drop(found);
+    by_record(&mut link, topology, ran_on, record).await
+}
+
+fn until(topology: &Topology, ran_on: (Epoch, Timeline)) -> Until {
+    if topology.epoch == ran_on.0 || topology.timeline == ran_on.1 {
+        return Until::Now;
+    }
+    let after = topology.fences.iter().filter(|f| f.epoch > ran_on.0);
+    match after.min_by_key(|f| f.epoch) {
+        Some(fence) if fence.epoch == ran_on.0.next() => Until::Fork(fence.fork),
+        _ => Until::Unknown,
+    }
+}
+
+/// Everything that has committed up to now is in the log up to this position, and readable.
+async fn flushed(link: &mut Link) -> Result<Lsn, ReplayError> {
+    simple(link, "SET synchronous_commit = local").await?;
+    // A commit of our own flushes all that came before, those without a wait among it.
+    simple(
+        link,
+        "SELECT pg_catalog.pg_logical_emit_message(true, 'helios', '')",
+    )
+    .await?;
+    let sql = "SELECT pg_catalog.pg_current_wal_flush_lsn()::pg_catalog.text";
+    position(&simple(link, sql).await?)
+        .ok_or_else(|| ReplayError::State("the log has no position".into()))
+}
+
+/// The marks between two positions; `None` when not all of it can be read any more.
+async fn scan(
+    link: &mut Link,
+    from: Lsn,
+    end: Lsn,
+) -> Result<Option<HashMap<Gtid, u32>>, ReplayError> {
+    if from >= end {
+        return Ok(Some(HashMap::new()));
+    }
+    let Some(schema) = schema(link).await? else {
+        return Ok(None);
+    };
+    let (from, end) = (literal(&from.to_string()), literal(&end.to_string()));
+    let sql = format!(
+        "SELECT xid::pg_catalog.text, description \
+         FROM {schema}.pg_get_wal_records_info({from}, {end}) \
+         WHERE resource_manager OPERATOR(pg_catalog.=) 'LogicalMessage'"
+    );
+    let rows = match simple(link, &sql).await {
+        Ok(rows) => rows,
+        Err(ReplayError::State(why)) => {
+            tracing::warn!(why, "the log cannot be read back to a transaction's mark");
+            return Ok(None);
+        }
+        Err(e) => return Err(e),
+    };
+    let mark = |row: &Vec<Option<String>>| {
+        let [Some(xid), Some(description)] = row.as_slice() else {
+            return None;
+        };
+        Some((described(description)?, xid.parse().ok()?))
+    };
+    Ok(Some(rows.iter().filter_map(mark).collect()))
+}
+
+async fn by_record(
+    link: &mut Link,
+    topology: &Topology,
+    ran_on: (Epoch, Timeline),
+    record: u32,
+) -> Result<Fate, ReplayError> {
+    let sql =
+        "SELECT pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::pg_catalog.text";
+    let next = first(&simple(link, sql).await?).and_then(|x| x.parse().ok());
+    let Some(xid) = next.and_then(|next| full_id(record, Xid(next))) else {
+        return Ok(Fate::Unknown);
+    };
+    match resolve(link, topology, ran_on, xid).await? {
+        Outcome::Committed => Ok(Fate::Committed),
+        Outcome::Aborted => Ok(Fate::NotCommitted),
+        Outcome::InProgress => Err(ReplayError::Connection(std::io::Error::other(
+            "the transaction still runs",
+        ))),
+        Outcome::Unknown => Ok(Fate::Unknown),
+    }
+}
+
+fn first(rows: &[Vec<Option<String>>]) -> Option<String> {
+    rows.first().and_then(|r| r.first()).cloned().flatten()
+}
+
+fn position(rows: &[Vec<Option<String>>]) -> Option<Lsn> {
+    first(rows)?.parse().ok()
+}
