@@ -34,6 +34,9 @@ const KEEP_OPEN: Duration = Duration::from_secs(2);
 /// Values that lie further ahead of a sequence than so many steps were not given by it.
 const MAX_AHEAD: i128 = 1 << 16;
 
+/// How long a replay waits to be alone: all that come later wait behind it.
+const ALONE_WAIT: Duration = Duration::from_secs(2);
+
 /// How often a sequence is read again because somebody took a value in between.
 const MAX_READS: usize = 5;
 
@@ -69,14 +72,16 @@ impl Turn {
         let lock = Arc::clone(&shared.replaying);
         let records = candidates(tracker);
         if records.is_empty() {
-            let _guard = lock.read_owned().await;
-            return Ok(Self::Beside { _guard });
+            return Ok(Self::Beside {
+                _guard: lock.read_owned().await,
+            });
         }
+        let alone = tokio::time::timeout(ALONE_WAIT, lock.write_owned()).await;
         let mut keeper = Box::new(Keeper {
             shared: Arc::clone(shared),
             endpoint: endpoint.clone(),
             database: database.to_owned(),
-            guard: Some(lock.write_owned().await),
+            guard: Some(alone.map_err(std::io::Error::from)?),
             records,
             columns: BTreeMap::new(),
             standing: BTreeMap::new(),
@@ -84,11 +89,8 @@ impl Turn {
         });
         match keeper.connect().await {
             Ok(()) => Ok(Self::Alone(keeper)),
-            Err(e) if e.is_transient() => Err(ReplayError::Connection(std::io::Error::other(
-                e.to_string(),
-            ))),
+            Err(e) if e.is_transient() => Err(std::io::Error::other(e.to_string()).into()),
             Err(e) => {
-                // The statements run again as they are; a difference is told honestly.
                 tracing::warn!(database, error = %e, "values of sequences cannot be kept");
                 keeper.records.clear();
                 Ok(Self::Alone(keeper))
