@@ -5,8 +5,10 @@
 
 pub mod chaos;
 pub mod driver;
+pub mod lockstep;
 pub mod raw;
 pub mod restart;
+pub mod schedule;
 pub mod sources;
 pub mod subject;
 

@@ -1,4 +1,4 @@
-//! The wire protocol by hand, for clients that misbehave.
+//! The wire protocol by hand, for clients that misbehave and for tests of what drivers hide.
 //!
 //! Knows just enough to build messages and to take them apart, on purpose without the product's
 //! own codec: a mistake there must not hide itself here.
@@ -60,10 +60,91 @@ pub fn query(sql: &str) -> Vec<u8> {
     frame(b'Q', format!("{sql}\0").as_bytes())
 }
 
+/// A prepared statement; the empty name is the unnamed one.
+#[must_use]
+pub fn parse(name: &str, sql: &str) -> Vec<u8> {
+    frame(b'P', format!("{name}\0{sql}\0\0\0").as_bytes())
+}
+
+/// A portal on a prepared statement, with parameters and results as text.
+#[must_use]
+pub fn bind(portal: &str, statement: &str, parameters: &[&str]) -> Vec<u8> {
+    let mut body = format!("{portal}\0{statement}\0\0\0").into_bytes();
+    body.extend(u16::try_from(parameters.len()).unwrap_or(0).to_be_bytes());
+    for parameter in parameters {
+        body.extend(u32::try_from(parameter.len()).unwrap_or(0).to_be_bytes());
+        body.extend_from_slice(parameter.as_bytes());
+    }
+    body.extend_from_slice(&[0, 0]);
+    frame(b'B', &body)
+}
+
+/// Asks for the columns of a statement (`S`) or portal (`P`).
+#[must_use]
+pub fn describe(what: char, name: &str) -> Vec<u8> {
+    frame(b'D', format!("{what}{name}\0").as_bytes())
+}
+
+/// Runs a portal for at most `rows` rows; 0 means all.
+#[must_use]
+pub fn execute(portal: &str, rows: u32) -> Vec<u8> {
+    let mut body = format!("{portal}\0").into_bytes();
+    body.extend(rows.to_be_bytes());
+    frame(b'E', &body)
+}
+
+/// Closes a statement (`S`) or portal (`P`).
+#[must_use]
+pub fn close(what: char, name: &str) -> Vec<u8> {
+    frame(b'C', format!("{what}{name}\0").as_bytes())
+}
+
+/// The end of an extended exchange.
+#[must_use]
+pub fn sync() -> Vec<u8> {
+    frame(b'S', b"")
+}
+
+/// Asks for the replies so far.
+#[must_use]
+pub fn flush() -> Vec<u8> {
+    frame(b'H', b"")
+}
+
+/// Parse, Bind and Execute of an unnamed statement, without Sync.
+#[must_use]
+pub fn extended(sql: &str, parameters: &[&str]) -> Vec<u8> {
+    [parse("", sql), bind("", "", parameters), execute("", 0)].concat()
+}
+
+/// A call of a function by its OID, arguments and result as text.
+#[must_use]
+pub fn function_call(function: u32, arguments: &[&str]) -> Vec<u8> {
+    let mut body = function.to_be_bytes().to_vec();
+    body.extend_from_slice(&[0, 0]);
+    body.extend(u16::try_from(arguments.len()).unwrap_or(0).to_be_bytes());
+    for argument in arguments {
+        body.extend(u32::try_from(argument.len()).unwrap_or(0).to_be_bytes());
+        body.extend_from_slice(argument.as_bytes());
+    }
+    body.extend_from_slice(&[0, 0]);
+    frame(b'F', &body)
+}
+
 /// A start-up packet of protocol 3.0.
 #[must_use]
 pub fn startup(user: &str, database: &str) -> Vec<u8> {
-    let body = format!("user\0{user}\0database\0{database}\0\0");
+    startup_with(user, database, "")
+}
+
+/// A start-up packet that names the application too.
+#[must_use]
+pub fn startup_with(user: &str, database: &str, application: &str) -> Vec<u8> {
+    let mut body = format!("user\0{user}\0database\0{database}\0");
+    if !application.is_empty() {
+        body.push_str(&format!("application_name\0{application}\0"));
+    }
+    body.push('\0');
     let length = u32::try_from(body.len() + 8).unwrap_or(u32::MAX);
     let mut bytes = length.to_be_bytes().to_vec();
     bytes.extend_from_slice(&196_608_u32.to_be_bytes());
@@ -96,10 +177,18 @@ impl RawClient {
     ///
     /// The server refused, or asked for a password.
     pub async fn log_in(target: &Target) -> Result<Self> {
+        Self::log_in_as(target, "").await
+    }
+
+    /// As [`Self::log_in`], with an `application_name`.
+    ///
+    /// # Errors
+    ///
+    /// The server refused, or asked for a password.
+    pub async fn log_in_as(target: &Target, application: &str) -> Result<Self> {
         let mut client = Self::open(target).await?;
-        client
-            .send(&startup(&target.user, &target.database))
-            .await?;
+        let packet = startup_with(&target.user, &target.database, application);
+        client.send(&packet).await?;
         client.until(b'Z').await?;
         Ok(client)
     }

@@ -14,8 +14,18 @@ use crate::Result;
 use crate::driver::Target;
 use crate::restart::{RestartingServer, all_protected};
 
-/// The longest that an old primary may take to follow the new one.
-const REJOIN_LIMIT: Duration = Duration::from_secs(20);
+/// The longest that an old primary may take to follow the new one: rewound or cloned, on two busy
+/// cores.
+const REJOIN_LIMIT: Duration = Duration::from_secs(40);
+
+/// How the primary moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Move {
+    /// A planned switchover.
+    Planned,
+    /// `kill -9` of the primary with all its processes.
+    Crash,
+}
 
 /// A cluster with its proxy in this process, in a directory of its own.
 ///
@@ -52,6 +62,10 @@ impl Subject {
     ///
     /// The cluster did not start.
     pub async fn start_with(options: impl FnOnce(LocalBuilder) -> LocalBuilder) -> Result<Self> {
+        // Silent, unless somebody looks for a fault; a second call is refused, and that is fine.
+        if let Ok(filter) = std::env::var("RUST_LOG") {
+            let _ = helios_telemetry::init(helios_telemetry::LogFormat::Text, &filter, None);
+        }
         let dir = tempfile::Builder::new().prefix("helios-e2e-").tempdir()?;
         // The servers' user has to pass through.
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
@@ -171,6 +185,60 @@ impl Subject {
         if after.is_none() || after == before {
             return Err(format!("the primary has not moved: was {before:?}, is {after:?}").into());
         }
+        Ok(())
+    }
+
+    /// Waits until every instance follows and confirms.
+    ///
+    /// # Errors
+    ///
+    /// It took longer than an old primary may take to come back.
+    pub async fn whole(&self) -> Result<()> {
+        let Some(cluster) = self.cluster() else {
+            return Ok(());
+        };
+        let deadline = Instant::now() + REJOIN_LIMIT;
+        loop {
+            let status = cluster.status().await;
+            if status.phase == "steady" && status.synchronous.len() + 1 == status.instances.len() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("not whole within {REJOIN_LIMIT:?}: {status:#?}").into());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Kills the primary with all its processes. Returns at once: clients live through the rest.
+    ///
+    /// # Errors
+    ///
+    /// There is no primary, or no standby that could take over.
+    pub async fn crash(&self) -> Result<()> {
+        self.whole().await?;
+        let cluster = self.cluster().ok_or("only a cluster can crash")?;
+        let status = cluster.status().await;
+        let primary = status
+            .instances
+            .iter()
+            .find(|i| Some(&i.name) == status.primary.as_ref());
+        let postmaster = primary.and_then(|i| i.postmaster_pid).ok_or("no primary")?;
+        Ok(helios_testkit::pg::kill_all(postmaster)?)
+    }
+
+    /// Moves the primary, whatever state the sessions are in. A crash returns at once.
+    ///
+    /// # Errors
+    ///
+    /// It did not move.
+    pub async fn move_primary(&self, how: Move) -> Result<()> {
+        if how == Move::Crash {
+            return self.crash().await;
+        }
+        self.whole().await?;
+        let cluster = self.cluster().ok_or("only a cluster can switch over")?;
+        Box::pin(cluster.switchover(None)).await?;
         Ok(())
     }
 

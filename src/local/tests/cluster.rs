@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use helios_local::client::LocalClient;
 use helios_local::{LocalBuilder, LocalCluster, LocalError, LocalStatus, OperationKind, ProxyAuth};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use helios_testkit::pg::kill_all;
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
 
@@ -61,23 +60,6 @@ fn primary_pid(status: &LocalStatus) -> i32 {
     let name = status.primary.as_ref().unwrap();
     let found = status.instances.iter().find(|i| i.name == *name).unwrap();
     found.postmaster_pid.unwrap()
-}
-
-/// `kill -9` of a postmaster and all its children.
-fn kill_all(postmaster: i32) {
-    let mut victims = vec![postmaster];
-    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
-            continue;
-        };
-        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
-        if fields.get(1) == Some(&postmaster.to_string().as_str()) {
-            victims.push(entry.file_name().to_str().unwrap().parse().unwrap());
-        }
-    }
-    for pid in victims {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -143,7 +125,7 @@ async fn moves_crashes_and_comes_back_from_disk() {
         .await
         .unwrap();
     let killed = Instant::now();
-    kill_all(primary_pid(&after));
+    kill_all(primary_pid(&after)).unwrap();
     transaction
         .execute("insert into t values (4)", &[])
         .await
@@ -191,7 +173,7 @@ async fn a_lone_primary_restarts_in_place_and_requests_are_refused() {
     );
     let refusal = cluster.fence("pg-1".parse().unwrap()).await.unwrap_err();
     assert!(matches!(refusal, LocalError::Refused(_)), "{refusal}");
-    kill_all(primary_pid(&cluster.status().await));
+    kill_all(primary_pid(&cluster.status().await)).unwrap();
     let status = until(&cluster, "restart", |s| !s.operations.is_empty()).await;
     assert_eq!(status.operations[0].kind, OperationKind::Restart);
     assert_eq!(status.epoch.0, 1);
@@ -346,7 +328,7 @@ async fn measure() {
         if round % 2 == 0 {
             cluster.switchover(None).await.unwrap();
         } else {
-            kill_all(primary_pid(&status));
+            kill_all(primary_pid(&status)).unwrap();
             client.batch_execute("select 1").await.unwrap();
         }
         client.batch_execute("commit").await.unwrap();

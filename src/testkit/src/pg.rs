@@ -367,6 +367,39 @@ pub fn as_server_user(mut command: Command) -> Command {
     command
 }
 
+/// `kill -9` of a postmaster and all its children at once, as a crash of the machine would.
+///
+/// # Errors
+///
+/// `/proc` cannot be read.
+pub fn kill_all(postmaster: i32) -> Result<()> {
+    let mut victims = vec![postmaster];
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
+        // Behind the name in parentheses: state, parent.
+        let parent = stat
+            .rsplit(") ")
+            .next()
+            .and_then(|rest| rest.split(' ').nth(1));
+        let pid = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        if let (Some(parent), Some(pid)) = (parent, pid)
+            && parent == postmaster.to_string()
+        {
+            victims.push(pid);
+        }
+    }
+    for pid in victims {
+        // One that has gone already is what is wanted.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    Ok(())
+}
+
 /// The user that servers run as, when that is not the current one.
 fn server_user() -> Option<User> {
     if geteuid().is_root() {
