@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use helios_e2e::Result;
+use helios_e2e::chaos::experiment::ANSWER_LIMIT;
 use helios_e2e::chaos::fault::FaultKind;
 use helios_e2e::chaos::history::Level;
-use helios_e2e::chaos::plan::Choices;
+use helios_e2e::chaos::plan::{Choices, Plan};
 use helios_e2e::chaos::report::Summary;
 use helios_e2e::chaos::runner::{Options, run};
 use helios_e2e::chaos::workload::Workload;
@@ -47,9 +48,18 @@ struct Cli {
     /// Only these isolation levels
     #[arg(long, value_name = "NAME", value_enum, value_delimiter = ',')]
     level: Vec<LevelArg>,
+    /// Run these experiments instead: plans, or reports that were kept
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    plan: Vec<PathBuf>,
     /// Go on behind a violation, on a new cluster
     #[arg(long)]
     keep_going: bool,
+    /// Say what was done when in every experiment
+    #[arg(long)]
+    verbose: bool,
+    /// Seconds without an answer after which a client hangs; the proxy's own limit is 60
+    #[arg(long, value_name = "SECONDS", default_value_t = ANSWER_LIMIT.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
+    limit: u64,
     /// Print the result as one JSON object
     #[arg(long)]
     json: bool,
@@ -102,10 +112,8 @@ fn chaos(cli: &Cli) -> Result<bool> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    note(&format!(
-        "{} experiments from seed {}, {} clients, {} s each",
-        cli.runs, cli.seed, cli.clients, cli.duration
-    ));
+    let seed = options.plans.first().map_or(cli.seed, |plan| plan.seed);
+    note(&format!("{} experiments, seed {seed}", options.plans.len()));
     let summary = runtime.block_on(Box::pin(run(&options, &mut |line| note(line))))?;
     publish(cli, &summary)?;
     Ok(summary.is_good())
@@ -123,21 +131,31 @@ fn options(cli: &Cli) -> Result<Options> {
         );
     }
     Ok(Options {
-        runs: cli.runs,
-        seed: cli.seed,
-        choices: Choices {
-            workloads: or_all(&cli.workload, &Workload::ALL),
-            faults: or_all(&cli.fault, &FaultKind::ALL),
-            levels: match cli.level.as_slice() {
-                [] => Level::ALL.to_vec(),
-                some => some.iter().map(|level| Level::from(*level)).collect(),
-            },
-            clients: usize::try_from(cli.clients)?,
-            duration: Duration::from_secs(cli.duration),
-        },
+        plans: plans(cli)?,
         program,
         keep_going: cli.keep_going,
+        limit: Duration::from_secs(cli.limit),
+        verbose: cli.verbose,
     })
+}
+
+fn plans(cli: &Cli) -> Result<Vec<Plan>> {
+    if !cli.plan.is_empty() {
+        return cli.plan.iter().map(|file| Plan::read(file)).collect();
+    }
+    let choices = Choices {
+        workloads: or_all(&cli.workload, &Workload::ALL),
+        faults: or_all(&cli.fault, &FaultKind::ALL),
+        levels: match cli.level.as_slice() {
+            [] => Level::ALL.to_vec(),
+            some => some.iter().map(|level| Level::from(*level)).collect(),
+        },
+        clients: usize::try_from(cli.clients)?,
+        duration: Duration::from_secs(cli.duration),
+    };
+    let draw = |number| Plan::draw(cli.seed.wrapping_add(number), &choices);
+    let plans: Option<Vec<Plan>> = (0..cli.runs).map(draw).collect();
+    Ok(plans.ok_or("no workload and fault fit together")?)
 }
 
 fn or_all<T: Copy>(chosen: &[T], all: &[T]) -> Vec<T> {

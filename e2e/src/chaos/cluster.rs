@@ -2,6 +2,7 @@
 //!
 //! Invariant: it ends with its owner; its directory is removed unless it is to be looked into.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,10 +11,12 @@ use helios_api::InstanceName;
 use helios_api::agent::InstanceState;
 use helios_local::client::LocalClient;
 use helios_local::{Credentials, InstanceStatus, Layout, LocalStatus};
+use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::{Client, Config, NoTls};
 
+use super::disk::SmallDisk;
 use super::processes;
 use crate::Result;
 use crate::driver::Target;
@@ -30,12 +33,15 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// What kind of cluster an experiment needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Shape {
     /// Servers.
     pub instances: u32,
     /// Commits wait for a standby.
     pub synchronous: bool,
+    /// Instances have small disks of their own.
+    #[serde(default)]
+    pub small_disks: bool,
 }
 
 /// A running cluster.
@@ -48,50 +54,38 @@ pub struct Cluster {
     client: LocalClient,
     target: Target,
     service: Config,
+    disks: BTreeMap<InstanceName, SmallDisk>,
 }
 
 impl Cluster {
-    /// Starts one in a new directory and waits until it is redundant.
+    /// Starts one in a new directory and waits until it is redundant. `extra`: further options of
+    /// `helios local start`.
     ///
     /// # Errors
     /// It did not come up; the directory is kept and named.
-    pub async fn start(program: &Path, shape: Shape) -> Result<Self> {
+    pub async fn start(program: &Path, shape: Shape, extra: &[&str]) -> Result<Self> {
         let dir = helios_testkit::pg::server_dir("helios-chaos-")?.keep();
+        let started = Box::pin(Self::start_in(program, shape, extra, &dir)).await;
+        started.map_err(|error| format!("cluster in \"{}\": {error}", dir.display()).into())
+    }
+
+    async fn start_in(program: &Path, shape: Shape, extra: &[&str], dir: &Path) -> Result<Self> {
         let data = dir.join("data");
-        let log = std::fs::File::create(dir.join("helios.log"))?;
-        let mut command = Command::new(program);
-        command
-            .args(["local", "start", "--listen", "127.0.0.1:0", "--data-dir"])
-            .arg(&data)
-            .args(["--instances", &shape.instances.to_string()])
-            // Crashes here are of processes: what they wrote stays with the kernel.
-            .args(["--set", "fsync=off", "--set", "shared_buffers=24MB"])
-            .args([
-                "--set",
-                "max_connections=120",
-                "--set",
-                "log_min_messages=info",
-            ])
-            .args([
-                "--set",
-                "max_prepared_transactions=100",
-                "--set",
-                "deadlock_timeout=100ms",
-            ])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .process_group(0)
-            .kill_on_drop(true);
-        if !shape.synchronous {
-            command.arg("--asynchronous");
-        }
-        let mut child = command.spawn()?;
         let client = LocalClient::new(&data);
-        let up = wait_up(&mut child, &client).await;
-        let failed = |why: String| format!("cluster in \"{}\": {why}", dir.display());
-        let status = up.map_err(|e| failed(e.to_string()))?;
-        let secret = Credentials::load(&data)?.ok_or_else(|| failed("no credentials".into()))?;
+        let mut child = spawn(program, shape, extra, dir)?;
+        let mut status = wait_up(&mut child, &client).await?;
+        let mut disks = BTreeMap::new();
+        if shape.small_disks {
+            timeout(STOP_LIMIT, client.stop()).await??;
+            timeout(STOP_LIMIT, child.wait()).await??;
+            for instance in &status.instances {
+                let folder = Layout::new(&data).instance(&instance.name);
+                disks.insert(instance.name.clone(), SmallDisk::under(&folder)?);
+            }
+            child = spawn(program, shape, extra, dir)?;
+            status = wait_up(&mut child, &client).await?;
+        }
+        let secret = Credentials::load(&data)?.ok_or("no credentials")?;
         let mut service = Config::new();
         service
             .user(helios_local::credentials::SERVICE_USER)
@@ -100,10 +94,9 @@ impl Cluster {
             .application_name("chaos")
             .connect_timeout(CONNECT_LIMIT);
         let address: Config = status.connection_string.parse()?;
-        let port = address.get_ports().first().copied().ok_or("no port")?;
         let target = Target {
             host: "127.0.0.1".to_owned(),
-            port,
+            port: address.get_ports().first().copied().ok_or("no port")?,
             user: secret.user,
             password: String::new(),
             database: secret.database,
@@ -111,13 +104,20 @@ impl Cluster {
         let cluster = Self {
             shape,
             child,
-            dir,
+            dir: dir.to_owned(),
             client,
             target,
             service,
+            disks,
         };
         cluster.wait("redundant", START_LIMIT, redundant).await?;
         Ok(cluster)
+    }
+
+    /// The small disk of an instance.
+    #[must_use]
+    pub fn disk(&self, name: &InstanceName) -> Option<&SmallDisk> {
+        self.disks.get(name)
     }
 
     /// Where clients connect to.
@@ -238,12 +238,54 @@ impl Cluster {
         if !ended {
             let _ = self.child.kill().await;
         }
+        for disk in std::mem::take(&mut self.disks).into_values() {
+            if keep {
+                // Without them there still are the logs.
+                let _ = disk.keep();
+            }
+        }
         if !keep {
             // Ends servers that a killed supervisor left behind.
             let _ = helios_local::destroy(self.client.data_dir()).await;
             let _ = std::fs::remove_dir_all(&self.dir);
         }
     }
+}
+
+fn spawn(program: &Path, shape: Shape, extra: &[&str], dir: &Path) -> Result<Child> {
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.join("helios.log"))?;
+    let mut command = Command::new(program);
+    command
+        .args(["local", "start", "--listen", "127.0.0.1:0", "--data-dir"])
+        .arg(dir.join("data"))
+        .args(["--instances", &shape.instances.to_string()])
+        // Crashes here are of processes: what they wrote stays with the kernel.
+        .args(["--set", "fsync=off", "--set", "shared_buffers=24MB"])
+        .args([
+            "--set",
+            "max_connections=120",
+            "--set",
+            "max_prepared_transactions=100",
+        ])
+        .args([
+            "--set",
+            "max_wal_size=64MB",
+            "--set",
+            "deadlock_timeout=100ms",
+        ])
+        .args(extra)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .process_group(0)
+        .kill_on_drop(true);
+    if !shape.synchronous {
+        command.arg("--asynchronous");
+    }
+    Ok(command.spawn()?)
 }
 
 async fn wait_up(child: &mut Child, client: &LocalClient) -> Result<LocalStatus> {

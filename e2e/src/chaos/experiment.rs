@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
+use helios_api::control::LostCommits;
+use helios_local::OperationKind;
 use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -44,11 +46,11 @@ pub struct Report {
     pub notes: Notes,
 }
 
-/// Runs one.
+/// Runs one; a client without an answer for `limit` hangs.
 ///
 /// # Errors
 /// The harness itself could not go on; what the product does wrong is a finding.
-pub async fn run(cluster: &Arc<Cluster>, plan: &Plan) -> Result<Report> {
+pub async fn run(cluster: &Arc<Cluster>, plan: &Plan, limit: Duration) -> Result<Report> {
     cluster.wait("redundant", RECOVERY_LIMIT, redundant).await?;
     let schema = format!("x{}", plan.seed);
     let proxy = connect(cluster).await?;
@@ -69,7 +71,7 @@ pub async fn run(cluster: &Arc<Cluster>, plan: &Plan) -> Result<Report> {
         workload: plan.workload,
         level: plan.level,
         seed: plan.seed,
-        limit: ANSWER_LIMIT,
+        limit,
         extra: plan.fault.extra_states().to_vec(),
         clock,
         ids: Arc::new(AtomicU64::new(1)),
@@ -83,7 +85,7 @@ pub async fn run(cluster: &Arc<Cluster>, plan: &Plan) -> Result<Report> {
     let faults = Box::pin(injector.run(&plan.steps)).await;
     tokio::time::sleep(plan.duration.saturating_sub(clock.elapsed())).await;
     setting.stop.cancel();
-    let (notes, mut findings) = finish(clients).await;
+    let (notes, mut findings) = finish(clients, limit).await;
     let faults = faults.unwrap_or_else(|error| {
         findings.push(Finding::new(Anomaly::Client, error.to_string()));
         Vec::new()
@@ -109,10 +111,10 @@ pub async fn run(cluster: &Arc<Cluster>, plan: &Plan) -> Result<Report> {
 }
 
 /// Waits for all clients; one that does not end hangs.
-async fn finish(mut clients: JoinSet<Notes>) -> (Notes, Vec<Finding>) {
+async fn finish(mut clients: JoinSet<Notes>, limit: Duration) -> (Notes, Vec<Finding>) {
     let (mut notes, mut findings) = (Notes::default(), Vec::new());
     // A request, the ROLLBACK behind it, and a new connection.
-    let deadline = tokio::time::Instant::now() + ANSWER_LIMIT * 3;
+    let deadline = tokio::time::Instant::now() + limit * 3;
     loop {
         match tokio::time::timeout_at(deadline, clients.join_next()).await {
             Ok(None) => break,
@@ -140,6 +142,13 @@ async fn verdict(cluster: &Cluster, plan: &Plan, schema: &str, notes: &Notes) ->
     let db = cluster.connect(&primary).await?;
     let judged = judge(plan.workload, &db, schema, notes, plan.fault.may_lose());
     let mut verdict = timeout(JUDGE_LIMIT, judged).await??;
+    if verdict.lost > 0 && !loss_is_reported(cluster).await? {
+        let what = format!(
+            "{} acknowledged requests, and the report of the move says nothing",
+            verdict.lost
+        );
+        verdict.findings.push(Finding::new(Anomaly::Lost, what));
+    }
     if verdict.findings.is_empty() {
         clean_up(&db, schema).await?;
     }
@@ -149,6 +158,14 @@ async fn verdict(cluster: &Cluster, plan: &Plan, schema: &str, notes: &Notes) ->
         verdict.findings.push(Finding::new(Anomaly::Client, what));
     }
     Ok(verdict)
+}
+
+/// Whether the last failover says that it may have lost commits.
+async fn loss_is_reported(cluster: &Cluster) -> Result<bool> {
+    let status = cluster.status().await?;
+    let mut failovers = status.operations.iter().rev();
+    let last = failovers.find(|op| op.kind == OperationKind::Failover);
+    Ok(last.is_some_and(|op| op.lost == LostCommits::Possible))
 }
 
 /// Prepared transactions hold locks; tables cost checkpoints.

@@ -2,10 +2,10 @@
 //!
 //! Plain data. A history holds nothing that its client did not send or receive.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Isolation level of a transaction.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Level {
     /// PostgreSQL treats it as READ COMMITTED.

@@ -5,6 +5,7 @@
 
 pub mod checker;
 pub mod cluster;
+pub mod disk;
 pub mod errors;
 pub mod experiment;
 pub mod fault;

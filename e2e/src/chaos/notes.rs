@@ -38,6 +38,8 @@ impl Tally {
 pub struct Notes {
     /// Counts.
     pub tally: Tally,
+    /// The longest that an answer took, in milliseconds.
+    pub longest_ms: u64,
     /// Errors of the list, by their text, how often.
     pub told: BTreeMap<String, u64>,
     /// List-append transactions.
@@ -59,6 +61,7 @@ impl Notes {
     pub fn merge(&mut self, other: Self) {
         let Self {
             tally,
+            longest_ms,
             told,
             txns,
             effects,
@@ -68,6 +71,7 @@ impl Notes {
             violations,
         } = other;
         self.tally.add(tally);
+        self.longest_ms = self.longest_ms.max(longest_ms);
         for (text, count) in told {
             *self.told.entry(text).or_default() += count;
         }

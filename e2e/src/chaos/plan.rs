@@ -3,16 +3,18 @@
 //! Pure. The same seed and choices give the same plan; consecutive seeds go round all pairs of
 //! workload and fault.
 
+use std::path::Path;
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::cluster::Shape;
 use super::fault::{Act, FaultKind};
 use super::history::Level;
 use super::workload::Workload;
+use crate::Result;
 
 /// Larger than the number of pairs and prime: steps of it meet every pair.
 const STRIDE: u64 = 7919;
@@ -33,7 +35,7 @@ pub struct Choices {
 }
 
 /// An act and its time since the clients began.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
     /// In milliseconds.
     pub at_ms: u64,
@@ -42,7 +44,7 @@ pub struct Step {
 }
 
 /// An experiment.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// Its seed.
     pub seed: u64,
@@ -63,6 +65,20 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Reads one from a file: a plan, or the report of an experiment.
+    ///
+    /// # Errors
+    /// The file holds neither.
+    pub fn read(file: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(file)?;
+        let mut json: serde_json::Value = serde_json::from_str(&text)?;
+        if let Some(plan) = json.get_mut("plan") {
+            json = plan.take();
+        }
+        let named = |error| format!("{} holds no plan: {error}", file.display());
+        Ok(serde_json::from_value(json).map_err(named)?)
+    }
+
     /// The experiment of a seed; `None` when no choice fits together.
     #[must_use]
     pub fn draw(seed: u64, choices: &Choices) -> Option<Self> {
@@ -115,6 +131,19 @@ mod tests {
         let plan = |seed| Plan::draw(seed, &choices()).unwrap();
         assert_eq!(plan(7), plan(7));
         assert_ne!(plan(7).steps, plan(8).steps);
+    }
+
+    #[test]
+    fn survives_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for seed in 0..100 {
+            let plan = Plan::draw(seed, &choices()).unwrap();
+            std::fs::write(file.path(), serde_json::to_vec(&plan).unwrap()).unwrap();
+            assert_eq!(Plan::read(file.path()).unwrap(), plan);
+            let report = serde_json::json!({ "plan": plan });
+            std::fs::write(file.path(), serde_json::to_vec(&report).unwrap()).unwrap();
+            assert_eq!(Plan::read(file.path()).unwrap(), plan);
+        }
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Cell {
     pub lost: u64,
     /// Experiments with a violation.
     pub violations: u64,
+    /// The longest that an answer took, in milliseconds.
+    pub longest_ms: u64,
 }
 
 impl Cell {
@@ -29,6 +31,7 @@ impl Cell {
         self.tally.add(other.tally);
         self.lost += other.lost;
         self.violations += other.violations;
+        self.longest_ms = self.longest_ms.max(other.longest_ms);
     }
 }
 
@@ -60,6 +63,7 @@ impl Summary {
             tally: report.tally,
             lost: report.lost,
             violations: u64::from(violated),
+            longest_ms: report.notes.longest_ms,
         });
         for (text, count) in &report.notes.told {
             *self.told.entry(text.clone()).or_default() += count;
@@ -99,8 +103,8 @@ impl Summary {
     #[must_use]
     pub fn table(&self) -> String {
         let mut text = format!(
-            "{:<12} {:<20} {:>5} {:>9} {:>7} {:>8} {:>5} {:>10}\n",
-            "workload", "fault", "runs", "ok", "failed", "unknown", "lost", "violations"
+            "{:<12} {:<20} {:>5} {:>9} {:>7} {:>8} {:>5} {:>9} {:>10}\n",
+            "workload", "fault", "runs", "ok", "failed", "unknown", "lost", "longest", "violations"
         );
         let mut row = |workload: &str, fault: &str, cell: &Cell| {
             let Cell {
@@ -108,6 +112,7 @@ impl Summary {
                 tally,
                 lost,
                 violations,
+                longest_ms,
             } = cell;
             let Tally {
                 ok,
@@ -117,7 +122,7 @@ impl Summary {
             } = tally;
             let _ = writeln!(
                 text,
-                "{workload:<12} {fault:<20} {experiments:>5} {ok:>9} {failed:>7} {unknown:>8} {lost:>5} {violations:>10}"
+                "{workload:<12} {fault:<20} {experiments:>5} {ok:>9} {failed:>7} {unknown:>8} {lost:>5} {longest_ms:>6} ms {violations:>10}"
             );
         };
         for line in self.lines() {
@@ -139,14 +144,15 @@ impl Summary {
     #[must_use]
     pub fn markdown(&self) -> String {
         let mut text = String::from(
-            "| workload | fault | experiments | ok | failed | unknown | violations |\n\
-             |---|---|---:|---:|---:|---:|---:|\n",
+            "| workload | fault | experiments | ok | failed | unknown | longest answer | violations |\n\
+             |---|---|---:|---:|---:|---:|---:|---:|\n",
         );
         let mut row = |workload: &str, fault: &str, cell: &Cell| {
             let Cell {
                 experiments,
                 tally,
                 violations,
+                longest_ms,
                 ..
             } = cell;
             let Tally {
@@ -157,7 +163,7 @@ impl Summary {
             } = tally;
             let _ = writeln!(
                 text,
-                "| {workload} | {fault} | {experiments} | {ok} | {failed} | {unknown} | {violations} |"
+                "| {workload} | {fault} | {experiments} | {ok} | {failed} | {unknown} | {longest_ms} ms | {violations} |"
             );
         };
         for line in self.lines() {

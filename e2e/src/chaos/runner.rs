@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::cluster::{Cluster, Shape};
+use super::disk;
 use super::experiment::{self, Report};
-use super::plan::{Choices, Plan};
+use super::plan::Plan;
 use super::report::Summary;
 use crate::Result;
 
@@ -17,16 +18,16 @@ const USES: u64 = 40;
 /// What to run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// How many.
-    pub runs: u64,
-    /// Seed of the first one; the others follow.
-    pub seed: u64,
-    /// What may be drawn.
-    pub choices: Choices,
+    /// The experiments in their order.
+    pub plans: Vec<Plan>,
     /// The `helios` program.
     pub program: PathBuf,
     /// Goes on behind a violation.
     pub keep_going: bool,
+    /// A client without an answer for so long hangs.
+    pub limit: Duration,
+    /// Says what was done when, for every experiment.
+    pub verbose: bool,
 }
 
 /// Clusters at hand, by their shape.
@@ -46,7 +47,7 @@ impl Pool {
             Some((worn, _)) => stop(worn, false).await,
             None => {}
         }
-        let cluster = Arc::new(Box::pin(Cluster::start(program, shape)).await?);
+        let cluster = Arc::new(Box::pin(Cluster::start(program, shape, &[])).await?);
         self.clusters.insert(shape, (Arc::clone(&cluster), 1));
         Ok(cluster)
     }
@@ -95,12 +96,18 @@ async fn all(
     summary: &mut Summary,
     say: &mut dyn FnMut(&str),
 ) -> Result<()> {
-    for number in 0..options.runs {
-        let seed = options.seed.wrapping_add(number);
-        let plan =
-            Plan::draw(seed, &options.choices).ok_or("no workload and fault fit together")?;
+    let may_mount = disk::is_permitted();
+    for (number, plan) in options.plans.iter().enumerate() {
+        let seed = plan.seed;
+        if plan.shape.small_disks && !may_mount {
+            let fault = plan.fault.name();
+            say(&format!(
+                "seed {seed}: {fault} skipped, mounting a tmpfs is not permitted"
+            ));
+            continue;
+        }
         let cluster = pool.take(&options.program, plan.shape).await?;
-        let report = match Box::pin(experiment::run(&cluster, &plan)).await {
+        let report = match Box::pin(experiment::run(&cluster, plan, options.limit)).await {
             Ok(report) => report,
             Err(error) => {
                 let dir = cluster.dir().display().to_string();
@@ -109,15 +116,18 @@ async fn all(
                 return Err(format!("seed {seed}: {error}; see \"{dir}\"").into());
             }
         };
-        say(&line(number + 1, options.runs, &report));
+        say(&line(number + 1, options.plans.len(), &report));
+        if options.verbose {
+            for fault in &report.faults {
+                say(&format!("          {fault}"));
+            }
+        }
         summary.add(&report);
         if report.findings.is_empty() {
             continue;
         }
-        for file in keep(&cluster, &report)? {
-            say(&format!("kept: {}", file.display()));
-        }
-        say(&verdict(&report, options));
+        let kept = keep(&cluster, &report)?;
+        say(&verdict(&report, &kept));
         drop(cluster);
         // What it has gone through may be what the next experiment would fail of.
         pool.discard(plan.shape, true).await;
@@ -128,10 +138,10 @@ async fn all(
     Ok(())
 }
 
-fn line(number: u64, runs: u64, report: &Report) -> String {
+fn line(number: usize, runs: usize, report: &Report) -> String {
     let Report { plan, tally, .. } = report;
     let mut line = format!(
-        "{number:>4}/{runs} seed {:<6} {:<12} {:<17} {:<20} ok {:>5} failed {:>4} unknown {:>3} {:>5.1} s",
+        "{number:>4}/{runs} seed {:<6} {:<12} {:<17} {:<20} ok {:>5} failed {:>4} unknown {:>3} longest {:>5} ms {:>5.1} s",
         plan.seed,
         plan.workload.name(),
         plan.level.sql().to_lowercase(),
@@ -139,6 +149,7 @@ fn line(number: u64, runs: u64, report: &Report) -> String {
         tally.ok,
         tally.failed,
         tally.unknown,
+        report.notes.longest_ms,
         report.seconds,
     );
     if report.lost > 0 {
@@ -151,7 +162,7 @@ fn line(number: u64, runs: u64, report: &Report) -> String {
 }
 
 /// What was violated, the minimal history, and how to repeat it.
-fn verdict(report: &Report, options: &Options) -> String {
+fn verdict(report: &Report, kept: &Path) -> String {
     let Report {
         plan,
         faults,
@@ -165,45 +176,24 @@ fn verdict(report: &Report, options: &Options) -> String {
     for finding in findings {
         text.push_str(&format!("  {finding}\n"));
     }
-    let mut again = format!(
-        "chaos --runs 1 --seed {} --clients {} --duration {}",
-        plan.seed,
-        plan.clients,
-        plan.duration.as_secs(),
-    );
-    // The draw depends on what may be drawn.
-    for (option, chosen, all) in [
-        (
-            "--workload",
-            options
-                .choices
-                .workloads
-                .iter()
-                .map(|w| w.name())
-                .collect::<Vec<_>>(),
-            super::workload::Workload::ALL.len(),
-        ),
-        (
-            "--fault",
-            options.choices.faults.iter().map(|f| f.name()).collect(),
-            super::fault::FaultKind::ALL.len(),
-        ),
-    ] {
-        if chosen.len() < all {
-            again.push_str(&format!(" {option} {}", chosen.join(",")));
-        }
-    }
-    text.push_str(&format!("  repeat it with: {again}\n"));
+    let dir = kept.parent().unwrap_or(kept).display();
+    text.push_str(&format!(
+        "  kept: {dir} with servers, logs and the clients' history\n"
+    ));
+    text.push_str(&format!(
+        "  repeat it with: chaos --plan {}\n",
+        kept.display()
+    ));
     text
 }
 
 /// Writes down what was found, beside the cluster's own files.
-fn keep(cluster: &Cluster, report: &Report) -> Result<Vec<PathBuf>> {
+fn keep(cluster: &Cluster, report: &Report) -> Result<PathBuf> {
     let dir = cluster.dir();
     let seed = report.plan.seed;
     let verdict = dir.join(format!("seed-{seed}-report.json"));
     std::fs::write(&verdict, serde_json::to_vec_pretty(report)?)?;
     let notes = dir.join(format!("seed-{seed}-history.json"));
     std::fs::write(&notes, serde_json::to_vec(&report.notes)?)?;
-    Ok(vec![verdict, notes, dir.to_owned()])
+    Ok(verdict)
 }

@@ -89,6 +89,8 @@ pub struct Statement {
 pub struct Conn {
     stream: BufReader<TcpStream>,
     limit: Duration,
+    longest: Duration,
+    status: u8,
 }
 
 impl Conn {
@@ -109,6 +111,8 @@ impl Conn {
         let mut conn = Self {
             stream: BufReader::new(stream),
             limit,
+            longest: Duration::ZERO,
+            status: 0,
         };
         let packet = startup(&target.user, &target.database);
         conn.exchange(&packet, 0).await?;
@@ -187,9 +191,12 @@ impl Conn {
                 break;
             }
         }
-        let deadline = Instant::now() + self.limit;
+        let began = Instant::now();
+        let deadline = began + self.limit;
         let _ = self.write(&frame(b'c', &[]), deadline).await;
-        self.collect(None, 1, deadline).await
+        let answer = self.collect(None, 1, deadline).await;
+        self.longest = self.longest.max(began.elapsed());
+        answer
     }
 
     /// Says goodbye.
@@ -199,10 +206,25 @@ impl Conn {
         let _ = self.write(&frame(b'X', &[]), deadline).await;
     }
 
+    /// The longest that an answer took so far.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        self.longest
+    }
+
+    /// Whether the last ReadyForQuery left a transaction open, failed or not.
+    #[must_use]
+    pub fn in_transaction(&self) -> bool {
+        matches!(self.status, b'T' | b'E')
+    }
+
     async fn exchange(&mut self, bytes: &[u8], tags: usize) -> Result<Answer, Trouble> {
-        let deadline = Instant::now() + self.limit;
+        let began = Instant::now();
+        let deadline = began + self.limit;
         self.write(bytes, deadline).await?;
-        self.collect(None, tags, deadline).await
+        let answer = self.collect(None, tags, deadline).await;
+        self.longest = self.longest.max(began.elapsed());
+        answer
     }
 
     /// Everything up to ReadyForQuery. `tags`: how many statements must be answered.
@@ -226,7 +248,8 @@ impl Conn {
             };
             match message.tag {
                 b'Z' => {
-                    answer.status = message.body.first().copied().unwrap_or_default();
+                    self.status = message.body.first().copied().unwrap_or_default();
+                    answer.status = self.status;
                     break;
                 }
                 b'E' if error.is_some() => {

@@ -103,6 +103,7 @@ impl Injector {
                 ))
             }
             Act::CrashBehindLag { millis } => self.crash_behind_lag(*millis).await,
+            Act::FillDisk { millis } => self.fill_disk(*millis).await,
             Act::Cut { .. } | Act::Hold { .. } | Act::Slow { .. } => {
                 let (primary, _) = self.cluster.roles().await?;
                 self.network.act(&primary.name, act).await
@@ -137,6 +138,30 @@ impl Injector {
             killed.push(pid);
         }
         Ok(format!("killed backends {killed:?} of {}", primary.name))
+    }
+
+    /// Segments that were made ahead would last longer than the experiment: they are used up.
+    async fn fill_disk(&self, millis: u64) -> Result<String> {
+        let (primary, _) = self.cluster.roles().await?;
+        let disk = self.cluster.disk(&primary.name).ok_or("no small disk")?;
+        let db = self.cluster.connect(&primary).await?;
+        let bytes = disk.fill()?;
+        let end = Instant::now() + Duration::from_millis(millis);
+        let mut failed = false;
+        while Instant::now() < end {
+            // Without an xid nothing would be written, and nothing switched.
+            let sql =
+                "SET synchronous_commit = local; SELECT pg_current_xact_id(), pg_switch_wal()";
+            let limit = end.saturating_duration_since(Instant::now());
+            let switched = tokio::time::timeout(limit, db.batch_execute(sql)).await;
+            failed |= !matches!(switched, Ok(Ok(())));
+            sleep(Duration::from_millis(if failed { 50 } else { 1 })).await;
+        }
+        disk.free();
+        let name = &primary.name;
+        Ok(format!(
+            "filled the disk of {name} with {bytes} bytes; it failed: {failed}"
+        ))
     }
 
     async fn crash_behind_lag(&self, millis: u64) -> Result<String> {

@@ -7,7 +7,7 @@ mod network;
 use clap::ValueEnum;
 use rand::RngExt;
 use rand::rngs::StdRng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use inject::Injector;
 pub use network::Network;
@@ -17,7 +17,9 @@ use super::plan::Step;
 use super::workload::Workload;
 
 /// Kinds of faults.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum FaultKind {
     /// Nothing happens: what the workload does by itself
@@ -50,10 +52,12 @@ pub enum FaultKind {
     PartitionStandby,
     /// Connections are cut while a planned move is under way
     CutInSwitchover,
+    /// The primary's disk is full for a while
+    DiskFull,
 }
 
 /// Something that is done at a time.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "act", rename_all = "snake_case")]
 pub enum Act {
     /// Asks for a planned move, and waits for its end.
@@ -105,6 +109,11 @@ pub enum Act {
         /// Sessions' connections break then; else they go on.
         close: bool,
     },
+    /// Fills the primary's disk.
+    FillDisk {
+        /// How long, in milliseconds.
+        millis: u64,
+    },
     /// Slows sessions' connections to the primary.
     Slow {
         /// Each piece of data is so late, in milliseconds.
@@ -127,7 +136,7 @@ fn cut(rng: &mut StdRng) -> Act {
 
 impl FaultKind {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::None,
         Self::Switchover,
         Self::Crash,
@@ -143,6 +152,7 @@ impl FaultKind {
         Self::PartitionPrimary,
         Self::PartitionStandby,
         Self::CutInSwitchover,
+        Self::DiskFull,
     ];
 
     /// For tables and the command line.
@@ -164,6 +174,7 @@ impl FaultKind {
             Self::PartitionPrimary => "partition-primary",
             Self::PartitionStandby => "partition-standby",
             Self::CutInSwitchover => "cut-in-switchover",
+            Self::DiskFull => "disk-full",
         }
     }
 
@@ -199,7 +210,10 @@ impl FaultKind {
     /// SQLSTATEs that it adds to the list of what clients may be told.
     #[must_use]
     pub fn extra_states(self) -> &'static [&'static str] {
-        &[]
+        match self {
+            Self::DiskFull => &["53100"],
+            _ => &[],
+        }
     }
 
     /// The cluster that it needs.
@@ -208,6 +222,7 @@ impl FaultKind {
         Shape {
             instances: if self == Self::CrashTwice { 3 } else { 2 },
             synchronous: self != Self::LaggingStandby,
+            small_disks: self == Self::DiskFull,
         }
     }
 
@@ -243,6 +258,10 @@ impl FaultKind {
             Self::LaggingStandby => {
                 let millis = rng.random_range(100..700);
                 vec![at(first, Act::CrashBehindLag { millis })]
+            }
+            Self::DiskFull => {
+                let millis = rng.random_range(300..2500);
+                vec![at(first, Act::FillDisk { millis })]
             }
             Self::Cut
             | Self::HalfOpen

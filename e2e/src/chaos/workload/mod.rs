@@ -11,7 +11,7 @@ mod two_phase;
 mod worker;
 
 use clap::ValueEnum;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use judge::{Verdict, judge};
 pub use worker::{Setting, Worker};
@@ -19,7 +19,9 @@ pub use worker::{Setting, Worker};
 use super::wire::Trouble;
 
 /// Which workload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, ValueEnum, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Workload {
     /// Transfers between accounts, with a ledger and unique ids

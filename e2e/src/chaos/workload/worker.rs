@@ -19,6 +19,13 @@ use crate::driver::Target;
 /// Pause before a new connection after one that failed.
 const RECONNECT: Duration = Duration::from_millis(100);
 
+/// The proxy looks for a primary so long (60 s, its default) before it gives up, less what the
+/// client's clock may differ.
+const OUTAGE_LIMIT: Duration = Duration::from_secs(55);
+
+/// Violations that one client describes; a broken session has one a request.
+const MAX_VIOLATIONS: usize = 3;
+
 /// What all clients of an experiment share.
 #[derive(Debug, Clone)]
 pub struct Setting {
@@ -93,7 +100,9 @@ impl Worker {
             }
             while !self.setting.stop.is_cancelled() {
                 let workload = self.setting.workload;
-                if Box::pin(workload.step(&mut self)).await.is_err() {
+                let stepped = Box::pin(workload.step(&mut self)).await;
+                self.note_longest();
+                if stepped.is_err() {
                     self.conn = None;
                     tokio::time::sleep(RECONNECT).await;
                     break;
@@ -105,6 +114,12 @@ impl Worker {
             conn.close().await;
         }
         self.notes
+    }
+
+    fn note_longest(&mut self) {
+        let longest = self.conn.as_ref().map_or(Duration::ZERO, Conn::longest);
+        let millis = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);
+        self.notes.longest_ms = self.notes.longest_ms.max(millis);
     }
 
     async fn connect(&mut self) -> Result<(), Gone> {
@@ -220,7 +235,9 @@ impl Worker {
         if !matches!(trouble, Trouble::Sql { fatal: false, .. }) {
             return (outcome, Err(Gone));
         }
-        if at != At::Statement {
+        // A query that opens a transaction by itself may leave it behind, failed.
+        let open = self.conn.as_ref().is_some_and(Conn::in_transaction);
+        if at != At::Statement && !open {
             return (outcome, Ok(()));
         }
         // Ours leaves the session idle, PostgreSQL's in a failed transaction; ROLLBACK suits both.
@@ -239,7 +256,11 @@ impl Worker {
 
     /// Notes what a client was told, and what follows for its request.
     pub(super) fn told(&mut self, trouble: &Trouble, at: At, what: &str) -> Outcome {
-        let verdict = judge(trouble, at, &self.setting.extra);
+        let mut verdict = judge(trouble, at, &self.setting.extra);
+        let waited = self.conn.as_ref().map_or(OUTAGE_LIMIT, Conn::longest);
+        if verdict == Verdict::NoPrimary && waited < OUTAGE_LIMIT {
+            verdict = Verdict::Violation;
+        }
         if verdict == Verdict::Violation {
             self.violation(&format!("{trouble}, in answer to: {what}"));
         } else {
@@ -255,6 +276,9 @@ impl Worker {
     }
 
     pub(super) fn violation(&mut self, what: &str) {
+        if self.notes.violations.len() >= MAX_VIOLATIONS {
+            return;
+        }
         let (client, now) = (self.client, self.now());
         let level = self.setting.level.sql();
         let style = self.style;
