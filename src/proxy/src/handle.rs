@@ -311,8 +311,10 @@ impl ProxyHandle {
             .verifiers
             .set_endpoint(Some(topology.primary.endpoint.clone()));
         let limit = shared.options.barrier_limit;
+        shared.raise_barrier();
         gate.publish(Phase::Replay, Some(topology), Some(reason));
         gate.all_acknowledged(limit).await;
+        shared.lower_barrier(limit).await;
         shared.metrics.phase("replay", began.elapsed());
         gate.publish(Phase::Send, None, None);
         gate.all_acknowledged(Duration::from_secs(1)).await;

@@ -246,9 +246,11 @@ fn commit(exchange: &InFlight, began_open: bool, kinds: &[Kind]) -> Step {
         return Step::InDoubt;
     }
     match exchange.evidence {
+        // What runs in the same exchange was not asked about.
+        _ if !began_open => Step::InDoubt,
         Evidence::NothingWritten => Step::Safe,
-        Evidence::Known(xid) if began_open => Step::Ask(xid),
-        Evidence::Known(_) | Evidence::Unknown => Step::InDoubt,
+        Evidence::Known(xid) => Step::Ask(xid),
+        Evidence::Unknown => Step::InDoubt,
     }
 }
 
@@ -308,6 +310,8 @@ mod tests {
             (Open, &[(&[Commit], unknown)], doubt(0)),
             (Open, &[(&[Chain], x)], doubt(0)),
             (Open, &[(&[Write, Commit], x)], ask(0)),
+            (Idle, &[(&[Begin, Write, Commit], none)], doubt(0)),
+            (Idle, &[(&[Begin, Write, Commit], x)], doubt(0)),
             (Open, &[(&[Commit, Write], x)], doubt(0)),
             (Failed, &[(&[Commit], unknown)], Plan::Replay),
             (

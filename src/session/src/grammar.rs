@@ -136,6 +136,22 @@ pub fn prepare_of(sql: &str, name: &str) -> Option<String> {
     of_name.next().map(|p| p.syntax().text().to_string())
 }
 
+/// The identifier of the last PREPARE TRANSACTION in a text, when it is a plain literal.
+#[must_use]
+pub fn prepared_transaction(sql: &str) -> Option<String> {
+    let parse = SourceFile::parse(sql);
+    let nodes: Vec<_> = parse.tree().syntax().children().collect();
+    let prepare = nodes
+        .iter()
+        .rfind(|n| n.kind() == SyntaxKind::PREPARE_TRANSACTION)?;
+    let mut tokens = prepare
+        .descendants_with_tokens()
+        .filter_map(|e| e.into_token());
+    let literal = tokens.find(|t| t.text().starts_with('\''))?;
+    let quoted = literal.text().strip_prefix('\'')?.strip_suffix('\'')?;
+    Some(quoted.replace("''", "'"))
+}
+
 fn bare(identifier: &str) -> String {
     match identifier
         .strip_prefix('"')
@@ -269,6 +285,21 @@ mod tests {
         assert_eq!(name("select nextval('a'), nextval('b')"), None);
         assert_eq!(name("select nextval(E'a')"), None);
         assert_eq!(name("select 1"), None);
+    }
+
+    #[test]
+    fn the_transaction_that_is_prepared() {
+        let gid = |sql| prepared_transaction(sql);
+        assert_eq!(
+            gid("PREPARE TRANSACTION 'it''s'; ").as_deref(),
+            Some("it's")
+        );
+        assert_eq!(
+            gid("insert into t values ('x'); prepare transaction 'b'").as_deref(),
+            Some("b")
+        );
+        assert_eq!(gid("commit prepared 'x'"), None);
+        assert_eq!(gid("prepare p as select 'x'"), None);
     }
 
     #[test]

@@ -41,14 +41,19 @@ impl Session {
         if !front.closed {
             return None;
         }
+        let tag = if self.tracker.prepares_transaction(front).is_some() {
+            "PREPARE TRANSACTION"
+        } else {
+            "COMMIT"
+        };
         if kinds.len() == 1 {
             let delivered = self.skip.map_or(front.reply.messages, |s| s.messages);
-            return Some(replay::committed_reply(bytes, delivered));
+            return Some(replay::committed_reply(bytes, delivered, tag));
         }
         // Several statements in one query: all but the COMMIT must have been answered.
         let answered = front.reply.commands.len() + 1 == kinds.len() && self.skip.is_none();
         let simple = bytes.first() == Some(&frontend::QUERY);
-        (answered && simple).then(|| replay::committed_reply(bytes, 0))
+        (answered && simple).then(|| replay::committed_reply(bytes, 0, tag))
     }
 
     /// The exchange in front is over, and its client has everything but ReadyForQuery.

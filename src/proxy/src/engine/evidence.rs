@@ -279,7 +279,7 @@ async fn by_record(
     let Some(xid) = next.and_then(|next| full_id(record, Xid(next))) else {
         return Ok(Fate::Unknown);
     };
-    match resolve(link, topology, ran_on, xid).await? {
+    match resolve(link, topology, ran_on, xid, None).await? {
         Outcome::Committed => Ok(Fate::Committed),
         Outcome::Aborted => Ok(Fate::NotCommitted),
         Outcome::InProgress => Err(ReplayError::Connection(std::io::Error::other(

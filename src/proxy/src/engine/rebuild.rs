@@ -17,6 +17,7 @@ use helios_wire::{ErrorFields, SqlState};
 
 use super::answers::retryable;
 use super::evidence;
+use super::gate::Phase;
 use super::replay::{self, ReplayError};
 use super::resolve::{Outcome, resolve};
 use super::sequences::Turn;
@@ -68,7 +69,10 @@ impl Session {
                 Plan::Unknown { .. } => self.outcome_unknown("the evidence is missing")?,
                 Plan::Resolve { at, xid } => {
                     let link = &mut server.link;
-                    let outcome = resolve(link, topology, (self.epoch, self.timeline), xid).await;
+                    let ran_on = (self.epoch, self.timeline);
+                    let exchange = self.tracker.journal().in_flight().get(at);
+                    let gid = exchange.and_then(|e| self.tracker.prepares_transaction(e));
+                    let outcome = resolve(link, topology, ran_on, xid, gid.as_deref()).await;
                     match outcome.map_err(retry)? {
                         Outcome::Committed if at == 0 => self.deliver_commit()?,
                         Outcome::Committed => {
@@ -178,8 +182,23 @@ impl Session {
             &self.gate.topology.primary.endpoint,
             &self.entry().login.database,
         );
-        let mut turn = Turn::take(&self.shared, at, database, &self.tracker).await?;
-        replay::replay(&mut server.link, &self.tracker, next, turn.keeper()).await
+        // Beside new work a sequence that is set back would give its values to others too.
+        let mut barrier = self.shared.barrier.subscribe();
+        let behind_barrier = self.gate.phase == Phase::Replay && *barrier.borrow_and_update();
+        let mut turn = if behind_barrier {
+            Turn::take(&self.shared, at, database, &self.tracker).await?
+        } else {
+            Turn::beside(&self.shared).await
+        };
+        let replay = replay::replay(&mut server.link, &self.tracker, next, turn.keeper());
+        tokio::select! {
+            // First: a turn that came too late must set nothing back.
+            biased;
+            _ = barrier.wait_for(|up| *up != behind_barrier) => {
+                Err(ReplayError::Connection(std::io::ErrorKind::TimedOut.into()))
+            }
+            result = replay => result,
+        }
     }
 
     pub(super) fn prepared_at_begin(&self) -> Vec<(Vec<u8>, Prepared)> {

@@ -358,7 +358,7 @@ pub(super) async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError>
 
 /// The reply that a committed exchange would have got, without its first `delivered` messages.
 #[must_use]
-pub(super) fn committed_reply(messages: &[u8], delivered: u64) -> bytes::BytesMut {
+pub(super) fn committed_reply(messages: &[u8], delivered: u64, tag: &str) -> bytes::BytesMut {
     let mut out = bytes::BytesMut::new();
     let mut rest = messages;
     let mut parts: Vec<bytes::BytesMut> = Vec::new();
@@ -372,7 +372,7 @@ pub(super) fn committed_reply(messages: &[u8], delivered: u64) -> bytes::BytesMu
         use helios_wire::frontend as f;
         match header.tag {
             f::QUERY => {
-                part(&|o| back::command_complete(o, "COMMIT"));
+                part(&|o| back::command_complete(o, tag));
             }
             f::PARSE => part(&|o| o.extend_from_slice(b"1\0\0\0\x04")),
             f::BIND => part(&|o| o.extend_from_slice(b"2\0\0\0\x04")),
@@ -382,7 +382,7 @@ pub(super) fn committed_reply(messages: &[u8], delivered: u64) -> bytes::BytesMu
                 }
                 part(&|o| o.extend_from_slice(b"n\0\0\0\x04"));
             }
-            f::EXECUTE => part(&|o| back::command_complete(o, "COMMIT")),
+            f::EXECUTE => part(&|o| back::command_complete(o, tag)),
             f::CLOSE => part(&|o| o.extend_from_slice(b"3\0\0\0\x04")),
             _ => {}
         }

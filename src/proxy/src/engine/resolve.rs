@@ -6,13 +6,15 @@
 use helios_api::control::Topology;
 use helios_api::{Epoch, Timeline, Xid};
 
+use helios_session::state::literal;
+
 use super::link::Link;
 use super::replay::{ReplayError, simple};
 
 /// What became of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// It committed.
+    /// It committed, or was prepared: what was asked of it has been done.
     Committed,
     /// It did not, and never will.
     Aborted,
@@ -48,7 +50,8 @@ pub(super) fn by_fence(
     }
 }
 
-/// Asks the primary behind `link`.
+/// Asks the primary behind `link`; `prepares` is the identifier when PREPARE TRANSACTION was to end
+/// the transaction.
 ///
 /// # Errors
 /// The connection's.
@@ -57,7 +60,14 @@ pub(super) async fn resolve(
     topology: &Topology,
     ran_on: (Epoch, Timeline),
     xid: Xid,
+    prepares: Option<&str>,
 ) -> Result<Outcome, ReplayError> {
+    // First: a prepared transaction is not completed, so its id may lie above the fence.
+    if let Some(gid) = prepares
+        && is_prepared(link, xid, gid).await?
+    {
+        return Ok(Outcome::Committed);
+    }
     if let Some(outcome) = by_fence(topology, ran_on, xid) {
         return Ok(outcome);
     }
@@ -75,6 +85,19 @@ pub(super) async fn resolve(
         Some("in progress") if topology.epoch == ran_on.0 => Outcome::InProgress,
         _ => Outcome::Unknown,
     })
+}
+
+/// Whether a transaction stands prepared: it is in progress until somebody ends it, on every
+/// primary to come, and its PREPARE TRANSACTION has succeeded.
+async fn is_prepared(link: &mut Link, xid: Xid, gid: &str) -> Result<bool, ReplayError> {
+    let low = xid.0 & u64::from(u32::MAX);
+    let gid = literal(gid);
+    let sql = format!(
+        "SELECT 1 FROM pg_catalog.pg_prepared_xacts \
+         WHERE transaction OPERATOR(pg_catalog.=) '{low}'::pg_catalog.xid \
+         AND gid OPERATOR(pg_catalog.=) {gid}"
+    );
+    Ok(!simple(link, &sql).await?.is_empty())
 }
 
 #[cfg(test)]

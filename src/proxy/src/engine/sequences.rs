@@ -98,6 +98,12 @@ impl Turn {
         }
     }
 
+    /// Waits for the right to replay beside others; values of sequences come as they come.
+    pub(super) async fn beside(shared: &Arc<Shared>) -> Self {
+        let _guard = Arc::clone(&shared.replaying).read_owned().await;
+        Self::Beside { _guard }
+    }
+
     /// Who sets sequences back, if that is needed.
     pub(super) fn keeper(&mut self) -> Option<&mut Keeper> {
         match self {

@@ -8,7 +8,7 @@ use helios_api::control::{MigrationEvent, ResumeReport};
 use helios_journal::Pool;
 use helios_session::ReplayMode;
 use helios_telemetry::metrics::Metrics;
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::{Semaphore, broadcast, watch};
 
 use super::evidence::{Floor, Found};
 use super::gate::Gate;
@@ -116,6 +116,8 @@ pub struct Shared {
     pub logins: Semaphore,
     /// Held by every replay; alone by one that sets sequences back.
     pub(super) replaying: ReplayLock,
+    /// Whether new work is held back for replays: only then sequences may be set back.
+    pub(super) barrier: watch::Sender<bool>,
     /// How far the log of the primary in use has come, while marks can be found in it.
     pub(super) floor: Mutex<Option<Floor>>,
     /// Marks found for the move under way: one reading of the log serves all sessions.
@@ -149,6 +151,7 @@ impl Shared {
             started: Instant::now(),
             logins: Semaphore::new(SIDE_BY_SIDE),
             replaying: ReplayLock::default(),
+            barrier: watch::Sender::new(false),
             floor: Mutex::default(),
             found: tokio::sync::Mutex::default(),
             events: broadcast::Sender::new(EVENTS),
@@ -163,6 +166,21 @@ impl Shared {
         u64::try_from(self.started.elapsed().as_micros())
             .unwrap_or(u64::MAX)
             .max(1)
+    }
+
+    /// Begins the time in which sequences may be set back: no new work is let in.
+    pub fn raise_barrier(&self) {
+        self.barrier.send_replace(true);
+    }
+
+    /// Ends it: replays that still have sequences set back are broken off, and waited for until
+    /// those stand where they should, at most `limit`.
+    pub async fn lower_barrier(&self, limit: Duration) {
+        self.barrier.send_replace(false);
+        let settled = tokio::time::timeout(limit, self.replaying.read()).await;
+        if settled.is_err() {
+            tracing::error!("sequences are still set back, and new work is let in");
+        }
     }
 
     /// Tells subscribers; nobody listening is fine.

@@ -78,6 +78,13 @@ impl Tracker {
             Some(Hint::Commit | Hint::Rollback) => self.project(false),
             _ => {}
         }
+        // Its first word does not speak for the others.
+        if tag == frontend::QUERY
+            && several(frame)
+            && let Some(last) = self.xids.back_mut()
+        {
+            last.dirty = true;
+        }
         let Some(exchange) = self.journal.in_flight_mut().back_mut() else {
             return;
         };
@@ -248,6 +255,12 @@ impl Tracker {
             self.expect.push(e, Owner::Proxy);
         }
     }
+}
+
+/// Whether a Query may hold more than one statement.
+fn several(frame: &[u8]) -> bool {
+    let sql = until_zero(frame.get(5..).unwrap_or_default()).trim_ascii_end();
+    sql.strip_suffix(b";").unwrap_or(sql).contains(&b';')
 }
 
 pub(super) struct Looked {

@@ -81,6 +81,13 @@ impl Tracker {
         texts
     }
 
+    /// The identifier, where the last statement of an exchange is PREPARE TRANSACTION.
+    #[must_use]
+    pub fn prepares_transaction(&self, exchange: &Exchange) -> Option<String> {
+        let texts = self.texts_of(self.journal.exchange_bytes(exchange));
+        grammar::prepared_transaction(texts.last()?)
+    }
+
     /// What is in flight, for the decision.
     #[must_use]
     pub fn in_flight(&self) -> Vec<InFlight> {
