@@ -35,6 +35,8 @@ pub enum Verdict {
     Aborted,
     /// Allowed: 08007.
     Unknown,
+    /// Allowed: 08007 that says that it has committed, only the result is lost. It must have.
+    Committed,
     /// Allowed: no primary within the limit. Whether something in flight has committed is open.
     NoPrimary,
     /// Not allowed.
@@ -43,6 +45,9 @@ pub enum Verdict {
 
 /// Our own words for a transaction that could not be moved.
 const NOT_MOVED: &str = "the transaction was aborted, because it could not be moved";
+
+/// Our own words for a statement whose commit is proven and whose result nobody has.
+const COMMITTED: &str = "the statement was committed";
 
 /// Judges what a client was told. `extra`: states that the fault allows.
 #[must_use]
@@ -54,6 +59,9 @@ pub fn judge(trouble: &Trouble, at: At, extra: &[&str]) -> Verdict {
     match (state.as_str(), fatal) {
         ("40001", false) if ours && at != At::Connect => Verdict::Aborted,
         ("40P01", false) if matches!(at, At::Statement | At::Autocommit) => Verdict::Aborted,
+        ("08007", false) if text.starts_with(COMMITTED) && at != At::Statement => {
+            Verdict::Committed
+        }
         ("08007", false) if matches!(at, At::Commit | At::Autocommit | At::Read) => {
             Verdict::Unknown
         }
@@ -90,6 +98,11 @@ mod tests {
         );
         assert_eq!(judged("08007", false, "", At::Commit), Verdict::Unknown);
         assert_eq!(judged("08007", false, "", At::Autocommit), Verdict::Unknown);
+        let text = "the statement was committed, but its result was lost";
+        assert_eq!(
+            judged("08007", false, text, At::Autocommit),
+            Verdict::Committed
+        );
         let text = "no primary is available; detail: x";
         assert_eq!(judged("57P03", true, text, At::Commit), Verdict::NoPrimary);
     }

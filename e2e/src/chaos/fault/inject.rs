@@ -83,6 +83,12 @@ impl Injector {
                 let killed = processes::kill_server(postmaster(&primary)?)?;
                 Ok(format!("killed {}, {killed} processes", primary.name))
             }
+            Act::CrashStandby => {
+                let (_, standbys) = self.cluster.roles().await?;
+                let standby = standbys.first().ok_or("there is no standby")?;
+                let killed = processes::kill_server(postmaster(standby)?)?;
+                Ok(format!("killed {}, {killed} processes", standby.name))
+            }
             Act::KillBackends { count, pick } => self.kill_backends(*count, *pick).await,
             Act::KillAgent => {
                 let (primary, _) = self.cluster.roles().await?;

@@ -54,6 +54,8 @@ pub enum FaultKind {
     CutInSwitchover,
     /// The primary's disk is full for a while
     DiskFull,
+    /// kill -9 of the standby and all its processes: commits wait for it
+    StandbyCrash,
 }
 
 /// Something that is done at a time.
@@ -66,6 +68,8 @@ pub enum Act {
     BeginSwitchover,
     /// Kills the primary, whoever that is then.
     CrashPrimary,
+    /// Kills the first standby.
+    CrashStandby,
     /// Kills this many of the clients' backends.
     KillBackends {
         /// How many.
@@ -136,7 +140,7 @@ fn cut(rng: &mut StdRng) -> Act {
 
 impl FaultKind {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::None,
         Self::Switchover,
         Self::Crash,
@@ -153,6 +157,7 @@ impl FaultKind {
         Self::PartitionStandby,
         Self::CutInSwitchover,
         Self::DiskFull,
+        Self::StandbyCrash,
     ];
 
     /// For tables and the command line.
@@ -175,6 +180,7 @@ impl FaultKind {
             Self::PartitionStandby => "partition-standby",
             Self::CutInSwitchover => "cut-in-switchover",
             Self::DiskFull => "disk-full",
+            Self::StandbyCrash => "standby-crash",
         }
     }
 
@@ -259,6 +265,7 @@ impl FaultKind {
                 let millis = rng.random_range(100..700);
                 vec![at(first, Act::CrashBehindLag { millis })]
             }
+            Self::StandbyCrash => vec![at(first, Act::CrashStandby)],
             Self::DiskFull => {
                 let millis = rng.random_range(300..2500);
                 vec![at(first, Act::FillDisk { millis })]

@@ -24,6 +24,17 @@ pub(super) async fn step(worker: &mut Worker) -> Result<(), Gone> {
     if worker.rng.random_bool(0.12) {
         return sum(worker).await;
     }
+    let chain = worker.rng.random_bool(0.1);
+    let (outcome, result) = one(worker, true, chain).await;
+    result?;
+    if chain && outcome == Outcome::Ok {
+        return one(worker, false, false).await.1;
+    }
+    Ok(())
+}
+
+/// One transfer. `begin`: the transaction is not open yet; `chain`: it ends with COMMIT AND CHAIN.
+async fn one(worker: &mut Worker, begin: bool, chain: bool) -> (Outcome, Result<(), Gone>) {
     let id = worker.id();
     let (source, target) = pair(worker);
     let amount = worker.rng.random_range(1..50_i64);
@@ -32,23 +43,21 @@ pub(super) async fn step(worker: &mut Worker) -> Result<(), Gone> {
         client: worker.client,
         rows: vec![format!("{source},{target},{amount}")],
         outcome: Outcome::Failed,
-        sent: format!("transfer {amount} from {source} to {target}"),
+        sent: format!("transfer {amount} from {source} to {target}, begin {begin}, chain {chain}"),
         when: (worker.now(), 0),
     };
-    let result = match transfer(worker, id, (source, target, amount)).await {
-        Ok(()) => {
-            let (outcome, result) = worker.end("COMMIT", "COMMIT").await;
-            effect.outcome = outcome;
-            result
-        }
+    let done = match transfer(worker, id, (source, target, amount), begin).await {
+        Ok(()) if chain => worker.end_in("COMMIT AND CHAIN", "COMMIT", b'T').await,
+        Ok(()) => worker.end("COMMIT", "COMMIT").await,
         Err(trouble) => {
             let what = effect.sent.clone();
-            worker.failed(&trouble, At::Statement, &what).await.1
+            worker.failed(&trouble, At::Statement, &what).await
         }
     };
+    effect.outcome = done.0;
     effect.when.1 = worker.now();
     worker.notes.effects.push(effect);
-    result
+    done
 }
 
 /// Two different accounts.
@@ -62,9 +71,12 @@ async fn transfer(
     worker: &mut Worker,
     id: u64,
     (source, target, amount): (i64, i64, i64),
+    begin: bool,
 ) -> Result<(), Stopped> {
     let schema = worker.schema();
-    worker.begin().await?;
+    if begin {
+        worker.begin().await?;
+    }
     worker.think().await;
     // Locks in one order: no deadlocks but those that a replay might make.
     let mut moves = [(source, -amount), (target, amount)];

@@ -23,21 +23,34 @@ enum Form {
     Pipeline,
     /// A DO block.
     Do,
+    /// A procedure that commits in its middle: two transactions in one statement.
+    Procedure,
 }
 
-const FORMS: [Form; 6] = [
+const FORMS: [Form; 7] = [
     Form::One,
     Form::Returning,
     Form::Several,
     Form::Block,
     Form::Pipeline,
     Form::Do,
+    Form::Procedure,
 ];
+
+pub(super) fn tables(schema: &str) -> String {
+    format!(
+        "CREATE TABLE {schema}.rows (request bigint NOT NULL, item text NOT NULL);
+         CREATE PROCEDURE {schema}.twice(a bigint, b bigint) LANGUAGE plpgsql AS $$ BEGIN
+             INSERT INTO {schema}.rows VALUES (a, 'first'); COMMIT;
+             INSERT INTO {schema}.rows VALUES (b, 'second'); END $$"
+    )
+}
 
 pub(super) async fn step(worker: &mut Worker) -> Result<(), Gone> {
     let id = worker.id();
     let form = FORMS[worker.rng.random_range(0..FORMS.len())];
     let rows = match form {
+        Form::Procedure => return procedure(worker).await,
         Form::One | Form::Returning => 1,
         _ => worker.rng.random_range(2..=4),
     };
@@ -67,6 +80,38 @@ pub(super) async fn step(worker: &mut Worker) -> Result<(), Gone> {
     };
     effect.when.1 = worker.now();
     worker.notes.effects.push(effect);
+    result
+}
+
+/// Each half is a request of its own; where there is an error, nobody says how far it came.
+async fn procedure(worker: &mut Worker) -> Result<(), Gone> {
+    let (first, second) = (worker.id(), worker.id());
+    let began = worker.now();
+    let sql = format!("CALL {}.twice({first}, {second})", worker.schema());
+    let answer = match worker.conn() {
+        Ok(conn) => conn.simple(&sql, 1).await,
+        Err(trouble) => Err(trouble),
+    };
+    let (outcome, result) = match answer {
+        Ok(_) => {
+            worker.notes.count(Outcome::Ok);
+            (Outcome::Ok, Ok(()))
+        }
+        Err(trouble) => match worker.failed(&trouble, At::Autocommit, &sql).await {
+            (Outcome::Ok, result) => (Outcome::Ok, result),
+            (_, result) => (Outcome::Unknown, result),
+        },
+    };
+    for (id, row) in [(first, "first"), (second, "second")] {
+        worker.notes.effects.push(Effect {
+            id,
+            client: worker.client,
+            rows: vec![row.to_owned()],
+            outcome,
+            sent: format!("{row} half of {sql}"),
+            when: (began, worker.now()),
+        });
+    }
     result
 }
 

@@ -6,7 +6,7 @@ use super::worker::expect_tag;
 use super::{Gone, Stopped, Worker};
 use crate::chaos::errors::At;
 use crate::chaos::history::{Key, Op, Outcome, Txn, Value};
-use crate::chaos::wire::Trouble;
+use crate::chaos::wire::{Answer, Trouble};
 
 /// Few, so that transactions meet.
 const KEYS: Key = 8;
@@ -75,6 +75,18 @@ async fn append(worker: &mut Worker, txn: &mut Txn, key: Key) -> Result<(), Trou
             let sql = format!("UPDATE {schema}.lists SET list = $2::bigint[] WHERE key = $1::int");
             worker.ask(&sql, &[key.to_string(), list]).await?
         }
+        // What RETURNING shows is a read behind the append.
+        _ if worker.rng.random_bool(0.3) => {
+            let sql = format!(
+                "UPDATE {schema}.lists SET list = list || $2::bigint WHERE key = $1::int \
+                 RETURNING list"
+            );
+            let sent = worker.now();
+            let values = [key.to_string(), value.to_string()];
+            let answer = worker.ask(&sql, &values).await?;
+            txn.ops.push(list_of(&answer, key, sent)?);
+            answer
+        }
         _ => {
             let sql =
                 format!("UPDATE {schema}.lists SET list = list || $2::bigint WHERE key = $1::int");
@@ -104,16 +116,24 @@ fn last_read(txn: &Txn, wanted: Key) -> Option<Vec<Value>> {
 }
 
 async fn read(worker: &mut Worker, txn: &mut Txn, key: Key) -> Result<(), Trouble> {
-    let sql = format!(
-        "SELECT list FROM {}.lists WHERE key = $1::int",
-        worker.schema()
-    );
+    let lock = match worker.rng.random_range(0..12) {
+        0 => " FOR UPDATE",
+        1 => " FOR SHARE",
+        _ => "",
+    };
+    let schema = worker.schema();
+    let sql = format!("SELECT list FROM {schema}.lists WHERE key = $1::int{lock}");
     let sent = worker.now();
     let answer = worker.ask(&sql, &[key.to_string()]).await?;
+    txn.ops.push(list_of(&answer, key, sent)?);
+    Ok(())
+}
+
+/// The list in an answer, as a read.
+fn list_of(answer: &Answer, key: Key, sent: u64) -> Result<Op, Trouble> {
     let text: String = answer.one(0)?;
     let list = parse(&text).ok_or_else(|| Trouble::Protocol(format!("no list: {text}")))?;
-    txn.ops.push(Op::Read { key, list, sent });
-    Ok(())
+    Ok(Op::Read { key, list, sent })
 }
 
 /// An array of numbers in PostgreSQL's text form.

@@ -68,7 +68,8 @@ impl Workload {
         match self {
             Self::Bank => bank::tables(schema),
             Self::ListAppend => list_append::tables(schema),
-            Self::Insert | Self::Copy | Self::TwoPhase => rows_table(schema),
+            Self::Insert => insert::tables(schema),
+            Self::Copy | Self::TwoPhase => rows_table(schema),
             Self::Sequences => sequences::tables(schema),
         }
     }

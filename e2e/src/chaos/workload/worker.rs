@@ -204,6 +204,17 @@ impl Worker {
 
     /// Ends a transaction with `sql`, whose command tag must be `tag`; notes how it ended.
     pub(super) async fn end(&mut self, sql: &str, tag: &str) -> (Outcome, Result<(), Gone>) {
+        self.end_in(sql, tag, b'I').await
+    }
+
+    /// The same where another transaction begins at once, for the transaction status that must
+    /// follow.
+    pub(super) async fn end_in(
+        &mut self,
+        sql: &str,
+        tag: &str,
+        status: u8,
+    ) -> (Outcome, Result<(), Gone>) {
         let result = match self.conn() {
             Ok(conn) => conn.simple(sql, 1).await,
             Err(trouble) => Err(trouble),
@@ -212,8 +223,9 @@ impl Worker {
             Ok(answer) => answer,
             Err(trouble) => return self.failed(&trouble, At::Commit, sql).await,
         };
-        if answer.tags != [tag] || answer.status != b'I' {
-            let text = format!("{sql} was answered with {:?}, not {tag}", answer.tags);
+        if answer.tags != [tag] || answer.status != status {
+            let (tags, is) = (&answer.tags, char::from(answer.status));
+            let text = format!("{sql} was answered with {tags:?} and status {is}");
             self.violation(&text);
             self.notes.count(Outcome::Failed);
             return (Outcome::Failed, Ok(()));
@@ -270,6 +282,7 @@ impl Worker {
             self.notes.tally.no_primary += 1;
         }
         match (verdict, at) {
+            (Verdict::Committed, _) => Outcome::Ok,
             (_, At::Statement | At::Connect) | (Verdict::Aborted, _) => Outcome::Failed,
             _ => Outcome::Unknown,
         }
