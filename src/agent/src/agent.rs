@@ -21,6 +21,8 @@ use crate::{AgentConfig, AgentFailure};
 
 /// Commands that may wait for the one that runs.
 const QUEUE_LIMIT: usize = 16;
+/// How often an agent without a command looks after its standby.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a stopping agent gives PostgreSQL for a fast shutdown before it kills it.
 const EXIT_LIMIT: Duration = Duration::from_secs(20);
 
@@ -156,6 +158,7 @@ impl<'a> Loop<'a> {
                 () = self.stop.cancelled() => return None,
                 () = self.instance.postmaster_gone() => self.instance.clean_up_crash().await,
                 job = self.inbox.recv() => return job,
+                () = tokio::time::sleep(LOOK_INTERVAL) => self.instance.hush(),
             }
         }
     }

@@ -55,6 +55,27 @@ impl Instance {
         tools::run_long(command, "initdb", |_| {}).await
     }
 
+    /// Starts a standby that nobody sends anything. It holds what it held: nothing is compared.
+    pub(crate) async fn start_alone(&mut self) -> Result<AgentReply, AgentError> {
+        if self.postmaster.is_some() {
+            return Ok(AgentReply::Done);
+        }
+        if self.directory()? == Directory::Empty {
+            return Err(refused("data directory is empty; follow a primary"));
+        }
+        if !files::is_standby(&self.config) || self.store.get().torn {
+            return Err(refused("data directory is not that of a whole standby"));
+        }
+        let dynamic = Dynamic {
+            primary_conninfo: String::new(),
+            retry_interval: String::new(),
+            ..Dynamic::read(&self.config)
+        };
+        dynamic.write(&self.config)?;
+        self.start().await?;
+        Ok(AgentReply::Done)
+    }
+
     pub(crate) async fn start_primary(&mut self) -> Result<AgentReply, AgentError> {
         if self.postmaster.is_some() {
             let client = self.client().await?;
@@ -82,6 +103,7 @@ impl Instance {
         // Synchronous replication stays as it was: the caller decides when it may be relaxed.
         let dynamic = Dynamic {
             primary_conninfo: String::new(),
+            retry_interval: String::new(),
             primary_slot_name: String::new(),
             ..Dynamic::read(&self.config)
         };

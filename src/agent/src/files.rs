@@ -19,11 +19,14 @@ const STATIC: &str = "helios.conf";
 const DYNAMIC: &str = "helios-dynamic.conf";
 
 /// Parameters that commands change while the server runs.
-const DYNAMIC_NAMES: [&str; 3] = [
+const DYNAMIC_NAMES: [&str; 4] = [
     "primary_conninfo",
     "primary_slot_name",
     "synchronous_standby_names",
+    RETRY_INTERVAL,
 ];
+/// How often a standby looks for its primary.
+pub(crate) const RETRY_INTERVAL: &str = "wal_retrieve_retry_interval";
 
 /// Defaults under the user's parameters.
 const DEFAULTS: &[(&str, &str)] = &[
@@ -91,6 +94,8 @@ pub(crate) struct Dynamic {
     pub(crate) primary_conninfo: String,
     pub(crate) primary_slot_name: String,
     pub(crate) synchronous_standby_names: String,
+    /// Empty: the default, or the user's.
+    pub(crate) retry_interval: String,
 }
 
 impl Dynamic {
@@ -107,6 +112,7 @@ impl Dynamic {
             primary_conninfo: value(DYNAMIC_NAMES[0]),
             primary_slot_name: value(DYNAMIC_NAMES[1]),
             synchronous_standby_names: value(DYNAMIC_NAMES[2]),
+            retry_interval: value(DYNAMIC_NAMES[3]),
         }
     }
 
@@ -116,14 +122,20 @@ impl Dynamic {
             primary_conninfo,
             primary_slot_name,
             synchronous_standby_names,
+            retry_interval,
         } = self;
         let values = [
             primary_conninfo,
             primary_slot_name,
             synchronous_standby_names,
+            retry_interval,
         ];
         let mut text = String::from("# written by helios, changed by its commands\n");
         for (name, value) in DYNAMIC_NAMES.iter().zip(values) {
+            // An empty interval would be an error; the others may be empty.
+            if *name == RETRY_INTERVAL && value.is_empty() {
+                continue;
+            }
             let _ = writeln!(text, "{name} = {}", quote(value));
         }
         replace(config, &config.data_dir.join(DYNAMIC), &text)
@@ -388,6 +400,7 @@ mod tests {
             primary_conninfo: "host='/a b' port=1".into(),
             primary_slot_name: "helios_a".into(),
             synchronous_standby_names: "FIRST 1 (\"a\")".into(),
+            retry_interval: "5s".into(),
         };
         dynamic.write(&config).unwrap();
         assert_eq!(Dynamic::read(&config), dynamic);

@@ -24,6 +24,10 @@ const STOP_LIMIT: Duration = Duration::from_secs(10);
 const STREAM_LIMIT: Duration = Duration::from_secs(15);
 /// After how long without a stream it is asked whether the primary still has the WAL.
 const WAL_LOST_AFTER: Duration = Duration::from_secs(2);
+/// How long a standby looks for its primary often.
+const ALONE: Duration = Duration::from_secs(3);
+/// How often it does so after that.
+const RARE: &str = "2s";
 /// How often a standby is asked whether it streams.
 const INTERVAL: Duration = Duration::from_millis(5);
 
@@ -136,6 +140,7 @@ impl Instance {
             primary_slot_name: self.config.name.slot_name(),
             // A standby that is promoted must not wait for whoever its predecessor waited for.
             synchronous_standby_names: String::new(),
+            retry_interval: String::new(),
         }
         .write(&self.config)
     }
@@ -249,6 +254,39 @@ impl Instance {
         let client = self.start().await?;
         drop_slots(&client).await;
         self.await_stream(&client, source).await
+    }
+
+    /// Has a standby that has not found its primary for a while look for it less often: each try is
+    /// two lines in its log. Back to often once it streams; any command that matters to a move
+    /// resets it too.
+    pub(crate) fn hush(&mut self) {
+        let InstanceState::Standby { heard_ms, .. } = self.hub.state().instance else {
+            self.alone_since = None;
+            return;
+        };
+        let interval = match heard_ms {
+            Some(_) => {
+                self.alone_since = None;
+                ""
+            }
+            None if self.alone_since.get_or_insert_with(Instant::now).elapsed() < ALONE => return,
+            None => RARE,
+        };
+        let dynamic = Dynamic::read(&self.config);
+        let users = self.config.parameters.contains_key(files::RETRY_INTERVAL);
+        if dynamic.retry_interval == interval || dynamic.primary_conninfo.is_empty() || users {
+            return;
+        }
+        let changed = Dynamic {
+            retry_interval: interval.to_owned(),
+            ..dynamic
+        };
+        let done = changed
+            .write(&self.config)
+            .and_then(|()| self.running()?.reload());
+        if let Err(error) = done {
+            tracing::warn!(%error, "could not change how often the primary is looked for");
+        }
     }
 
     async fn await_stream(&self, client: &Client, source: &Source) -> Result<Stream, AgentError> {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use helios_api::agent::{AgentCommand, AgentError, AgentReply, AgentRequest, InstanceState};
 use helios_api::{Lsn, Timeline};
+use tokio::time::Instant;
 use tokio_postgres::Client;
 
 use crate::durable::{Pending, Store};
@@ -30,6 +31,8 @@ pub(crate) struct Instance {
     pub(crate) store: Store,
     pub(crate) hub: Hub,
     pub(crate) postmaster: Option<Postmaster>,
+    /// Since when the running standby has had no stream.
+    pub(crate) alone_since: Option<Instant>,
     /// Major version of `bin_dir`.
     major: String,
     runs: u64,
@@ -58,6 +61,7 @@ impl Instance {
             store,
             hub,
             postmaster: None,
+            alone_since: None,
             major,
             runs: 0,
         };
@@ -110,6 +114,7 @@ impl Instance {
         let result = match command {
             AgentCommand::Bootstrap => Box::pin(self.bootstrap()).await,
             AgentCommand::StartPrimary => Box::pin(self.start_primary()).await,
+            AgentCommand::StartStandby => Box::pin(self.start_alone()).await,
             AgentCommand::Follow {
                 primary,
                 timeline,

@@ -28,8 +28,7 @@ const SILENCE: Duration = Duration::from_millis(950);
 const GIVE_UP: Duration = Duration::from_secs(10);
 /// `statement_timeout` of the connections.
 const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
-/// A running server's log is set aside past this size: a standby without a primary tries 100 times
-/// a second, and each try is logged.
+/// A running server's log is set aside past this size.
 const LOG_LIMIT: u64 = 64 << 20;
 
 /// Role, timeline and positions in one row, the standbys in the rows after it.

@@ -101,6 +101,8 @@ impl Instance {
         if !dynamic.primary_conninfo.is_empty() {
             let without = Dynamic {
                 primary_conninfo: String::new(),
+                // The reload ends the wait that is under way, and later ones are short.
+                retry_interval: String::new(),
                 ..dynamic
             };
             without.write(&self.config)?;

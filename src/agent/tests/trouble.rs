@@ -321,3 +321,34 @@ async fn a_fence_overtakes_a_clone() {
     assert!(b.state().await.fenced);
     assert!(b.try_command(1, AgentCommand::Promote).await.is_err());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_without_a_primary_is_quiet_and_finds_it_again() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    insert(&a, 1).await;
+    shows(&b, &[1]).await;
+    a.command(1, AgentCommand::Fence { clean: true }).await;
+    let log = b.config.log_file();
+    let lines = || std::fs::read_to_string(&log).unwrap().lines().count();
+    // It looks often at first, for the sake of a primary that is only restarted.
+    let conf = b.config.data_dir.join("helios-dynamic.conf");
+    let hushed = || {
+        std::fs::read_to_string(&conf)
+            .unwrap()
+            .contains("wal_retrieve_retry_interval")
+    };
+    wait_for(|| async { hushed() }).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let before = lines();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let written = lines() - before;
+    // Two tries of two or three lines; every 10 ms it would be 600.
+    assert!(written < 30, "{written} lines in 3 s");
+    a.command(2, AgentCommand::StartPrimary).await;
+    insert(&a, 2).await;
+    shows(&b, &[1, 2]).await;
+    wait_for(|| async { !hushed() }).await;
+    a.stop().await;
+    b.stop().await;
+}

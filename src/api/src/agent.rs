@@ -27,6 +27,9 @@ pub enum AgentCommand {
     Bootstrap,
     /// Start the data directory as primary without changing its timeline (restart of a cluster).
     StartPrimary,
+    /// Start a stopped standby as it is, without a primary to stream from: it may have to take
+    /// over.
+    StartStandby,
     /// Start as a standby of `primary`, after the fork-point check: directly when the WAL does not
     /// reach past the fork, else `pg_rewind`, else a fresh clone. Also clones an empty directory,
     /// and re-points a running standby.

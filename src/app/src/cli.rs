@@ -103,6 +103,11 @@ pub(crate) enum LocalCommand {
     Status(ShowArgs),
     /// Move the primary without its clients noticing
     Switchover(SwitchoverArgs),
+    /// Replace a primary that does not come back, although commits may be lost
+    ///
+    /// For a primary whose data are gone while no standby is known to hold every acknowledged
+    /// commit: then nothing happens by itself. The most advanced standby becomes primary.
+    Failover(FailoverArgs),
     /// Stop an instance and keep it stopped
     Fence(InstanceArgs),
     /// Let a fenced instance come back
@@ -158,6 +163,19 @@ pub(crate) struct SwitchoverArgs {
     /// Standby to move to; the one closest to the primary by default
     #[arg(long, value_name = "INSTANCE")]
     pub(crate) to: Option<InstanceName>,
+    /// Print the operation as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `failover`.
+#[derive(Debug, Args)]
+pub(crate) struct FailoverArgs {
+    #[command(flatten)]
+    pub(crate) dir: DirArgs,
+    /// I know that commits which clients were told of may be lost for good
+    #[arg(long, required = true)]
+    pub(crate) accept_data_loss: bool,
     /// Print the operation as JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -223,6 +241,9 @@ pub(crate) struct StartArgs {
     /// Let commits not wait for a standby: faster, and a crash may lose the last ones
     #[arg(long)]
     pub(crate) asynchronous: bool,
+    /// What commits do when no standby is left to wait for
+    #[arg(long, value_enum, default_value_t = DurabilityArg::Preferred)]
+    pub(crate) durability: DurabilityArg,
     /// A PostgreSQL setting for all servers; may be given several times
     #[arg(long = "set", value_name = "NAME=VALUE", value_parser = setting)]
     pub(crate) settings: Vec<(String, String)>,
@@ -256,6 +277,15 @@ impl Mode {
             Self::Select => "select",
         }
     }
+}
+
+/// What commits do without a standby.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DurabilityArg {
+    /// They go on; only the primary can be primary until a standby has caught up
+    Preferred,
+    /// They wait
+    Required,
 }
 
 /// How clients log in at the proxy.

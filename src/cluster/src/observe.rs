@@ -79,6 +79,9 @@ pub enum Request {
         /// Where to; `None`: the best standby.
         to: Option<InstanceName>,
     },
+    /// Replace a primary that does not come back by the most advanced standby there is, although
+    /// that one may lack acknowledged commits. Only ever by a person's word.
+    Failover,
     /// Stop an instance and keep it stopped.
     Fence {
         /// Which.
@@ -131,6 +134,12 @@ pub enum Refusal {
     #[error("instance \"{instance}\" is the primary; switch over first")]
     IsPrimary {
         /// The name given.
+        instance: InstanceName,
+    },
+    /// A forced failover is for a primary that is gone.
+    #[error("the primary \"{instance}\" is up; switch over instead, which loses nothing")]
+    PrimaryUp {
+        /// The primary.
         instance: InstanceName,
     },
     /// The primary is down; a failover or restart comes first.

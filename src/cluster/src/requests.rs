@@ -20,6 +20,7 @@ pub(crate) fn take(
 ) -> Result<Option<u64>, Refusal> {
     match request {
         Request::Switchover { to } => switchover(ctx, state, to.as_ref()).map(Some),
+        Request::Failover => failover(ctx, state).map(Some),
         Request::Fence { instance } => set_fenced(state, instance, true),
         Request::Unfence { instance } => set_fenced(state, instance, false),
     }
@@ -91,6 +92,28 @@ fn switchover(
         to.cloned(),
         candidate,
     ))
+}
+
+/// A forced failover: only for a primary that is not up, and only when somebody can take over.
+fn failover(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> Result<u64, Refusal> {
+    let Some(primary) = state.primary_name().cloned() else {
+        return Err(Refusal::NotReady);
+    };
+    let why = match health::judge(ctx, state, &primary) {
+        Health::Up(_) => return Err(Refusal::PrimaryUp { instance: primary }),
+        Health::Unknown(why) | Health::Down(why) => why,
+    };
+    if elect::ready(state, ctx.obs).is_empty() {
+        let lacks = |name: &InstanceName| elect::lacks(state, ctx.obs, name);
+        let others = state.members.keys().filter(|name| **name != primary);
+        let why: Vec<_> = others
+            .filter_map(|name| Some(format!("\"{name}\": {}", lacks(name)?)))
+            .collect();
+        return Err(Refusal::NoStandby {
+            why: why.join("; "),
+        });
+    }
+    moves::force(ctx, state, primary, &why)
 }
 
 /// The standby that would lose least time: synchronous ones first, then the least behind.

@@ -218,6 +218,9 @@ pub struct Move {
     pub resumed: ResumeReport,
     /// Why it does not end as it was meant to.
     pub diverted: Option<String>,
+    /// A person takes it upon himself that acknowledged commits may be lost.
+    #[serde(default)]
+    pub forced: bool,
 }
 
 /// The steps of a move, with what each must remember.

@@ -300,6 +300,78 @@ fn asynchronous_failovers_say_what_they_may_have_lost() {
 }
 
 #[test]
+fn a_primary_whose_data_are_gone_is_replaced_by_a_standby_that_must_hold_everything() {
+    // Also when the standby was stopped as well: it is started without anybody to follow.
+    for stopped in [false, true] {
+        for at in 0..40 {
+            let mut world = running(2, Durability::Preferred);
+            let base = world.points;
+            world.faults = vec![(base + at, Fault::Controller)];
+            world.wipe(&name(1));
+            if stopped {
+                world.stop(&name(2));
+            }
+            world.step();
+            world.settle();
+            assert_eq!(world.durable.primary_name(), Some(&name(2)));
+            world.check_nothing_lost();
+        }
+    }
+}
+
+#[test]
+fn what_nobody_can_prove_takes_a_persons_word() {
+    for at in 0..60 {
+        let mut world = running(2, Durability::Preferred);
+        let ask = |request: Request, world: &mut World| {
+            world.request = Some(request);
+            world.step();
+            world.answers.last().cloned().unwrap()
+        };
+        assert!(matches!(
+            ask(Request::Failover, &mut world),
+            Err(Refusal::PrimaryUp { .. })
+        ));
+        // Commits go on without the standby; then the primary's data are gone.
+        let fence = Request::Fence { instance: name(2) };
+        assert!(ask(fence, &mut world).is_ok());
+        for _ in 0..400 {
+            world.step();
+        }
+        assert!(world.durable.sync.target().is_empty());
+        world.wipe(&name(1));
+        for _ in 0..50 {
+            world.step();
+        }
+        let none = ask(Request::Failover, &mut world);
+        assert!(matches!(none, Err(Refusal::NoStandby { .. })), "{none:?}");
+        let unfence = Request::Unfence { instance: name(2) };
+        assert!(ask(unfence, &mut world).is_ok());
+        for _ in 0..2_000 {
+            world.step();
+        }
+        // Nothing happens without a word, however long it takes.
+        assert_eq!(world.durable.primary_name(), Some(&name(1)));
+        let before = world.acknowledged.clone();
+        let base = world.points;
+        world.faults = vec![(base + at, Fault::Controller)];
+        // An executor that dies before the word is durable is asked again.
+        world.request = Some(Request::Failover);
+        world.step();
+        world.step();
+        assert!(matches!(world.answers.last(), Some(Ok(Some(_)))));
+        world.settle();
+        assert_eq!(world.durable.primary_name(), Some(&name(2)));
+        assert_eq!(world.durable.fences[0].lost, LostCommits::Possible);
+        let lost = |id: &u64| !world.acknowledged.contains(id);
+        assert!(before.iter().any(lost), "nothing could be lost");
+        let record = world.durable.operations.last().unwrap();
+        assert_eq!(record.lost, LostCommits::Possible);
+        assert!(record.cause.starts_with("forced"), "{}", record.cause);
+    }
+}
+
+#[test]
 fn lists_stay_bounded() {
     let mut world = running(2, Durability::Preferred);
     for _ in 0..80 {

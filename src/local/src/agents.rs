@@ -40,6 +40,19 @@ struct Known {
     silent_since: Instant,
     /// Why its last run ended.
     ended: Option<String>,
+    /// What its last command failed with.
+    failed: Option<String>,
+}
+
+/// What stands in an instance's way.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Trouble {
+    /// Its agent ended and does not answer yet.
+    #[error("its agent ended: {0}")]
+    Ended(String),
+    /// Its agent could not do what it was told.
+    #[error("{0}")]
+    Failed(String),
 }
 
 #[derive(Debug)]
@@ -82,6 +95,7 @@ impl Agents {
                     state: None,
                     silent_since: Instant::now(),
                     ended: None,
+                    failed: None,
                 }),
                 log,
                 finish: cancel.child_token(),
@@ -144,12 +158,12 @@ impl Agents {
         self.entries.get(name).map(|entry| &entry.config)
     }
 
-    /// Why an agent does not run, when it does not.
-    pub(crate) fn trouble(&self, name: &InstanceName) -> Option<(String, PathBuf)> {
-        let entry = self.entries.get(name)?;
-        let known = lock(&entry.known);
-        let ended = known.ended.clone().filter(|_| known.state.is_none())?;
-        Some((ended, entry.log.clone()))
+    /// What stands in an instance's way, when something does.
+    pub(crate) fn trouble(&self, name: &InstanceName) -> Option<Trouble> {
+        let known = lock(&self.entries.get(name)?.known);
+        let ended = known.ended.clone().filter(|_| known.state.is_none());
+        let failed = || known.failed.clone().map(Trouble::Failed);
+        ended.map(Trouble::Ended).or_else(failed)
     }
 
     /// Gives a command, waits for its end within the command's limit, and reads the state again.
@@ -166,6 +180,14 @@ impl Agents {
         if let Ok(state) = entry.client.state().await {
             learn(entry, state, &self.changed);
         }
+        // A later epoch or a cut connection says nothing of the instance.
+        let failed = match &result {
+            Err(ClientError::Agent(
+                error @ (AgentError::Refused { .. } | AgentError::Failed { .. }),
+            )) => Some(error.to_string()),
+            _ => None,
+        };
+        lock(&entry.known).failed = failed;
         result.map_err(|error| match error {
             ClientError::Agent(AgentError::Stale { seen, .. }) => Failure::Stale { seen },
             ClientError::Agent(AgentError::Refused { reason }) => Failure::Refused(reason),
@@ -215,7 +237,7 @@ fn lock(known: &Mutex<Known>) -> std::sync::MutexGuard<'_, Known> {
 fn limit(command: &AgentCommand) -> Duration {
     Duration::from_secs(match command {
         AgentCommand::Bootstrap => 180,
-        AgentCommand::StartPrimary => 310,
+        AgentCommand::StartPrimary | AgentCommand::StartStandby => 310,
         AgentCommand::Follow { .. } => 6 * 3600,
         AgentCommand::Checkpoint => 120,
         AgentCommand::Fence { .. } | AgentCommand::Shutdown => 30,

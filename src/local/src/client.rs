@@ -75,25 +75,46 @@ impl LocalClient {
     pub async fn switchover(
         &self,
         to: Option<&InstanceName>,
-        mut progress: impl FnMut(&Progress) + Send,
+        progress: impl FnMut(&Progress) + Send,
     ) -> Result<OperationRecord, LocalError> {
         let path = match to {
             Some(name) => format!("/v1/switchover?to={name}"),
             None => "/v1/switchover".to_owned(),
         };
-        let mut answer = self.send(Method::POST, &path).await?;
+        crate::cluster::judged(self.operate(&path, progress).await?)
+    }
+
+    /// Replaces a primary that does not come back, although acknowledged commits may be lost.
+    ///
+    /// # Errors
+    /// [`LocalError::Refused`] while the primary is up or nobody can take over, else as
+    /// [`Self::status`].
+    pub async fn failover_accepting_loss(
+        &self,
+        progress: impl FnMut(&Progress) + Send,
+    ) -> Result<OperationRecord, LocalError> {
+        self.operate("/v1/failover", progress).await
+    }
+
+    /// Follows an operation to its end.
+    async fn operate(
+        &self,
+        path: &str,
+        mut progress: impl FnMut(&Progress) + Send,
+    ) -> Result<OperationRecord, LocalError> {
+        let mut answer = self.send(Method::POST, path).await?;
         let mut lines = Lines::default();
         while let Some(line) = lines.next(answer.body_mut()).await? {
             let step: Progress = parse(&line)?;
             progress(&step);
             match step {
                 Progress::Phase { .. } => {}
-                Progress::Finished { operation } => return crate::cluster::judged(*operation),
+                Progress::Finished { operation } => return Ok(*operation),
                 Progress::Refused { reason } => return Err(LocalError::Refused(reason)),
             }
         }
         Err(LocalError::Control(
-            "the supervisor ended the connection before the switchover was done".to_owned(),
+            "the supervisor ended the connection before the operation was done".to_owned(),
         ))
     }
 

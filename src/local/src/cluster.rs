@@ -6,7 +6,7 @@ use std::time::Duration;
 use helios_api::InstanceName;
 use helios_api::agent::InstanceState;
 use helios_api::control::{MigrationEvent, SessionInfo};
-use helios_cluster::{ClusterState, Mode, OperationRecord, Outcome, Request};
+use helios_cluster::{ClusterState, Member, Mode, OperationRecord, Outcome, Request};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +28,8 @@ const ASKS: usize = 16;
 const PROGRESS: usize = 256;
 /// How long sessions get at a shutdown.
 const GRACE: Duration = Duration::from_secs(2);
+/// Failures in a row, some seconds apart in the end, after which a new cluster is given up.
+const HOPELESS: u32 = 5;
 /// How long a request may wait for its answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
@@ -148,7 +150,16 @@ impl LocalCluster {
         &self,
         to: Option<InstanceName>,
     ) -> Result<OperationRecord, LocalError> {
-        judged(self.inner.switchover(to).await?)
+        judged(self.inner.operate(Request::Switchover { to }).await?)
+    }
+
+    /// Replaces a primary that does not come back by the most advanced standby, although that one
+    /// may lack acknowledged commits; [`OperationRecord::lost`] says whether it does.
+    ///
+    /// # Errors
+    /// [`LocalError::Refused`] while the primary is up or nobody can take over.
+    pub async fn failover_accepting_loss(&self) -> Result<OperationRecord, LocalError> {
+        self.inner.operate(Request::Failover).await
     }
 
     /// Moves all sessions away from the primary so that it can be worked on.
@@ -253,7 +264,7 @@ impl Inner {
     ) -> Result<(), LocalError> {
         let deadline = Instant::now() + limit;
         let topology = loop {
-            self.wait("primary", deadline, limit, |inner, state| {
+            self.wait("primary", deadline, limit, is_new, |inner, state| {
                 let name = state.primary_name();
                 let up = name.is_some_and(|name| inner.is_primary(name));
                 state.mode == Mode::Steady && up
@@ -280,7 +291,7 @@ impl Inner {
         let _ = self.proxy.set(proxy);
         if is_new {
             let synchronous = options.synchronous;
-            self.wait("standby", deadline, limit, |_, state| {
+            self.wait("standby", deadline, limit, is_new, |_, state| {
                 settled(state, synchronous)
             })
             .await?;
@@ -301,6 +312,7 @@ impl Inner {
         role: &str,
         deadline: Instant,
         limit: Duration,
+        is_new: bool,
         done: impl Fn(&Self, &ClusterState) -> bool,
     ) -> Result<(), LocalError> {
         let mut state = self.state.clone();
@@ -312,8 +324,13 @@ impl Inner {
             if self.stop.is_cancelled() {
                 return Err(LocalError::Control("stopped while it started".to_owned()));
             }
+            // Nobody depends on a new cluster yet: what fails again and again is said at once.
+            let hopeless = |m: &Member| m.failures >= HOPELESS;
+            if is_new && state.borrow().members.values().any(hopeless) {
+                return Err(self.not_up(role, None));
+            }
             if Instant::now() >= deadline {
-                return Err(self.not_up(role, limit));
+                return Err(self.not_up(role, Some(limit)));
             }
             change
                 .as_mut()
@@ -362,12 +379,9 @@ impl Inner {
         }
     }
 
-    /// Begins a switchover and waits for its record.
-    pub(crate) async fn switchover(
-        &self,
-        to: Option<InstanceName>,
-    ) -> Result<OperationRecord, LocalError> {
-        let Some(id) = self.ask(Request::Switchover { to }).await? else {
+    /// Begins an operation and waits for its record.
+    pub(crate) async fn operate(&self, request: Request) -> Result<OperationRecord, LocalError> {
+        let Some(id) = self.ask(request).await? else {
             return Err(LocalError::Control("no operation was begun".to_owned()));
         };
         let mut state = self.state.clone();

@@ -1,7 +1,7 @@
 //! The control socket: HTTP/JSON for the command line, on a Unix socket that only its owner opens.
 //!
 //! `GET /v1/status`, `/v1/sessions`, `/v1/events` (a line per event); `POST /v1/switchover[?to=]`
-//! (a line per step), `/v1/fence/{name}`, `/v1/unfence/{name}`, `/v1/stop`.
+//! and `/v1/failover` (a line per step), `/v1/fence/{name}`, `/v1/unfence/{name}`, `/v1/stop`.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
@@ -70,6 +70,7 @@ pub(crate) fn serve(inner: Arc<Inner>) -> Result<Server, LocalError> {
         .route("/v1/sessions", get(sessions))
         .route("/v1/events", get(events))
         .route("/v1/switchover", post(switchover))
+        .route("/v1/failover", post(failover))
         .route("/v1/fence/{name}", post(fence))
         .route("/v1/unfence/{name}", post(unfence))
         .route("/v1/stop", post(stop_all))
@@ -149,10 +150,19 @@ async fn switchover(State(inner): Shared, Query(target): Query<Target>) -> Respo
         Ok(to) => to,
         Err(error) => return refused(&error),
     };
+    operate(inner, Request::Switchover { to })
+}
+
+async fn failover(State(inner): Shared) -> Response {
+    operate(inner, Request::Failover)
+}
+
+/// Answers with the steps of an operation, and its end.
+fn operate(inner: Arc<Inner>, request: Request) -> Response {
     let (lines, answer) = stream();
     let mut steps = inner.progress();
     tokio::spawn(async move {
-        let work = inner.switchover(to);
+        let work = inner.operate(request);
         tokio::pin!(work);
         let result = loop {
             tokio::select! {

@@ -72,18 +72,18 @@ pub enum LocalError {
     #[error("could not start the proxy: {0}")]
     Proxy(String),
     /// An instance that never came up.
-    #[error("instance \"{instance}\" did not come up within {seconds} s: {why}\ndetail: the end of \"{}\":\n{log_tail}", log.display())]
+    #[error("instance \"{instance}\" did not come up: {why}\ndetail: the end of \"{}\":\n{log_tail}\nhint: {hint}", log.display())]
     NotUp {
         /// The instance.
         instance: String,
-        /// The limit.
-        seconds: u64,
-        /// Its last state.
+        /// What it failed with, or its last state.
         why: String,
         /// Its log.
         log: PathBuf,
         /// The end of it.
         log_tail: String,
+        /// What to do.
+        hint: &'static str,
     },
     /// The cluster refused a request.
     #[error("{0}")]

@@ -57,7 +57,7 @@ impl Layout {
         self.root.join("helios_proxy.toml")
     }
 
-    /// Logs of servers and agents.
+    /// Logs of agents; those of servers are in the instances' folders.
     #[must_use]
     pub fn logs(&self) -> PathBuf {
         self.root.join("logs")
@@ -102,7 +102,7 @@ impl Layout {
     /// Its server's log.
     #[must_use]
     pub fn postgres_log(&self, name: &InstanceName) -> PathBuf {
-        self.logs().join(format!("{name}.postgres.log"))
+        self.instance(name).join("postgres.log")
     }
 
     /// Its agent's log.

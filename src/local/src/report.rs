@@ -7,14 +7,21 @@ use helios_api::InstanceName;
 use helios_api::agent::InstanceState;
 use helios_cluster::{ClusterState, Contact, InstanceView, Mode};
 
+use crate::agents::Trouble;
 use crate::cluster::Inner;
 use crate::error::LocalError;
 use crate::files;
 use crate::options::ProxyAuth;
 use crate::status::{InstanceStatus, LocalStatus};
 
+/// What to do about a primary that does not come back.
+const LOST_PRIMARY: &str = "correct the cause and start again; if its data are lost, \
+    \"helios local failover --accept-data-loss\", given while the cluster starts, promotes the most \
+    advanced standby";
+
 impl Inner {
-    pub(crate) fn not_up(&self, role: &str, limit: Duration) -> LocalError {
+    /// The error of a start that came to nothing; `None` for the limit: it was given up.
+    pub(crate) fn not_up(&self, role: &str, limit: Option<Duration>) -> LocalError {
         let state = self.state.borrow().clone();
         let primary = state
             .primary_name()
@@ -30,23 +37,30 @@ impl Inner {
         };
         let trouble = self.agents.trouble(name);
         let log = match (&trouble, self.agents.config(name)) {
-            (None, Some(config)) => config.log_file(),
-            (Some((_, log)), _) => log.clone(),
-            (None, None) => self.layout.agent_log(name),
+            (Some(Trouble::Ended(_)), _) | (_, None) => self.layout.agent_log(name),
+            (_, Some(config)) => config.log_file(),
         };
         let why = match (trouble, views.get(name).map(|view| &view.contact)) {
-            (Some((reason, _)), _) => format!("its agent ended: {reason}"),
+            (Some(trouble), _) => trouble.to_string(),
             (None, Some(Contact::Answers(agent))) => {
                 format!("its state is {:?}", agent.instance)
             }
             (None, _) => "its agent does not answer".to_owned(),
         };
+        let why = match limit {
+            Some(limit) => format!("{} s have passed; {why}", limit.as_secs()),
+            None => why,
+        };
+        let gone = role == "primary" && state.primary.is_some() && state.members.len() > 1;
         LocalError::NotUp {
             instance: name.to_string(),
-            seconds: limit.as_secs(),
             why,
             log_tail: files::tail(&log, 10),
             log,
+            hint: match gone {
+                true => LOST_PRIMARY,
+                false => "correct the cause and start again; what is there already is kept",
+            },
         }
     }
 
@@ -135,6 +149,7 @@ impl Inner {
                 role: role.to_owned(),
                 state: now,
                 endpoint: view.endpoint.clone(),
+                trouble: self.agents.trouble(name).map(|t| t.to_string()),
                 fenced: state.members.get(name).is_some_and(|m| m.fenced),
                 synchronous: synchronous.contains(name),
                 lag_bytes,

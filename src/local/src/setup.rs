@@ -51,7 +51,12 @@ pub(crate) fn prepare(options: &LocalOptions) -> Result<Prepared, LocalError> {
             why: "there are instances, but \"cluster.json\" is missing; restore it".to_owned(),
         });
     }
-    let state = stored.unwrap_or_default();
+    let mut state = stored.unwrap_or_default();
+    // What failed before the stop may have been mended meanwhile.
+    for member in state.members.values_mut() {
+        member.failures = 0;
+        member.retry_at = helios_cluster::Time(0);
+    }
     if state.format != helios_cluster::state::FORMAT {
         return Err(LocalError::NotACluster {
             path: layout.root().to_owned(),

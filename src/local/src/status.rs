@@ -50,6 +50,9 @@ pub struct InstanceStatus {
     pub state: Option<InstanceState>,
     /// Where it listens.
     pub endpoint: Endpoint,
+    /// What stands in its way: why its agent ended, or what its last command failed with.
+    #[serde(default)]
+    pub trouble: Option<String>,
     /// Whether a person has fenced it.
     pub fenced: bool,
     /// Whether commits wait for it.

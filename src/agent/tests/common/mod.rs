@@ -236,12 +236,14 @@ pub async fn pair(base: &Path) -> (Node, Node) {
 }
 
 pub async fn numbers(node: &Node) -> Vec<i32> {
-    let rows = node
-        .sql()
-        .await
-        .query("select n from t order by n", &[])
-        .await;
-    rows.unwrap().iter().map(|r| r.get(0)).collect()
+    try_numbers(node).await.unwrap()
+}
+
+/// Fails on a standby that does not know the table yet.
+async fn try_numbers(node: &Node) -> Result<Vec<i32>, tokio_postgres::Error> {
+    let sql = node.sql().await;
+    let rows = sql.query("select n from t order by n", &[]).await?;
+    Ok(rows.iter().map(|r| r.get(0)).collect())
 }
 
 pub async fn insert(node: &Node, n: i32) {
@@ -255,8 +257,8 @@ pub async fn insert(node: &Node, n: i32) {
 pub async fn shows(node: &Node, expected: &[i32]) {
     let deadline = Instant::now() + LIMIT;
     loop {
-        let found = numbers(node).await;
-        if found == expected {
+        let found = try_numbers(node).await;
+        if found.as_ref().is_ok_and(|found| found == expected) {
             return;
         }
         assert!(

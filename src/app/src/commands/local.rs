@@ -18,6 +18,7 @@ pub(crate) async fn run(command: &LocalCommand) -> Result<(), Failure> {
         LocalCommand::Status(args) => super::show::status(args).await,
         LocalCommand::Sessions(args) => super::show::sessions(args).await,
         LocalCommand::Switchover(args) => super::show::switchover(args).await,
+        LocalCommand::Failover(args) => super::show::failover(args).await,
         LocalCommand::Fence(args) => fence(args).await,
         LocalCommand::Unfence(args) => unfence(args).await,
         LocalCommand::Stop(args) => stop(args).await,

@@ -1,16 +1,16 @@
-//! `status`, `sessions` and `switchover` of a local cluster, for people and as JSON.
+//! `status`, `sessions`, `switchover` and `failover` of a local cluster, for people and as JSON.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use helios_api::agent::InstanceState;
-use helios_api::control::SessionInfo;
+use helios_api::control::{LostCommits, SessionInfo};
 use helios_local::client::LocalClient;
 use helios_local::{InstanceStatus, LocalStatus, OperationRecord, Outcome, Progress};
 use serde::Serialize;
 
 use super::local::absolute;
-use crate::cli::{ShowArgs, SwitchoverArgs};
+use crate::cli::{FailoverArgs, ShowArgs, SwitchoverArgs};
 use crate::failure::Failure;
 use crate::{out, table};
 
@@ -54,25 +54,39 @@ pub(crate) async fn sessions(args: &ShowArgs) -> Result<(), Failure> {
 /// `helios switchover`: steps as they happen, then where the time went.
 pub(crate) async fn switchover(args: &SwitchoverArgs) -> Result<(), Failure> {
     let client = LocalClient::new(absolute(&args.dir)?);
-    let operation = client
-        .switchover(args.to.as_ref(), |step| {
-            if let Progress::Phase {
-                phase,
-                elapsed_micros,
-            } = step
-            {
-                out::note(&format!(
-                    "{:>9}  {}",
-                    millis(*elapsed_micros),
-                    phase.as_str()
-                ));
-            }
-        })
-        .await?;
+    let operation = client.switchover(args.to.as_ref(), note_step).await?;
     if args.json {
         return json(&operation);
     }
     out::print(&moved(&operation));
+    Ok(())
+}
+
+fn note_step(step: &Progress) {
+    if let Progress::Phase {
+        phase,
+        elapsed_micros,
+    } = step
+    {
+        let elapsed = millis(*elapsed_micros);
+        out::note(&format!("{elapsed:>9}  {}", phase.as_str()));
+    }
+}
+
+/// A forced failover, and what it may have cost.
+pub(crate) async fn failover(args: &FailoverArgs) -> Result<(), Failure> {
+    let client = LocalClient::new(absolute(&args.dir)?);
+    let operation = client.failover_accepting_loss(note_step).await?;
+    if args.json {
+        return json(&operation);
+    }
+    out::print(&moved(&operation));
+    out::note(match operation.lost {
+        LostCommits::None => "every acknowledged commit is there",
+        LostCommits::Possible => {
+            "commits that the new primary had not received are lost; applications have to compare"
+        }
+    });
     Ok(())
 }
 
@@ -152,6 +166,11 @@ fn describe(s: &LocalStatus) -> String {
         &["INSTANCE", "ROLE", "STATE", "SYNC", "LAG", "ADDRESS"],
         &rows,
     ));
+    for i in &s.instances {
+        if let Some(trouble) = &i.trouble {
+            let _ = writeln!(text, "\n{}: {trouble}", i.name);
+        }
+    }
     if !s.operations.is_empty() {
         let rows: Vec<_> = s.operations.iter().rev().take(10).map(operation).collect();
         text.push('\n');
@@ -201,11 +220,14 @@ fn state(i: &InstanceStatus) -> String {
 }
 
 fn operation(o: &OperationRecord) -> Vec<String> {
-    let outcome = match &o.outcome {
+    let mut outcome = match &o.outcome {
         Outcome::Succeeded => "succeeded".to_owned(),
         Outcome::Aborted { reason } => format!("aborted: {reason}"),
         Outcome::Diverted { reason } => format!("diverted: {reason}"),
     };
+    if o.lost == LostCommits::Possible {
+        outcome.push_str(", commits may be lost");
+    }
     vec![
         o.id.to_string(),
         format!("{:?}", o.kind).to_lowercase(),

@@ -7,12 +7,12 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use helios_local::client::LocalClient;
-use helios_local::{AgentMode, LocalCluster, LocalOptions, Progress, ProxyAuth};
+use helios_local::{AgentMode, Durability, LocalCluster, LocalOptions, Progress, ProxyAuth};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::broadcast;
 
 use super::local::absolute;
-use crate::cli::{Auth, StartArgs};
+use crate::cli::{Auth, DurabilityArg, StartArgs};
 use crate::failure::Failure;
 use crate::out;
 
@@ -47,6 +47,10 @@ fn options(args: &StartArgs) -> Result<LocalOptions, Failure> {
     options.user.clone_from(&args.user);
     options.password.clone_from(&args.password);
     options.synchronous = !args.asynchronous;
+    options.durability = match args.durability {
+        DurabilityArg::Preferred => Durability::Preferred,
+        DurabilityArg::Required => Durability::Required,
+    };
     options.parameters.extend(args.settings.iter().cloned());
     options.proxy_config.clone_from(&args.proxy_config);
     options.agents = AgentMode::Process(program);

@@ -12,11 +12,11 @@ use helios_api::control::{Fence, LostCommits};
 
 use crate::decide::{Ctx, backoff_ms};
 use crate::elect::{self, Electorate};
-use crate::observe::{Action, Failure, Finished, ProxyCommand, Reply};
+use crate::observe::{Action, Failure, Finished, ProxyCommand, Refusal, Reply};
 use crate::operation::{OperationKind, OperationRecord, Outcome, PhaseDuration, Time};
 use crate::state::{ClusterState, MAX_FENCES, MAX_OPERATIONS, Mode, Move, Position, Primary, Step};
 use crate::sync;
-use crate::transition::Violation;
+use crate::transition::{Violation, enter};
 
 /// Attempts at one command of a step before the step looks for another way.
 const MAX_FAILURES: u32 = 5;
@@ -54,6 +54,7 @@ fn begin(
         drained: helios_api::control::DrainReport::default(),
         resumed: helios_api::control::ResumeReport::default(),
         diverted: None,
+        forced: false,
     }));
     id
 }
@@ -107,6 +108,36 @@ pub(crate) fn begin_repair(
     if let Mode::Moving(m) = &mut state.mode {
         m.todo = todo;
     }
+}
+
+/// A person's word that acknowledged commits may be lost: the old primary is fenced as ever, and
+/// the most advanced standby takes over.
+pub(crate) fn force(
+    ctx: &Ctx<'_>,
+    state: &mut ClusterState,
+    from: InstanceName,
+    why: &str,
+) -> Result<u64, Refusal> {
+    if state.mode == Mode::Steady {
+        let cause = format!("forced; {why}");
+        begin_repair(ctx, state, OperationKind::Failover, from.clone(), cause);
+    } else if state.moving().is_some_and(|m| m.step == Step::Restart) {
+        let (step, todo) = fencing(ctx, state, &from, None, false);
+        if let Mode::Moving(m) = &mut state.mode {
+            enter(m, step, ctx.now).map_err(|_| Refusal::UnderWay)?;
+            m.kind = OperationKind::Failover;
+            m.cause = format!("forced; {}", m.cause);
+            m.todo = todo;
+        }
+    }
+    let Mode::Moving(m) = &mut state.mode else {
+        return Err(Refusal::UnderWay);
+    };
+    if !matches!(m.step, Step::Fence { .. } | Step::Choose { .. }) {
+        return Err(Refusal::UnderWay);
+    }
+    m.forced = true;
+    Ok(m.id)
 }
 
 fn start_again(state: &ClusterState, name: &InstanceName) -> Action {

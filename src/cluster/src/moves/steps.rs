@@ -160,7 +160,10 @@ pub(super) fn choose(
     }
     let ready = elect::ready(state, ctx.obs);
     positions.retain(|name, _| ready.contains(name));
-    let electorate = elect::electorate(ctx.settings, state);
+    let electorate = match m.forced {
+        true => Electorate::Anyone,
+        false => elect::electorate(ctx.settings, state),
+    };
     if let Some(candidate) = elect::choose(&electorate, &positions, end, preferred.as_ref()) {
         let held = positions.get(&candidate).copied();
         let lost = elect::lost(&electorate, held.as_ref(), end);
@@ -281,7 +284,7 @@ pub(super) fn discard(
     go_back(ctx, state, m, "the candidate failed")
 }
 
-pub(super) fn restart(ctx: &Ctx<'_>, state: &ClusterState, m: &mut Move) -> More {
+pub(super) fn restart(ctx: &mut Ctx<'_>, state: &ClusterState, m: &mut Move) -> More {
     let health = health::judge(ctx, state, &m.from);
     if m.todo.is_empty() && matches!(health, Health::Up(_)) {
         enter(m, Step::Replay, ctx.now)?;
@@ -298,12 +301,37 @@ pub(super) fn restart(ctx: &Ctx<'_>, state: &ClusterState, m: &mut Move) -> More
         m.todo = todo;
         return Ok(true);
     }
+    if given_up {
+        wake_standbys(ctx, state);
+    }
     if m.todo.is_empty() && matches!(health, Health::Down(_)) {
         m.failures = m.failures.saturating_add(1);
         m.retry_at = ctx.now.plus_millis(backoff_ms(m.failures));
         m.todo = vec![start_again(state, &m.from)];
     }
     Ok(false)
+}
+
+/// Has stopped standbys started as they are: the primary that they are to follow does not come
+/// back, and one of them may have to take its place.
+fn wake_standbys(ctx: &mut Ctx<'_>, state: &ClusterState) {
+    let Some(primary) = &state.primary else {
+        return;
+    };
+    for (name, member) in &state.members {
+        let stopped = matches!(
+            ctx.obs.agent(name).map(|agent| &agent.instance),
+            Some(InstanceState::Stopped { .. })
+        );
+        let may = *name != primary.name
+            && !member.fenced
+            && member.followed == Some(primary.timeline)
+            && ctx.now >= member.retry_at;
+        if stopped && may && !ctx.busy(name) {
+            let command = AgentCommand::StartStandby;
+            ctx.act(Action::agent(name, state.epoch, command));
+        }
+    }
 }
 
 fn resumes(ctx: &Ctx<'_>, state: &ClusterState) -> Vec<Action> {

@@ -327,6 +327,14 @@ impl World {
         dies
     }
 
+    /// Its data directory is gone.
+    pub(crate) fn wipe(&mut self, name: &InstanceName) {
+        let i = self.instances.get_mut(name).unwrap();
+        i.role = Role::Empty;
+        i.log.clear();
+        i.standby_signal = false;
+    }
+
     pub(crate) fn stop(&mut self, name: &InstanceName) {
         let i = self.instances.get_mut(name).unwrap();
         if i.role != Role::Empty {
@@ -520,6 +528,11 @@ impl World {
             AgentCommand::StartPrimary if i.standby_signal => return refused("a standby"),
             AgentCommand::StartPrimary if i.role == Role::Empty => return refused("empty"),
             AgentCommand::StartPrimary => i.role = Role::Primary,
+            AgentCommand::StartStandby if i.role == Role::Stopped && i.standby_signal => {
+                i.role = Role::Standby;
+                i.receiving = false;
+                i.following = None;
+            }
             AgentCommand::Follow { primary, .. } => {
                 return self.follow(n, &primary.name.clone());
             }
