@@ -7,10 +7,10 @@ SEED ?= 1
 CLIENTS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint fuzz chaos
+.PHONY: help demo test test-versions bench lint fuzz chaos
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 	@echo
 	@echo "make demo ARGS='--switchovers 5 --crashes 5 --seed 7' passes options on to helios demo."
 
@@ -22,6 +22,10 @@ demo: ## open transactions that survive switchovers and crashes, and the count o
 test: ## all tests, the client programs among them
 	@scripts/setup.sh clients >/dev/null
 	@scripts/test.sh
+
+test-versions: ## a short round of the tests on every PostgreSQL from 15 to 18 that can be had
+	@scripts/setup.sh demo
+	@scripts/test-versions.sh
 
 bench: ## pgbench on PostgreSQL, PgBouncer and the proxy; writes docs/benchmarks.md
 	@scripts/setup.sh bench
