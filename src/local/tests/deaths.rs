@@ -229,6 +229,57 @@ async fn cloudnative_pg_10423_a_machine_that_stood_still_fails_nobody_over() {
     sound(&control, &notes).await;
 }
 
+/// Peers' bug: what keeps the cluster's state cannot be reached, and healthy primaries are demoted
+/// for it. Here nothing changes as long as nothing can be written down, and a failover that is due
+/// meanwhile takes place afterwards (a failover of theirs stalled for good, 11346).
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_operator_354_a_state_that_cannot_be_saved_demotes_nobody() {
+    let dir = TempDir::new().unwrap();
+    let cluster = common::builder(dir.path()).start().await.unwrap();
+    let before = common::whole(&cluster).await;
+    let writers = Writers::start(&cluster, 3).await;
+    writers.more(20).await;
+    // A folder where the new state would be written: not even root can.
+    let obstacle = dir.path().join("cluster.json.new");
+    std::fs::create_dir(&obstacle).unwrap();
+    let refused = cluster.switchover(None);
+    let refused = tokio::time::timeout(Duration::from_secs(2), refused).await;
+    assert!(!matches!(refused, Ok(Ok(_))), "moved without a record");
+    writers.more(50).await;
+    let status = cluster.status().await;
+    assert_eq!(
+        (status.epoch, &status.primary),
+        (before.epoch, &before.primary)
+    );
+    assert_eq!(status.operations.len(), 0);
+
+    common::crash(primary(&before));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let status = cluster.status().await;
+    assert_eq!(
+        (status.epoch, &status.primary),
+        (before.epoch, &before.primary)
+    );
+    assert!(
+        standbys(&status)[0].role == "standby",
+        "acted without a record"
+    );
+    std::fs::remove_dir(&obstacle).unwrap();
+    common::until(&cluster, "failover", |s| {
+        s.epoch > before.epoch && is_whole(s)
+    })
+    .await;
+    writers.more(20).await;
+    let notes = writers.stop().await;
+    println!(
+        "{} commits, errors {:?}",
+        notes.acknowledged.len(),
+        notes.errors
+    );
+    common::sound(&cluster, &notes).await;
+    cluster.shutdown().await;
+}
+
 fn signal(pids: &[Pid], signal: Signal) {
     for pid in pids {
         let _ = kill(*pid, signal);
