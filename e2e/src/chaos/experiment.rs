@@ -26,6 +26,9 @@ pub const RECOVERY_LIMIT: Duration = Duration::from_secs(90);
 /// Limit on a query of the judge's.
 const JUDGE_LIMIT: Duration = Duration::from_secs(60);
 
+/// How often tables are tried to be made.
+const SET_UPS: u32 = 5;
+
 /// What came of it.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -51,14 +54,8 @@ pub struct Report {
 /// # Errors
 /// The harness itself could not go on; what the product does wrong is a finding.
 pub async fn run(cluster: &Arc<Cluster>, plan: &Plan, limit: Duration) -> Result<Report> {
-    cluster.wait("redundant", RECOVERY_LIMIT, redundant).await?;
     let schema = format!("x{}", plan.seed);
-    let proxy = connect(cluster).await?;
-    let sql = format!(
-        "DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}; {}",
-        plan.workload.tables(&schema)
-    );
-    timeout(JUDGE_LIMIT, proxy.batch_execute(&sql)).await??;
+    set_up(cluster, plan, &schema).await?;
     let network = match plan.fault.is_network() {
         true => Network::install(cluster).await?,
         false => Network::default(),
@@ -108,6 +105,33 @@ pub async fn run(cluster: &Arc<Cluster>, plan: &Plan, limit: Duration) -> Result
         seconds: clock.elapsed().as_secs_f64(),
         notes,
     })
+}
+
+/// Makes the tables, through the proxy like any client. A busy machine may stand still so long that
+/// the cluster moves by itself: then once more.
+async fn set_up(cluster: &Cluster, plan: &Plan, schema: &str) -> Result<()> {
+    let sql = format!(
+        "DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}; {}",
+        plan.workload.tables(schema)
+    );
+    let mut attempts = 0;
+    loop {
+        cluster.wait("redundant", RECOVERY_LIMIT, redundant).await?;
+        let made = async {
+            let proxy = connect(cluster).await?;
+            timeout(JUDGE_LIMIT, proxy.batch_execute(&sql)).await??;
+            Result::Ok(())
+        };
+        attempts += 1;
+        match made.await {
+            Ok(()) => return Ok(()),
+            Err(error) if attempts == SET_UPS => {
+                let why = error.source().map(ToString::to_string).unwrap_or_default();
+                return Err(format!("could not make the tables: {error}: {why}").into());
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 /// Waits for all clients; one that does not end hangs.
