@@ -28,6 +28,7 @@ use crate::listener::{BindError, Incoming, Limits, Listener};
 use crate::login::{self, Accepted, EdgeContext};
 use crate::options::ProxyOptions;
 use crate::tls::TlsError;
+use crate::workers::Workers;
 
 /// How long open transactions may go on by themselves once new ones are held, before they are
 /// frozen: long enough for short ones to end, short enough not to be noticed.
@@ -45,6 +46,9 @@ pub enum StartError {
     /// A certificate or key cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// No threads for its sessions.
+    #[error("could not start threads: {0}")]
+    Threads(std::io::Error),
     /// The service user's password cannot be read.
     #[error("could not read the service user's password file: {0}")]
     Password(std::io::Error),
@@ -129,7 +133,8 @@ impl Proxy {
             moving: Mutex::new(()),
         };
         let handle = ProxyHandle(Arc::new(inner));
-        handle.spawn_listener(listener, edge);
+        let workers = Workers::start().map_err(StartError::Threads)?;
+        handle.spawn_listener(listener, edge, workers);
         handle.spawn_monitor(options.health_check_interval, options.health_check_timeout);
         handle.spawn_watch_log();
         Ok(handle)
@@ -165,17 +170,35 @@ fn refusal(error: &login::LoginError) -> &'static str {
 }
 
 impl ProxyHandle {
-    fn spawn_listener(&self, listener: Listener, edge: Arc<EdgeContext>) {
+    /// The listener owns the threads: they end with the runtime, or when all sessions have ended
+    /// after it.
+    fn spawn_listener(&self, listener: Listener, edge: Arc<EdgeContext>, workers: Workers) {
         let this = Arc::clone(&self.0);
         self.0.tasks.spawn(async move {
             let (tasks, stop) = (this.tasks.clone(), this.stop.clone());
             let limits = Arc::clone(&this.limits);
             let shared = Arc::clone(&this.shared);
             drop(this);
-            let on_client = move |incoming| {
-                tasks.spawn(client(Arc::clone(&shared), Arc::clone(&edge), incoming));
+            // A runtime that is dropped takes the sessions with it.
+            let unfinished = workers.stop_on_drop();
+            let workers = Arc::new(workers);
+            let on_client = |incoming: Incoming| {
+                let (shared, edge) = (Arc::clone(&shared), Arc::clone(&edge));
+                let keep = Arc::clone(&workers);
+                let incoming = match incoming.detach() {
+                    Ok(incoming) => incoming,
+                    Err(error) => return tracing::warn!(%error, "could not take a connection"),
+                };
+                workers.spawn(&tasks, async move {
+                    match incoming.attach() {
+                        Ok(incoming) => client(shared, edge, incoming).await,
+                        Err(error) => tracing::warn!(%error, "could not take a connection"),
+                    }
+                    drop(keep);
+                });
             };
             listener.run(limits, stop, on_client).await;
+            unfinished.disarm();
         });
     }
 
@@ -228,16 +251,20 @@ impl ProxyHandle {
     /// does not hold their logins. Best effort: a session without one logs in when it moves.
     pub async fn prepare(&self, candidate: &Backend) {
         let shared = &self.0.shared;
-        let open = shared.registry.all().into_iter().map(|entry| async move {
-            let Ok(_permit) = shared.logins.acquire().await else {
-                return;
-            };
-            let limit = shared.options.connect_timeout;
-            let at = &candidate.endpoint;
-            match backend::connect(at, &shared.tls, &entry.login, limit).await {
-                Ok(conn) => *lock(&entry.warm) = Some(conn),
-                Err(error) => tracing::debug!(%error, "no backend ahead of time"),
-            }
+        let open = shared.registry.all().into_iter().map(|entry| {
+            let (shared, at) = (Arc::clone(shared), candidate.endpoint.clone());
+            let home = entry.home.clone();
+            // On the session's own thread, where the connection will be used.
+            home.spawn(async move {
+                let Ok(_permit) = shared.logins.acquire().await else {
+                    return;
+                };
+                let limit = shared.options.connect_timeout;
+                match backend::connect(&at, &shared.tls, &entry.login, limit).await {
+                    Ok(conn) => *lock(&entry.warm) = Some(conn),
+                    Err(error) => tracing::debug!(%error, "no backend ahead of time"),
+                }
+            })
         });
         let limit = Duration::from_secs(30);
         let _ = tokio::time::timeout(limit, futures_util::future::join_all(open)).await;

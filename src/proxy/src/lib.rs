@@ -12,6 +12,7 @@ pub mod login;
 pub mod options;
 pub mod stream;
 pub mod tls;
+mod workers;
 
 pub use handle::{CommandError, Proxy, ProxyHandle, StartError};
 pub use options::ProxyOptions;

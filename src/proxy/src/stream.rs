@@ -2,7 +2,7 @@
 //!
 //! An enum by hand: no dynamic dispatch on the forwarding path. TLS states are boxed, so that the
 //! thousands of plain sessions do not pay for their size. An idle stream holds no read buffer of
-//! its own: [`Stream::poll_fill`] asks for memory only when bytes are there.
+//! its own: [`Stream::poll_fill`] reads into the thread's, and takes memory only for what came.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -11,16 +11,18 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{BufMut as _, BytesMut};
+use bytes::BytesMut;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-/// Bytes that one read may bring over TLS.
+/// Bytes that one read may bring.
 const SCRATCH: usize = 64 * 1024;
 
 thread_local! {
-    /// TLS decrypts into this before the session's buffer grows: an idle TLS session holds none.
+    /// All reads of a thread go through this before a session's buffer grows. Much larger than most
+    /// of what comes: a read that does not fill it tells tokio that the socket is empty, which
+    /// saves the second read that would only be told so.
     static SCRATCH_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH].into_boxed_slice());
 }
 
@@ -44,27 +46,6 @@ macro_rules! poll_inner {
             Stream::Unix(s) => Pin::new(s).$method($($arg),*),
             Stream::TlsServer(s) => Pin::new(&mut **s).$method($($arg),*),
             Stream::TlsClient(s) => Pin::new(&mut **s).$method($($arg),*),
-        }
-    };
-}
-
-/// Reads straight into the spare room of `buf` with a socket's `try_read_buf`, which clears the
-/// readiness when nothing is there; gives the room back then.
-macro_rules! poll_socket {
-    ($socket:expr, $cx:expr, $buf:expr, $limit:expr) => {
-        loop {
-            ready!($socket.poll_read_ready($cx))?;
-            let unused = $buf.capacity() == 0;
-            let limit = $limit.max(1);
-            $buf.reserve(limit);
-            match $socket.try_read_buf(&mut (&mut *$buf).limit(limit)) {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    if unused {
-                        *$buf = BytesMut::new();
-                    }
-                }
-                done => return Poll::Ready(done),
-            }
         }
     };
 }
@@ -115,12 +96,13 @@ impl Stream {
         buf: &mut BytesMut,
         limit: usize,
     ) -> Poll<io::Result<usize>> {
-        match self {
-            Self::Tcp(s) => poll_socket!(s, cx, buf, limit),
-            Self::Unix(s) => poll_socket!(s, cx, buf, limit),
-            Self::TlsServer(s) => poll_scratch(Pin::new(&mut **s), cx, buf, limit),
-            Self::TlsClient(s) => poll_scratch(Pin::new(&mut **s), cx, buf, limit),
-        }
+        SCRATCH_BUFFER.with_borrow_mut(|scratch| {
+            let room = limit.clamp(1, scratch.len());
+            let mut read = ReadBuf::new(&mut scratch[..room]);
+            ready!(Pin::new(self).poll_read(cx, &mut read))?;
+            buf.extend_from_slice(read.filled());
+            Poll::Ready(Ok(read.filled().len()))
+        })
     }
 
     /// [`Stream::poll_fill`] as a future. Safe to drop: nothing read is lost.
@@ -131,23 +113,6 @@ impl Stream {
     pub async fn fill(&mut self, buf: &mut BytesMut, limit: usize) -> io::Result<usize> {
         std::future::poll_fn(|cx| self.poll_fill(cx, buf, limit)).await
     }
-}
-
-/// Reads into the thread's scratch buffer and copies: TLS cannot tell beforehand whether a record
-/// is complete.
-fn poll_scratch<S: AsyncRead>(
-    stream: Pin<&mut S>,
-    cx: &mut Context<'_>,
-    buf: &mut BytesMut,
-    limit: usize,
-) -> Poll<io::Result<usize>> {
-    SCRATCH_BUFFER.with_borrow_mut(|scratch| {
-        let room = limit.clamp(1, scratch.len());
-        let mut read = ReadBuf::new(&mut scratch[..room]);
-        ready!(stream.poll_read(cx, &mut read))?;
-        buf.extend_from_slice(read.filled());
-        Poll::Ready(Ok(read.filled().len()))
-    })
 }
 
 impl AsyncRead for Stream {
@@ -191,6 +156,43 @@ impl AsyncWrite for Stream {
             Self::Unix(s) => s.is_write_vectored(),
             Self::TlsServer(s) => s.is_write_vectored(),
             Self::TlsClient(s) => s.is_write_vectored(),
+        }
+    }
+}
+
+/// A stream that belongs to no runtime: on its way from one thread to another.
+#[derive(Debug)]
+pub struct Detached(Socket);
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+impl Detached {
+    /// Takes a socket from this runtime's poller.
+    ///
+    /// # Errors
+    ///
+    /// The poller does not let it go; or TLS runs over it already.
+    pub fn new(stream: Stream) -> io::Result<Self> {
+        match stream {
+            Stream::Tcp(s) => s.into_std().map(Socket::Tcp).map(Self),
+            Stream::Unix(s) => s.into_std().map(Socket::Unix).map(Self),
+            Stream::TlsServer(_) | Stream::TlsClient(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Gives it to the poller of the runtime that this runs on.
+    ///
+    /// # Errors
+    ///
+    /// The poller does not take it.
+    pub fn attach(self) -> io::Result<Stream> {
+        match self.0 {
+            Socket::Tcp(s) => TcpStream::from_std(s).map(Stream::Tcp),
+            Socket::Unix(s) => UnixStream::from_std(s).map(Stream::Unix),
         }
     }
 }

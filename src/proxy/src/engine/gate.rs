@@ -4,12 +4,16 @@
 //! the step when it stands as the phase asks. The invariant: phases follow the order of
 //! [`Phase`], and a coordinator goes on only when all sessions have acknowledged or time is up.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use helios_api::control::{MoveReason, Topology};
 use tokio::sync::{Notify, watch};
+
+use super::bell::Bell;
+use super::registry::lock;
 
 /// A phase of a move (design sections 5.7 and 6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,6 +63,9 @@ pub struct GateState {
 pub struct Gate {
     state: watch::Sender<GateState>,
     sessions: AtomicUsize,
+    /// Bells of the sessions, by the number that they joined with.
+    bells: Mutex<HashMap<u64, Arc<Bell>>>,
+    joined: AtomicU64,
     acknowledged: AtomicUsize,
     step: AtomicU64,
     progress: Notify,
@@ -78,6 +85,8 @@ impl Gate {
         Self {
             state: watch::Sender::new(state),
             sessions: AtomicUsize::new(0),
+            bells: Mutex::default(),
+            joined: AtomicU64::new(0),
             acknowledged: AtomicUsize::new(0),
             step: AtomicU64::new(1),
             progress: Notify::new(),
@@ -117,6 +126,10 @@ impl Gate {
             self.acknowledged.store(0, Ordering::SeqCst);
             self.step.store(state.step, Ordering::SeqCst);
         });
+        // Behind the change. One that joins now either is in the list or sees the change already.
+        for bell in lock(&self.bells).values() {
+            bell.ring();
+        }
     }
 
     /// Ends all sessions: the proxy shuts down.
@@ -131,12 +144,16 @@ impl Gate {
         self.ending.load(Ordering::SeqCst)
     }
 
-    /// A session joins; it has not acknowledged the current step.
+    /// A session joins; it has not acknowledged the current step. From now on its bell rings with
+    /// every change.
     #[must_use]
-    pub fn join(self: &Arc<Self>) -> Member {
+    pub fn join(self: &Arc<Self>, bell: Arc<Bell>) -> Member {
+        let number = self.joined.fetch_add(1, Ordering::SeqCst);
+        lock(&self.bells).insert(number, bell);
         self.sessions.fetch_add(1, Ordering::SeqCst);
         Member {
             gate: Arc::clone(self),
+            number,
             acknowledged: 0,
         }
     }
@@ -163,6 +180,7 @@ impl Gate {
 #[derive(Debug)]
 pub struct Member {
     gate: Arc<Gate>,
+    number: u64,
     acknowledged: u64,
 }
 
@@ -188,6 +206,7 @@ impl Member {
 
 impl Drop for Member {
     fn drop(&mut self) {
+        lock(&self.gate.bells).remove(&self.number);
         self.gate.sessions.fetch_sub(1, Ordering::SeqCst);
         if self.acknowledged == self.gate.step.load(Ordering::SeqCst) {
             self.gate.acknowledged.fetch_sub(1, Ordering::SeqCst);
@@ -221,7 +240,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_step_is_over_when_all_have_acknowledged_or_left() {
         let gate = gate();
-        let (mut a, b) = (gate.join(), gate.join());
+        let bell = Arc::<Bell>::default;
+        let (mut a, b) = (gate.join(bell()), gate.join(bell()));
         gate.publish(Phase::Hold, None, None);
         let step = gate.now().step;
         a.acknowledge(step - 1);
@@ -232,5 +252,16 @@ mod tests {
         assert!(gate.all_acknowledged(Duration::from_secs(1)).await);
         drop(a);
         assert!(gate.all_acknowledged(Duration::from_secs(1)).await);
+    }
+
+    #[test]
+    fn every_member_is_rung() {
+        let gate = gate();
+        let bells: Vec<_> = (0..3).map(|_| Arc::<Bell>::default()).collect();
+        let mut members: Vec<_> = bells.iter().map(|b| gate.join(Arc::clone(b))).collect();
+        members.pop();
+        gate.publish(Phase::Hold, None, None);
+        let rung: Vec<_> = bells.iter().map(|b| b.rung()).collect();
+        assert_eq!(rung, [true, true, false]);
     }
 }

@@ -4,13 +4,9 @@
 //! is left.
 
 use std::future::poll_fn;
-use std::sync::Arc;
-use std::task::Poll;
-use std::time::Duration;
+use std::task::{Context, Poll};
 
 use tokio::sync::watch;
-use tokio::task::unconstrained;
-use tokio::time::Instant;
 
 use super::gate::GateState;
 use super::link::{HIGH_WATER, READ};
@@ -18,36 +14,45 @@ use super::session::{End, Event, Session};
 
 impl Session {
     /// Moves bytes until something else happens.
-    pub(super) async fn until_event(&mut self, gate: &mut watch::Receiver<GateState>) -> Event {
-        let entry = Arc::clone(self.entry());
-        let entry = &*entry;
-        // Polled every time: a wake-up for a change that was seen already would otherwise use up
-        // the registration, and the session would sleep through the next one. Without the
-        // cooperative budget, which could keep a poll from registering at all.
-        let wake = unconstrained(entry.wake.notified());
-        let changed = unconstrained(gate.changed());
-        tokio::pin!(wake, changed);
+    pub(super) async fn until_event(&mut self, gate: &watch::Receiver<GateState>) -> Event {
         let timer = self.next_timer();
         self.timer_armed = timer.is_some();
-        let sleep = tokio::time::sleep_until(timer.unwrap_or_else(far_future));
+        let Some(at) = timer else {
+            return poll_fn(|cx| self.poll_event(cx, gate)).await;
+        };
+        let sleep = tokio::time::sleep_until(at);
         tokio::pin!(sleep);
-        poll_fn(move |cx| {
-            if changed.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Event::Gate);
-            }
-            if wake.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Event::Cancel);
-            }
-            if timer.is_some() && sleep.as_mut().poll(cx).is_ready() {
+        poll_fn(|cx| {
+            if sleep.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Event::Timer);
             }
-            self.poll_io(cx)
+            self.poll_event(cx, gate)
         })
         .await
     }
 
+    /// Two atomic loads beside the sockets: this runs on every wake-up.
+    fn poll_event(
+        &mut self,
+        cx: &mut Context<'_>,
+        gate: &watch::Receiver<GateState>,
+    ) -> Poll<Event> {
+        // First to be heard, then to look: whoever changes something changes it first and rings
+        // then, so one of the two is always noticed (see `bell`).
+        let bell = &self.entry().bell;
+        bell.listen(cx.waker());
+        let rung = bell.rung();
+        if !matches!(gate.has_changed(), Ok(false)) {
+            return Poll::Ready(Event::Gate);
+        }
+        if rung {
+            return Poll::Ready(Event::Cancel);
+        }
+        self.poll_io(cx)
+    }
+
     /// Reads, pumps and writes until every socket would block.
-    pub(super) fn poll_io(&mut self, cx: &mut std::task::Context<'_>) -> Poll<Event> {
+    pub(super) fn poll_io(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         loop {
             match self.pump() {
                 Ok(()) => {}
@@ -66,12 +71,23 @@ impl Session {
                 Err(event) => return Poll::Ready(event),
             }
             if !moved {
+                self.rest();
                 return Poll::Pending;
             }
         }
     }
 
-    pub(super) fn poll_write(&mut self, cx: &mut std::task::Context<'_>) -> Result<(), Event> {
+    /// Nothing is left to do: an idle session holds no large buffers.
+    fn rest(&mut self) {
+        if self.tracker.is_between() {
+            self.client.release();
+            if let Some(server) = &mut self.server {
+                server.link.release();
+            }
+        }
+    }
+
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<(), Event> {
         if !self.client.output.is_empty()
             && let Poll::Ready(Err(_)) = self.client.poll_write(cx)
         {
@@ -93,7 +109,7 @@ impl Session {
         Ok(())
     }
 
-    pub(super) fn poll_read(&mut self, cx: &mut std::task::Context<'_>) -> Result<bool, Event> {
+    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Result<bool, Event> {
         let mut moved = false;
         if self.client.output.len() < HIGH_WATER
             && let Some(server) = &mut self.server
@@ -131,8 +147,4 @@ impl Session {
             _ => READ,
         }
     }
-}
-
-fn far_future() -> Instant {
-    Instant::now() + Duration::from_secs(86_400)
 }

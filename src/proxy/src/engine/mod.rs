@@ -5,6 +5,7 @@
 //! a session migrates nothing is read from its client, and a replay works for one epoch only.
 
 mod answers;
+pub mod bell;
 pub mod evidence;
 pub mod gate;
 mod io;

@@ -2,7 +2,6 @@
 //!
 //! The invariant: a client gets its ReadyForQuery only when the state behind it is known.
 
-use bytes::Buf;
 use helios_session::TxnStatus;
 use helios_session::state::Snapshot;
 use helios_wire::frontend;
@@ -110,7 +109,7 @@ impl Session {
 
     pub(super) fn drop_client_message(&mut self, len: usize, whole: bool) {
         if whole {
-            self.client.input.advance(len);
+            self.client.skip(len);
         } else {
             self.client.passing = len - self.client.input.len();
             self.client.input.clear();

@@ -5,7 +5,6 @@
 
 use std::sync::atomic::Ordering;
 
-use bytes::Buf;
 use helios_session::TxnStatus;
 use helios_session::expect::{Expect, ExpectQueue, MAX_EXPECTED};
 use helios_session::tracker::{Before, Form, ServerStep, until_zero};
@@ -173,9 +172,14 @@ impl Session {
     }
 
     fn client_frame(&mut self, tag: u8, have: usize, len: usize, form: Form) -> Result<(), Event> {
-        let now = self.shared.now_micros();
-        let frame = &self.client.input[..have];
         let began = self.tracker.is_between();
+        // The clock is read once an exchange.
+        let now = if self.tracker.opens_exchange(tag) {
+            self.shared.now_micros()
+        } else {
+            0
+        };
+        let frame = &self.client.input[..have];
         let step = self
             .tracker
             .client_frame(tag, frame, now)
@@ -219,7 +223,7 @@ impl Session {
                 self.client.forward(n, &mut server.link.output);
             }
             // The exchange was answered with an error; its rest is of no use.
-            _ => self.client.input.advance(n),
+            _ => self.client.skip(n),
         }
         self.client.passing -= n;
         self.resend_left = self.resend_left.saturating_sub(n);
@@ -289,7 +293,7 @@ impl Session {
                         return Ok(());
                     };
                     server.link.forward(run, &mut self.client.output);
-                    server.link.input.advance(header.len);
+                    server.link.skip(header.len);
                     run = 0;
                     match other {
                         Verdict::Replace(fields) => fields.write_error(&mut self.client.output),
@@ -438,12 +442,12 @@ impl Session {
                 self.instead = None;
             }
             TxnStatus::Open | TxnStatus::Failed => {
-                let _ = entry.began.compare_exchange(
-                    0,
-                    self.shared.now_micros(),
-                    Ordering::Relaxed,
-                    Ordering::Relaxed,
-                );
+                // Nobody else writes it.
+                if entry.began.load(Ordering::Relaxed) == 0 {
+                    entry
+                        .began
+                        .store(self.shared.now_micros(), Ordering::Relaxed);
+                }
             }
         }
         if self.tracker.is_between() {

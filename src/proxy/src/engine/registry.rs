@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use helios_api::control::SessionInfo;
 use helios_api::{InstanceName, Lsn, SessionId};
-use tokio::sync::Notify;
+use tokio::runtime::Handle;
 
+use super::bell::Bell;
 use crate::backend::{BackendConn, Login};
 use crate::stream::Stream;
 
@@ -46,8 +47,10 @@ pub struct Entry {
     /// A cancel request is on its way to the server: nothing new is sent until it has been
     /// delivered, or it could hit a COMMIT that follows.
     pub cancel_under_way: AtomicBool,
-    /// Wakes the session for it.
-    pub wake: Notify,
+    /// Wakes the session: for that, and for changes of the gate.
+    pub bell: Arc<Bell>,
+    /// The runtime that the session lives on.
+    pub home: Handle,
     /// A backend opened ahead of time on the next primary.
     pub warm: Mutex<Option<BackendConn>>,
     /// What it shows; changed at most once an exchange that matters.
@@ -127,7 +130,8 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Registry {
-    /// Registers a session; it is listed until the guard is dropped.
+    /// Registers a session; it is listed until the guard is dropped. To be called on the runtime
+    /// that it will live on.
     #[must_use]
     pub fn add(self: &Arc<Self>, login: Login, peer: String, secret_len: usize) -> Registered {
         let id = SessionId(self.next.fetch_add(1, Ordering::Relaxed) + 1);
@@ -142,7 +146,8 @@ impl Registry {
             cancel: AtomicBool::new(false),
             cancelling: Mutex::default(),
             cancel_under_way: AtomicBool::new(false),
-            wake: Notify::new(),
+            bell: Arc::default(),
+            home: Handle::current(),
             warm: Mutex::new(None),
             shown: Mutex::default(),
             state: AtomicU64::new(0),
@@ -173,7 +178,7 @@ impl Registry {
             }
             drop(waiting);
             entry.cancel.store(true, Ordering::SeqCst);
-            entry.wake.notify_one();
+            entry.bell.ring();
         }
     }
 

@@ -159,7 +159,8 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let id = registered.entry.id;
     let mut gate = shared.gate.watch();
     let mut link = Link::new(client.stream, client.buf);
-    let opened = open_first(&shared, &mut gate, &registered.entry).await;
+    // Boxed, as everything that is seldom: a session's own future is small.
+    let opened = Box::pin(open_first(&shared, &mut gate, &registered.entry)).await;
     let (conn, epoch) = match opened {
         Ok(opened) => opened,
         Err(frame) => {
@@ -177,8 +178,8 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let pid = conn.pid;
     let timeline = gate.borrow().topology.timeline;
     let account = shared.pool.account(shared.options.max_journal_bytes);
-    let member = shared.gate.join();
-    let session = Session {
+    let member = shared.gate.join(Arc::clone(&registered.entry.bell));
+    let session = Box::new(Session {
         tracker: Tracker::new(shared.options.mode).with_ids(GtidSource::new(rand::random())),
         known: conn.parameters.clone(),
         server: Some(Server::new(conn, epoch)),
@@ -215,7 +216,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         old_pid: Some(pid),
         shown_epoch: epoch,
         _permits: client.permits,
-    };
+    });
     tracing::debug!(session = %id, "session started");
     session.run(gate).await;
     tracing::debug!(session = %id, "session ended");
@@ -295,19 +296,19 @@ impl Session {
         &self.gate.topology.primary
     }
 
-    async fn run(mut self, mut gate: watch::Receiver<GateState>) {
+    async fn run(mut self: Box<Self>, mut gate: watch::Receiver<GateState>) {
         self.show_instance();
         let end = loop {
-            match self.until_event(&mut gate).await {
+            match self.until_event(&gate).await {
                 Event::End(end) => break end,
                 event => {
-                    if let Err(end) = self.handle(event, &mut gate).await {
+                    if let Err(end) = Box::pin(self.handle(event, &mut gate)).await {
                         break end;
                     }
                 }
             }
         };
-        self.end(end).await;
+        Box::pin(self.end(end)).await;
     }
 
     async fn handle(
@@ -429,7 +430,7 @@ impl Session {
         shown.instance = self.server.as_ref().map(|_| self.primary().name.clone());
     }
 
-    async fn end(mut self, end: End) {
+    async fn end(mut self: Box<Self>, end: End) {
         let frame = match end {
             End::ClientLeft => None,
             End::Fatal(fields) => Some(frame_of(&fields)),
@@ -463,7 +464,7 @@ impl Session {
             }
             drop(waiting);
             entry.cancel_under_way.store(false, Ordering::SeqCst);
-            entry.wake.notify_one();
+            entry.bell.ring();
         });
     }
 
@@ -495,5 +496,21 @@ impl Session {
                 .kinds(e)
                 .is_none_or(|kinds| kinds.iter().any(ends))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size<A, B, F>(_: fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// A thousand idle sessions are a thousand of these.
+    #[test]
+    fn a_session_is_small() {
+        assert!(size_of::<Session>() <= 2048, "{}", size_of::<Session>());
+        assert!(size(serve) <= 8192, "{}", size(serve));
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener, UnixStream, lookup_host};
 use tokio_util::sync::CancellationToken;
 
-use crate::stream::Stream;
+use crate::stream::{Detached, Stream};
 pub use limits::{Admission, ConnectionPermit, Limits, UserPermit};
 
 mod limits;
@@ -22,13 +22,43 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A client's connection before its first byte.
 #[derive(Debug)]
-pub struct Incoming {
+pub struct Incoming<S = Stream> {
     /// The connection.
-    pub stream: Stream,
+    pub stream: S,
     /// Its address for people.
     pub peer: String,
     /// Its place among all connections.
     pub admission: Admission,
+}
+
+impl Incoming {
+    /// Makes it ready to go to another thread.
+    ///
+    /// # Errors
+    ///
+    /// See [`Detached::new`].
+    pub fn detach(self) -> io::Result<Incoming<Detached>> {
+        Ok(Incoming {
+            stream: Detached::new(self.stream)?,
+            peer: self.peer,
+            admission: self.admission,
+        })
+    }
+}
+
+impl Incoming<Detached> {
+    /// Settles it on the runtime that this runs on.
+    ///
+    /// # Errors
+    ///
+    /// See [`Detached::attach`].
+    pub fn attach(self) -> io::Result<Incoming> {
+        Ok(Incoming {
+            stream: self.stream.attach()?,
+            peer: self.peer,
+            admission: self.admission,
+        })
+    }
 }
 
 /// A socket that cannot be had.

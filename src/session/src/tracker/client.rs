@@ -13,7 +13,9 @@ use crate::keyword::{Hint, Unit, hint, touches_session, unit};
 use crate::state::Prepared;
 
 impl Tracker {
-    pub(super) fn opens_exchange(&self, tag: u8) -> bool {
+    /// Whether a client's message of this type begins a new exchange.
+    #[must_use]
+    pub fn opens_exchange(&self, tag: u8) -> bool {
         match self.journal.in_flight().back() {
             None => true,
             Some(last) => last.closed && !(last.copy_tail && tag == frontend::SYNC),
