@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::VerifierCache;
 use crate::backend;
 use crate::engine::gate::{Gate, Phase};
+use crate::engine::leaving;
 use crate::engine::registry::lock;
 use crate::engine::session;
 use crate::engine::shared::Shared;
@@ -107,6 +108,7 @@ impl Proxy {
             patience,
         ));
         verifiers.set_endpoint(Some(topology.primary.endpoint.clone()));
+        let workers = Workers::start(options.engine.threads).map_err(StartError::Threads)?;
         let limits = Limits::new(options.max_connections, options.max_connections_per_user);
         let shared = Shared::new(
             Gate::new(topology),
@@ -133,7 +135,6 @@ impl Proxy {
             moving: Mutex::new(()),
         };
         let handle = ProxyHandle(Arc::new(inner));
-        let workers = Workers::start().map_err(StartError::Threads)?;
         handle.spawn_listener(listener, edge, workers);
         handle.spawn_monitor(options.health_check_interval, options.health_check_timeout);
         handle.spawn_watch_log();
@@ -248,8 +249,20 @@ impl ProxyHandle {
     }
 
     /// Opens a backend on `candidate` for every session, ahead of a planned move, so that the pause
-    /// does not hold their logins. Best effort: a session without one logs in when it moves.
+    /// does not hold their logins; where there are many, idle sessions then leave the old primary,
+    /// so that it does not hold the end of their backends either. Best effort: a session without a
+    /// backend logs in when it needs one.
     pub async fn prepare(&self, candidate: &Backend) {
+        let shared = &self.0.shared;
+        let many = leaving::watch(shared);
+        self.open_ahead(candidate).await;
+        if many {
+            let limit = Duration::from_secs(10);
+            let _ = tokio::time::timeout(limit, leaving::leave(shared)).await;
+        }
+    }
+
+    async fn open_ahead(&self, candidate: &Backend) {
         let shared = &self.0.shared;
         let open = shared.registry.all().into_iter().map(|entry| {
             let (shared, at) = (Arc::clone(shared), candidate.endpoint.clone());

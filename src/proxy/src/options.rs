@@ -95,6 +95,7 @@ fn engine_options(config: &ProxyConfig) -> EngineOptions {
         connect_timeout: config.backends.connect_timeout,
         outage_limit: migration.migration_timeout,
         idle_timeout: edge.idle_timeout,
+        threads: edge.threads,
         capture_settings: migration.capture_set_parameters,
         capture_prepared: migration.capture_prepared_statements,
         move_on_failure: config.triggers.on_backend_failure,

@@ -1,8 +1,10 @@
 //! The threads that sessions live on.
 //!
-//! One runtime of a single thread for each processor; a session stays where it began. A session
-//! does little between two waits: handing it from thread to thread, and waking threads to do so,
-//! would cost more than the work itself. The invariant: a session's sockets, its task and what it
+//! A few runtimes of a single thread; a session stays where it began. A session does little
+//! between two waits: handing it from thread to thread, and waking threads to do so, would cost
+//! more than the work itself. The fewer threads, the more sessions are served by one wake-up: by
+//! default there is one for two processors, because an exchange costs its server and its client
+//! more than it costs the proxy, and they run on the same machine or are many. The invariant: a session's sockets, its task and what it
 //! spawns are on one thread.
 
 use std::future::Future;
@@ -29,13 +31,17 @@ struct Home {
 }
 
 impl Workers {
-    /// Starts a thread for each processor.
+    /// Starts this many threads, or one for two processors.
     ///
     /// # Errors
     ///
     /// The system gives no more threads or descriptors.
-    pub(crate) fn start() -> io::Result<Self> {
-        let count = std::thread::available_parallelism().map_or(1, NonZero::get);
+    pub(crate) fn start(threads: Option<usize>) -> io::Result<Self> {
+        let default = || {
+            let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+            processors.div_ceil(2)
+        };
+        let count = threads.unwrap_or_else(default).max(1);
         let mut workers = Self {
             homes: Vec::with_capacity(count),
             stop: CancellationToken::new(),
@@ -107,7 +113,7 @@ mod tests {
 
     #[tokio::test]
     async fn tasks_are_spread_and_end_with_the_threads() {
-        let workers = Workers::start().unwrap();
+        let workers = Workers::start(Some(3)).unwrap();
         let tracker = TaskTracker::new();
         let (names, mut seen) = tokio::sync::mpsc::unbounded_channel();
         for _ in 0..workers.homes.len() * 2 {

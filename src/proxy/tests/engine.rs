@@ -535,3 +535,63 @@ async fn a_restarted_server_is_found_again_with_the_transaction() {
         .get(0);
     assert_eq!(n, 2);
 }
+
+/// Process id of a session's backend, leaving nothing in flight behind it.
+async fn plain_pid(client: &Client) -> i32 {
+    let rows = client.simple_query(pid_sql()).await.unwrap();
+    let row = rows.iter().find_map(|m| match m {
+        SimpleQueryMessage::Row(row) => row.get(0),
+        _ => None,
+    });
+    row.unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_sessions_leave_ahead_of_a_planned_move() {
+    let engine = EngineOptions {
+        leave_ahead_from: 1,
+        ..EngineOptions::default()
+    };
+    let mut bench = Bench::start(engine).await;
+    let (idle, open, listening) = tokio::join!(bench.client(), bench.client(), bench.client());
+    idle.batch_execute("SET helios.kept = '7'").await.unwrap();
+    let statement = idle.prepare("SELECT $1::int + 1").await.unwrap();
+    open.batch_execute("CREATE TABLE t (n int)").await.unwrap();
+    open.batch_execute("BEGIN").await.unwrap();
+    open.batch_execute("INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
+    listening.batch_execute("LISTEN news").await.unwrap();
+    let pids = [
+        plain_pid(&idle).await,
+        plain_pid(&open).await,
+        plain_pid(&listening).await,
+    ];
+    let candidate = topology(&bench.server, 1).primary;
+    bench.proxy.prepare(&candidate).await;
+    // By the server's own list.
+    let watcher = bench.client().await;
+    let sql = "SELECT pid FROM pg_stat_activity WHERE pid = ANY($1) ORDER BY pid";
+    let rows = watcher.query(sql, &[&&pids[..]]).await.unwrap();
+    let left: Vec<i32> = rows.iter().map(|r| r.get(0)).collect();
+    let mut expected = pids[1..].to_vec();
+    expected.sort_unstable();
+    assert_eq!(left, expected, "idle {}", pids[0]);
+    // Its client speaks before the move, and another time before the next.
+    for _ in 0..2 {
+        let value: i32 = idle.query_one(&statement, &[&41]).await.unwrap().get(0);
+        assert_eq!(value, 42);
+        assert_ne!(plain_pid(&idle).await, pids[0]);
+        let kept = idle.simple_query("SHOW helios.kept").await.unwrap();
+        assert!(
+            kept.iter()
+                .any(|m| matches!(m, SimpleQueryMessage::Row(r) if r.get(0) == Some("7")))
+        );
+        bench.proxy.prepare(&candidate).await;
+    }
+    // It sleeps through the move without a backend.
+    bench.switchover().await;
+    let value: i32 = idle.query_one(&statement, &[&1]).await.unwrap().get(0);
+    assert_eq!(value, 2);
+    open.batch_execute("COMMIT").await.unwrap();
+}

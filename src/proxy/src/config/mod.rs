@@ -63,6 +63,8 @@ pub struct EdgeConfig {
     pub login_timeout: Duration,
     /// A session that is idle outside of a transaction for longer ends; never without it.
     pub idle_timeout: Option<Duration>,
+    /// Threads that sessions live on; half the processors without it.
+    pub threads: Option<usize>,
     /// Whether sessions move at all; `false` makes a plain proxy.
     pub session_migration_enabled: bool,
 }
@@ -82,6 +84,7 @@ impl Default for EdgeConfig {
             max_connections_per_user: None,
             login_timeout: Duration::from_secs(60),
             idle_timeout: None,
+            threads: None,
             session_migration_enabled: true,
         }
     }

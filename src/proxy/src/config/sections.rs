@@ -113,6 +113,7 @@ fn edge(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<'_
             &mut edge.idle_timeout,
             seconds(1, 365 * DAY),
         )
+        .set_some("threads", &mut edge.threads, count(1, 1024))
         .set(
             "session_migration_enabled",
             &mut edge.session_migration_enabled,

@@ -23,6 +23,7 @@ session_migration_enabled = false
 unix_socket_dir = "/run/helios"
 max_connections = 500
 max_connections_per_user = 50
+threads = 3
 login_timeout_secs = 10
 idle_timeout_secs = 3600
 auth = "cert"
@@ -90,6 +91,7 @@ metrics_port = 9999
     assert_eq!(config.proxy.listen.host, "::1");
     assert_eq!(config.proxy.auth, AuthMethod::Cert);
     assert_eq!(config.proxy.max_connections_per_user, Some(50));
+    assert_eq!(config.proxy.threads, Some(3));
     assert_eq!(config.proxy.idle_timeout, Some(Duration::from_secs(3600)));
     assert!(!config.proxy.session_migration_enabled);
     assert_eq!(config.replay.mode, ReplayMode::Select);

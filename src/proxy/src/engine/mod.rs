@@ -9,6 +9,7 @@ pub mod bell;
 pub mod evidence;
 pub mod gate;
 mod io;
+pub(crate) mod leaving;
 pub mod link;
 pub mod monitor;
 mod moving;

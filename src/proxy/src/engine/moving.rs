@@ -101,7 +101,7 @@ impl Session {
         } else if self.must_rebuild() {
             self.retry_at = None;
             return self.find_server(gate).await;
-        } else if self.last_words.is_some() || self.lost_since.is_some() {
+        } else if self.last_words.is_some() || self.held_since.is_some() {
             // Idle: it needs a backend when its client says something.
             self.last_words = None;
             self.lost_since = None;
@@ -311,9 +311,8 @@ impl Session {
     /// A backend on the primary: one opened ahead of time, or a new one.
     async fn connect(&mut self, topology: &Topology) -> Result<BackendConn, Attempt> {
         let at = &topology.primary.endpoint;
-        let warm = lock(&self.entry().warm)
-            .take()
-            .filter(|c| c.endpoint == *at);
+        // One for another primary may still be needed there.
+        let warm = lock(&self.entry().warm).take_if(|c| c.endpoint == *at);
         if let Some(conn) = warm {
             return Ok(conn);
         }

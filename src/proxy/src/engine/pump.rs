@@ -432,6 +432,7 @@ impl Session {
         self.charge();
         self.shared.metrics.exchanges.inc();
         self.cancelled_by_client = false;
+        self.idle = false;
         if self.shared.options.idle_timeout.is_some() {
             self.last_activity = tokio::time::Instant::now();
         }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use helios_api::control::SessionInfo;
 use helios_api::{InstanceName, Lsn, SessionId};
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
 use super::bell::Bell;
 use crate::backend::{BackendConn, Login};
@@ -51,6 +52,8 @@ pub struct Entry {
     pub bell: Arc<Bell>,
     /// The runtime that the session lives on.
     pub home: Handle,
+    /// A planned move is being prepared: see [`Leave`].
+    pub leave: Mutex<Option<Leave>>,
     /// A backend opened ahead of time on the next primary.
     pub warm: Mutex<Option<BackendConn>>,
     /// What it shows; changed at most once an exchange that matters.
@@ -72,6 +75,15 @@ pub struct CancelKey {
     pub pid: i32,
     /// Secret that it was told.
     pub secret: Vec<u8>,
+}
+
+/// What the preparation of a planned move asks of an idle session.
+#[derive(Debug)]
+pub enum Leave {
+    /// To note whether it stays idle from now on.
+    Watch,
+    /// To leave its backend if it did. Dropped when the backend has ended, or will not be left.
+    Now(oneshot::Sender<()>),
 }
 
 const STATES: [&str; 6] = [
@@ -148,6 +160,7 @@ impl Registry {
             cancel_under_way: AtomicBool::new(false),
             bell: Arc::default(),
             home: Handle::current(),
+            leave: Mutex::new(None),
             warm: Mutex::new(None),
             shown: Mutex::default(),
             state: AtomicU64::new(0),

@@ -115,6 +115,8 @@ pub struct Session {
     /// The backend is gone while it was needed, since then.
     pub(super) lost_since: Option<Instant>,
     pub(super) attempts: u32,
+    /// It has been idle since it was asked to watch that.
+    pub(super) idle: bool,
     /// When the session was last held, for the pause.
     pub(super) held_since: Option<Instant>,
     /// What is in flight has to be sent to the backend in the phase *send*.
@@ -199,6 +201,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         epoch,
         lost_since: None,
         attempts: 0,
+        idle: false,
         held_since: None,
         resend: None,
         resend_left: 0,
@@ -331,6 +334,7 @@ impl Session {
                     self.cancel_waits = true;
                     self.forward_cancel();
                 }
+                self.asked_to_leave();
                 Ok(())
             }
             Event::ServerLost => {

@@ -45,6 +45,10 @@ pub struct EngineOptions {
     pub outage_limit: Duration,
     /// A client that is silent outside a transaction for so long is disconnected (57P05).
     pub idle_timeout: Option<Duration>,
+    /// Threads that sessions live on; half the processors without it.
+    pub threads: Option<usize>,
+    /// From so many sessions on, idle ones leave their backends ahead of a planned move.
+    pub leave_ahead_from: usize,
     /// How long the barrier holds new work back for replays.
     pub barrier_limit: Duration,
     /// Settings and role move; otherwise a session that has changed them is unprotected.
@@ -79,6 +83,8 @@ impl Default for EngineOptions {
             connect_timeout: Duration::from_secs(5),
             outage_limit: Duration::from_secs(60),
             idle_timeout: None,
+            threads: None,
+            leave_ahead_from: 64,
             barrier_limit: Duration::from_secs(5),
             capture_settings: true,
             capture_prepared: true,
