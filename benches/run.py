@@ -1,11 +1,17 @@
 #!/usr/bin/env python3
-"""make bench: measures, and writes docs/benchmarks.md.
+"""make bench: measures, and writes docs/benchmarks.md. All of it takes about 25 minutes.
 
-BENCH_SECONDS  length of one run of pgbench            (5)
+make bench ARGS=--short              a few cases, a minute or two: does it work?
+make bench ARGS='seconds=10 cases=tpcb/prepared/8 parts=throughput'
+
+Settings, from the environment as below or as arguments in lower case:
+
+BENCH_SECONDS  length of one run of pgbench            (3)
 BENCH_REPEATS  runs of each case, in turn              (3)
 BENCH_CASES    workload/protocol/clients, with *       (*/*/*)   e.g. tpcb/prepared/8,select/*/1
 BENCH_SCALE    pgbench's scale factor                  (10)
 BENCH_INSTANCES  servers of a cluster                  (2)
+BENCH_MOVES    switchovers for each number of sessions (5)
 BENCH_SESSIONS numbers of sessions for the pause       (1,100,1000)
 BENCH_IDLE     idle sessions for the memory            (1000)
 BENCH_PARTS    which parts to run                      (throughput,memory,pause)
@@ -24,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import report
 from servers import HELIOS, ROOT, Cluster, PgBouncer
@@ -35,12 +42,38 @@ CLIENTS = (1, 8, 64)
 MODES = ("none", "transaction", "select")
 
 
-def setting(name, default):
-    return os.environ.get(f"BENCH_{name}", default)
+DEFAULTS = {
+    "SECONDS": "3", "REPEATS": "3", "CASES": "*/*/*", "SCALE": "10", "INSTANCES": "2", "MOVES": "5",
+    "SESSIONS": "1,100,1000", "IDLE": "1000", "PARTS": "throughput,memory,pause",
+    "OUT": "docs/benchmarks.md",
+}
+SHORT = {
+    "SECONDS": "1", "REPEATS": "2", "CASES": "*/prepared/8", "SCALE": "1", "MOVES": "2",
+    "SESSIONS": "1,100", "IDLE": "200", "OUT": "target/benchmarks.md",
+}
+BEGUN = time.monotonic()
+chosen = {}
+
+
+def read_arguments(arguments):
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument == "--short":
+            chosen.update({**SHORT, **chosen})
+        elif equals and name.upper() in DEFAULTS:
+            chosen[name.upper()] = value
+        else:
+            names = ", ".join(DEFAULTS).lower()
+            raise SystemExit(f"bench: unknown argument {argument!r}: --short, or NAME=VALUE of {names}")
+
+
+def setting(name):
+    return chosen.get(name) or os.environ.get(f"BENCH_{name}") or DEFAULTS[name]
 
 
 def say(text):
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+    minutes, seconds = divmod(int(time.monotonic() - BEGUN), 60)
+    print(f"bench: {minutes:3}:{seconds:02}  {text}", file=sys.stderr, flush=True)
 
 
 def pg_bindir():
@@ -76,7 +109,7 @@ def measure(address, workload, protocol, clients, seconds):
 
 
 def cases():
-    patterns = setting("CASES", "*/*/*").split(",")
+    patterns = setting("CASES").split(",")
     for workload, protocol, clients in itertools.product(WORKLOADS, PROTOCOLS, CLIENTS):
         name = f"{workload}/{protocol}/{clients}"
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
@@ -85,7 +118,7 @@ def cases():
 
 def throughput(clusters, bouncers):
     """For each case the subjects in turn, again and again: what disturbs one disturbs all."""
-    seconds, repeats = int(setting("SECONDS", "5")), int(setting("REPEATS", "3"))
+    seconds, repeats = int(setting("SECONDS")), int(setting("REPEATS"))
     subjects = {
         "postgres": clusters["transaction"].direct,
         "pgbouncer-session": bouncers["session"].address,
@@ -93,7 +126,8 @@ def throughput(clusters, bouncers):
         **{f"helios-{mode}": clusters[mode].proxy for mode in MODES},
     }
     results = {}
-    for case in cases():
+    todo = list(cases())
+    for number, case in enumerate(todo, 1):
         runs = {name: [] for name in subjects}
         for turn in range(repeats):
             # Each round begins with another subject: nobody always follows the same one.
@@ -104,7 +138,7 @@ def throughput(clusters, bouncers):
                 runs[name].append(measure(subjects[name], *case, seconds))
         results[case] = runs
         middle = {name: round(statistics.median(tps)) for name, tps in runs.items() if tps}
-        say(f"{'/'.join(map(str, case))}: {middle}")
+        say(f"{number} of {len(todo)}: {'/'.join(map(str, case))}: {middle}")
     return results
 
 
@@ -125,9 +159,9 @@ def memory(clusters, bouncers, count):
 
 def pause(cluster, repeats):
     found = {}
-    for count in map(int, setting("SESSIONS", "1,100,1000").split(",")):
+    for count in map(int, setting("SESSIONS").split(",")):
         try:
-            found[count] = switchover_pause(cluster, count, repeats)
+            found[count] = switchover_pause(cluster, count, repeats, say)
         except (ServerError, OSError) as error:
             found[count] = str(error)
         say(f"pause with {count} sessions: {found[count]}")
@@ -147,15 +181,16 @@ def machine():
 
 
 def main():
-    parts = setting("PARTS", "throughput,memory,pause").split(",")
-    instances = int(setting("INSTANCES", "2"))
+    read_arguments(sys.argv[1:])
+    parts = setting("PARTS").split(",")
+    instances = int(setting("INSTANCES"))
     if not HELIOS.exists():
         raise SystemExit(f"bench: {HELIOS} is missing: run make bench")
     # A thousand sessions are a thousand sockets, here and in what is started here.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    results = {"machine": machine(), "instances": instances, "scale": setting("SCALE", "10")}
-    results["seconds"], results["repeats"] = setting("SECONDS", "5"), setting("REPEATS", "3")
+    results = {"machine": machine(), "instances": instances, "scale": setting("SCALE")}
+    results["seconds"], results["repeats"] = setting("SECONDS"), setting("REPEATS")
     folder = tempfile.mkdtemp(prefix="helios-bench-")
     os.chmod(folder, 0o755)
     running = []
@@ -173,13 +208,13 @@ def main():
         if "throughput" in parts:
             results["throughput"] = throughput(clusters, bouncers)
         if "memory" in parts:
-            results["idle"] = int(setting("IDLE", "1000"))
+            results["idle"] = int(setting("IDLE"))
             results["memory"] = memory(clusters, bouncers, results["idle"])
         for bouncer in bouncers.values():
             bouncer.stop()  # they keep server connections that sessions need now
             running.remove(bouncer)
         if "pause" in parts and instances > 1:
-            results["pause"] = pause(clusters["transaction"], int(setting("REPEATS", "3")))
+            results["pause"] = pause(clusters["transaction"], int(setting("MOVES")))
     finally:
         for server in reversed(running):
             try:
@@ -187,7 +222,7 @@ def main():
             except (SystemExit, subprocess.SubprocessError) as error:
                 say(f"could not stop: {error}")
         shutil.rmtree(folder, ignore_errors=True)
-    out = ROOT / setting("OUT", "docs/benchmarks.md")
+    out = ROOT / setting("OUT")
     out.write_text(report.render(results))
     say(f"wrote {out}")
 

@@ -93,6 +93,19 @@ class Cluster:
             text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
 
+    def await_redundancy(self, limit=60):
+        """Waits until every standby follows and commits wait for one of them."""
+        deadline = time.monotonic() + limit
+        while True:
+            status = self.status()
+            others = [i for i in status["instances"] if i["name"] != status["primary"]]
+            follow = all(i["lag_bytes"] is not None for i in others)
+            if follow and status["synchronous"] and status["phase"] == "steady":
+                return
+            if time.monotonic() > deadline:
+                raise OSError(f"the cluster is not redundant after {limit} s: {status}")
+            time.sleep(0.1)
+
     def stop(self):
         self.run("stop")
 
