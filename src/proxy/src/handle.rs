@@ -257,7 +257,7 @@ impl ProxyHandle {
         let many = leaving::watch(shared);
         self.open_ahead(candidate).await;
         if many {
-            let limit = Duration::from_secs(10);
+            let limit = Duration::from_secs(20);
             let _ = tokio::time::timeout(limit, leaving::leave(shared)).await;
         }
     }

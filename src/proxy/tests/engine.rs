@@ -556,17 +556,17 @@ async fn idle_sessions_leave_ahead_of_a_planned_move() {
     let (idle, open, listening) = tokio::join!(bench.client(), bench.client(), bench.client());
     idle.batch_execute("SET helios.kept = '7'").await.unwrap();
     let statement = idle.prepare("SELECT $1::int + 1").await.unwrap();
-    open.batch_execute("CREATE TABLE t (n int)").await.unwrap();
-    open.batch_execute("BEGIN").await.unwrap();
-    open.batch_execute("INSERT INTO t VALUES (1)")
-        .await
-        .unwrap();
     listening.batch_execute("LISTEN news").await.unwrap();
     let pids = [
         plain_pid(&idle).await,
         plain_pid(&open).await,
         plain_pid(&listening).await,
     ];
+    open.batch_execute("CREATE TABLE t (n int)").await.unwrap();
+    open.batch_execute("BEGIN").await.unwrap();
+    open.batch_execute("INSERT INTO t VALUES (1)")
+        .await
+        .unwrap();
     let candidate = topology(&bench.server, 1).primary;
     bench.proxy.prepare(&candidate).await;
     // By the server's own list.

@@ -200,7 +200,7 @@ impl Session {
                 _ => own::converted(out, sql),
             };
             built.map_err(|e| violation(e.to_string()))?;
-            self.client.input.advance(have);
+            self.client.skip(have);
         }
         self.resend_left = self.resend_left.saturating_sub(have);
         self.client.passing = len - have;
