@@ -13,6 +13,7 @@ pub(crate) mod leaving;
 pub mod link;
 pub mod monitor;
 mod moving;
+mod opening;
 mod own;
 mod own_answers;
 mod pump;

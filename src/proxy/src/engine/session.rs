@@ -162,7 +162,12 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let mut gate = shared.gate.watch();
     let mut link = Link::new(client.stream, client.buf);
     // Boxed, as everything that is seldom: a session's own future is small.
-    let opened = Box::pin(open_first(&shared, &mut gate, &registered.entry)).await;
+    let opened = Box::pin(super::opening::open_first(
+        &shared,
+        &mut gate,
+        &registered.entry,
+    ))
+    .await;
     let (conn, epoch) = match opened {
         Ok(opened) => opened,
         Err(frame) => {
@@ -223,42 +228,6 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     tracing::debug!(session = %id, "session started");
     session.run(gate).await;
     tracing::debug!(session = %id, "session ended");
-}
-
-/// Opens the first backend; waits while no primary can be had. The error is a frame for the client.
-async fn open_first(
-    shared: &Arc<Shared>,
-    gate: &mut watch::Receiver<GateState>,
-    entry: &Entry,
-) -> Result<(BackendConn, Epoch), Bytes> {
-    let deadline = Instant::now() + shared.options.outage_limit;
-    let mut pause = Duration::from_millis(10);
-    loop {
-        let state = gate.borrow_and_update().clone();
-        let mut problem = String::from("a move of the primary is under way");
-        if state.phase == Phase::Open {
-            let permit = shared.logins.acquire().await;
-            let limit = shared.options.connect_timeout;
-            let at = &state.topology.primary.endpoint;
-            let result = backend::connect(at, &shared.tls, &entry.login, limit).await;
-            drop(permit);
-            match result {
-                Ok(conn) if is_primary(&conn) => return Ok((conn, state.topology.epoch)),
-                Ok(_) => "the server is in recovery".clone_into(&mut problem),
-                Err(backend::BackendError::Refused { fields, frame, .. })
-                    if !is_away(&fields.sqlstate) =>
-                {
-                    return Err(frame);
-                }
-                Err(e) => problem = e.to_string(),
-            }
-        }
-        if Instant::now() >= deadline {
-            return Err(frame_of(&no_primary(&problem)));
-        }
-        let _ = tokio::time::timeout(pause, gate.changed()).await;
-        pause = (pause * 2).min(Duration::from_millis(500));
-    }
 }
 
 /// Whether a server refuses because it starts, stops or recovers (57P01 to 57P03).
