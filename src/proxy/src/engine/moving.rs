@@ -134,7 +134,7 @@ impl Session {
     }
 
     /// Planned move, time is up for statements in flight: those that can run again are cut off.
-    fn cut_in_flight(&mut self) {
+    pub(super) fn cut_in_flight(&mut self) {
         if self.tracker.is_between() || self.server.is_none() {
             return;
         }
@@ -154,6 +154,15 @@ impl Session {
             }
             _ => {}
         }
+    }
+
+    /// A server ignores a cancel request that it gets before it has begun the statement; one that
+    /// then waits for a lock of a frozen session would wait for as long as the drain may take.
+    pub(super) fn cut_waits(&self) -> bool {
+        self.cut
+            && self.gate.phase == Phase::Cut
+            && self.server.is_some()
+            && !self.tracker.is_between()
     }
 
     fn is_cancellable(&self) -> bool {

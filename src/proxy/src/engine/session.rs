@@ -30,6 +30,9 @@ use super::shared::Shared;
 use crate::backend::{self, BackendConn};
 use crate::login::ClientLogin;
 
+/// A statement that was cancelled for a planned move and goes on is cancelled again after this.
+const CUT_AGAIN: Duration = Duration::from_millis(50);
+
 /// A backend in use.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -352,6 +355,9 @@ impl Session {
         if self.cancel_waits {
             return Some(Instant::now() + Duration::from_millis(2));
         }
+        if self.cut_waits() {
+            return Some(Instant::now() + CUT_AGAIN);
+        }
         let idle = self.shared.options.idle_timeout?;
         Some(self.last_activity + idle.max(Duration::from_secs(1)))
     }
@@ -382,6 +388,10 @@ impl Session {
         }
         if self.cancel_waits {
             self.forward_cancel();
+            return Ok(());
+        }
+        if self.cut_waits() {
+            self.cut_in_flight();
             return Ok(());
         }
         let quiet = self.tracker.is_between() && self.tracker.status() == TxnStatus::Idle;
