@@ -40,6 +40,9 @@ impl LastWords {
     }
 }
 
+/// How long a planned move waits for a statement that a COMMIT in flight stands behind.
+const CUT_PIPELINE: Duration = Duration::from_millis(60);
+
 impl Session {
     /// The backend's connection ended.
     pub(super) fn server_lost(&mut self) {
@@ -144,6 +147,14 @@ impl Session {
                     self.spawn_cancel(&server, false);
                 }
             }
+            // A COMMIT behind a statement that goes on: that one waits for a lock, probably of a
+            // frozen session, which would wait for it. The connection is left first, so nobody is
+            // told what the cancel request does to a COMMIT; the evidence is asked afterwards.
+            Plan::Resolve { at: 1.., .. } if self.held_for(CUT_PIPELINE) => {
+                if let Some(server) = self.server.take() {
+                    self.spawn_cancel(&server, false);
+                }
+            }
             // Alone and all or nothing: once the server says that it is cancelled, nothing of it
             // lasts.
             _ if self.is_cancellable() => {
@@ -159,10 +170,11 @@ impl Session {
     /// A server ignores a cancel request that it gets before it has begun the statement; one that
     /// then waits for a lock of a frozen session would wait for as long as the drain may take.
     pub(super) fn cut_waits(&self) -> bool {
-        self.cut
-            && self.gate.phase == Phase::Cut
-            && self.server.is_some()
-            && !self.tracker.is_between()
+        self.gate.phase == Phase::Cut && self.server.is_some() && !self.tracker.is_between()
+    }
+
+    fn held_for(&self, time: Duration) -> bool {
+        self.held_since.is_some_and(|at| at.elapsed() >= time)
     }
 
     fn is_cancellable(&self) -> bool {

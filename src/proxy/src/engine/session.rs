@@ -30,7 +30,7 @@ use super::shared::Shared;
 use crate::backend::{self, BackendConn};
 use crate::login::ClientLogin;
 
-/// A statement that was cancelled for a planned move and goes on is cancelled again after this.
+/// What is in flight when a planned move cuts it off, and goes on, is looked at again after this.
 const CUT_AGAIN: Duration = Duration::from_millis(50);
 
 /// A backend in use.
