@@ -340,6 +340,11 @@ fn kind_of(trouble: &Trouble) -> String {
         (Some(end), false) => text.get(..end).unwrap_or(&text).to_owned(),
         _ => text.split("; hint: ").next().unwrap_or(&text).to_owned(),
     };
+    let words = text.split(' ').map(|word| match word.starts_with('/') {
+        true => "<path>:",
+        false => word,
+    });
+    let text = words.collect::<Vec<_>>().join(" ");
     let state_end = text.find(':').unwrap_or(0);
     let masked = text.chars().enumerate().map(|(at, c)| match c {
         '0'..='9' if at > state_end => '#',
