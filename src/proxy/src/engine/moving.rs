@@ -210,6 +210,8 @@ impl Session {
 
     /// Replay phase: tries until the session is rebuilt, the gate moves on, or time is up.
     async fn rebuild(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {
+        // Looks for a server from the open gate have counted, for their pauses only.
+        self.attempts = 0;
         let mut backoff = self.shared.options.replay_backoff;
         loop {
             match self.attempt(gate).await {
@@ -219,17 +221,21 @@ impl Session {
                 }
                 Err(Attempt::End(end)) => return Err(end),
                 Err(Attempt::Superseded) => return Ok(()),
+                Err(Attempt::Away(why)) => {
+                    // Nothing was tried: a primary that is away costs no attempt.
+                    tracing::debug!(session = %self.entry().id, why, "no primary yet");
+                }
                 Err(Attempt::Retry(why)) => {
                     self.attempts += 1;
                     tracing::debug!(session = %self.entry().id, why, "replay is tried again");
                     if self.attempts >= self.shared.options.max_replay_attempts {
                         self.forced.get_or_insert(why);
                     }
-                    if self.too_long() {
-                        // Goes on looking from the open gate, where the outage limit ends it.
-                        return Ok(());
-                    }
                 }
+            }
+            if self.too_long() {
+                // Goes on looking from the open gate, where the outage limit ends it.
+                return Ok(());
             }
             if tokio::time::timeout(backoff, gate.changed()).await.is_ok() {
                 // Whatever it is, it is handled where all changes are.
@@ -261,7 +267,7 @@ impl Session {
             }
             Err(Attempt::End(end)) => Err(end),
             Err(Attempt::Superseded) => Ok(()),
-            Err(Attempt::Retry(why)) => {
+            Err(Attempt::Away(why) | Attempt::Retry(why)) => {
                 self.lost_since.get_or_insert_with(Instant::now);
                 self.held();
                 let pause = Duration::from_millis(20) * 2_u32.pow(self.attempts.min(5));
@@ -345,13 +351,13 @@ impl Session {
         drop(permit);
         match result {
             Ok(conn) if is_primary(&conn) => Ok(conn),
-            Ok(_) => Err(Attempt::Retry("the server is in recovery".into())),
+            Ok(_) => Err(Attempt::Away("the server is in recovery".into())),
             Err(BackendError::Refused { fields, frame, .. })
                 if !is_away(&fields.sqlstate) && fields.sqlstate.class() != *b"53" =>
             {
                 Err(Attempt::End(End::Forward(frame.as_ref().into())))
             }
-            Err(e) => Err(Attempt::Retry(e.to_string())),
+            Err(e) => Err(Attempt::Away(e.to_string())),
         }
     }
 

@@ -27,6 +27,8 @@ use super::session::{End, Server, Session, Skip};
 pub(super) enum Attempt {
     /// It may be tried again.
     Retry(String),
+    /// There is no primary to try it on at the moment.
+    Away(String),
     /// The gate moved on; what was tried is void.
     Superseded,
     /// The session ends.
