@@ -12,123 +12,23 @@
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt, pin_mut};
-use helios_api::control::{Backend, DrainRequest, Fence, Topology};
-use helios_api::{Endpoint, Epoch, Host, Lsn, Timeline, Xid};
-use helios_proxy::auth::AuthMethod;
-use helios_proxy::backend::{Credentials, Login};
 use helios_proxy::engine::shared::EngineOptions;
-use helios_proxy::tls::BackendTls;
-use helios_proxy::{Proxy, ProxyHandle, ProxyOptions};
-use helios_telemetry::metrics::Metrics;
-use helios_testkit::pg::{PgOptions, PgServer};
+use helios_testkit::Bench;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
-struct Bench {
-    server: PgServer,
-    proxy: ProxyHandle,
-    epoch: u64,
-}
-
-fn topology(server: &PgServer, epoch: u64) -> Topology {
-    let endpoint = Endpoint {
-        host: Host::Unix(server.socket_dir().to_owned()),
-        port: server.port(),
-    };
-    let fences = (2..=epoch).map(|e| Fence {
-        epoch: Epoch(e),
-        timeline: Timeline(1),
-        fork: Lsn(0),
-        xid: Some(Xid(u64::MAX)),
-        lost: helios_api::control::LostCommits::None,
-    });
-    Topology {
-        epoch: Epoch(epoch),
-        timeline: Timeline(1),
-        primary: Backend {
-            name: "one".parse().unwrap(),
-            endpoint,
-        },
-        fences: fences.collect(),
-    }
-}
-
-impl Bench {
-    async fn start(engine: EngineOptions) -> Self {
-        let server = PgServer::start(PgOptions::default()).await.unwrap();
-        let service = Login {
-            user: "postgres".into(),
-            database: "postgres".into(),
-            params: Vec::new(),
-            credentials: Credentials::None,
-        };
-        let options = ProxyOptions {
-            host: "127.0.0.1".into(),
-            port: 0,
-            unix_socket_dir: None,
-            auth: AuthMethod::Trust,
-            tls: None,
-            backend_tls: BackendTls::disabled(),
-            service,
-            max_connections: 100,
-            max_connections_per_user: None,
-            login_timeout: Duration::from_secs(5),
-            health_check_interval: Duration::from_secs(1),
-            health_check_timeout: Duration::from_secs(1),
-            engine,
-            metrics: Metrics::new(),
-        };
-        let proxy = Proxy::start(options, topology(&server, 1)).await.unwrap();
-        Self {
-            server,
-            proxy,
-            epoch: 1,
-        }
-    }
-
-    async fn client(&self) -> Client {
-        let config = format!(
-            "host=127.0.0.1 port={} user=postgres dbname=postgres",
-            self.proxy.port()
-        );
-        let (client, connection) = tokio_postgres::connect(&config, NoTls).await.unwrap();
-        tokio::spawn(async move { connection.await.ok() });
-        client
-    }
-
-    /// A planned move: drain, then resume on fresh backends.
-    async fn switchover(&mut self) {
-        let request = DrainRequest {
-            epoch: Epoch(self.epoch),
-            timeout_ms: 2000,
-        };
-        self.proxy.drain(&request).await.unwrap();
-        self.resume().await;
-    }
-
-    /// The driver closes statements behind our back: its last messages may still be in flight.
-    async fn journal_is_empty(&self) {
-        for _ in 0..200 {
-            if self.proxy.journal_bytes() == 0 {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        panic!("{} bytes of journal are left", self.proxy.journal_bytes());
-    }
-
-    async fn resume(&mut self) {
-        self.epoch += 1;
-        self.proxy
-            .resume(topology(&self.server, self.epoch))
-            .await
-            .unwrap();
-    }
-}
-
 async fn bench() -> Bench {
-    let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "off".into());
-    let _ = helios_telemetry::init(helios_telemetry::LogFormat::Text, &filter, None);
-    Bench::start(EngineOptions::default()).await
+    Bench::start(EngineOptions::default(), "").await.unwrap()
+}
+
+/// The driver closes statements behind our back: its last messages may still be in flight.
+async fn journal_is_empty(bench: &Bench) {
+    for _ in 0..200 {
+        if bench.proxy.journal_bytes() == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("{} bytes of journal are left", bench.proxy.journal_bytes());
 }
 
 fn pid_sql() -> &'static str {
@@ -142,7 +42,7 @@ async fn backend_pid(client: &Client) -> i32 {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_protocol_is_carried_faithfully() {
     let bench = bench().await;
-    let mut client = bench.client().await;
+    let mut client = bench.client().await.unwrap();
     client
         .batch_execute("CREATE TABLE t (a int, b text)")
         .await
@@ -212,7 +112,7 @@ async fn the_protocol_is_carried_faithfully() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pipeline_keeps_its_order() {
     let bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     let wait = (0..500).map(|n: i32| {
         let client = &client;
         async move {
@@ -230,7 +130,7 @@ async fn a_pipeline_keeps_its_order() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_request_reaches_the_statement() {
     let bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     let token = client.cancel_token();
     let slow = tokio::spawn(async move { client.batch_execute("SELECT pg_sleep(30)").await });
     tokio::time::sleep(Duration::from_millis(300)).await;
@@ -242,7 +142,7 @@ async fn a_cancel_request_reaches_the_statement() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_open_transaction_moves() {
     let mut bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     client
         .batch_execute("CREATE TABLE t (id int, v int); INSERT INTO t VALUES (1, 10)")
         .await
@@ -252,7 +152,7 @@ async fn an_open_transaction_moves() {
     let update = "UPDATE t SET v = v + 1 WHERE id = $1 RETURNING v";
     let v: i32 = client.query_one(update, &[&1]).await.unwrap().get(0);
     assert_eq!(v, 11);
-    bench.switchover().await;
+    bench.switchover().await.unwrap();
     let v: i32 = client.query_one(update, &[&1]).await.unwrap().get(0);
     assert_eq!(v, 12);
     client.batch_execute("COMMIT").await.unwrap();
@@ -264,13 +164,13 @@ async fn an_open_transaction_moves() {
         .unwrap()
         .get(0);
     assert_eq!(v, 12);
-    bench.journal_is_empty().await;
+    journal_is_empty(&bench).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn settings_role_and_statements_move() {
     let mut bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     client
         .batch_execute("CREATE ROLE boss; SET search_path = pg_catalog, public")
         .await
@@ -289,7 +189,7 @@ async fn settings_role_and_statements_move() {
         .batch_execute("BEGIN; SET LOCAL work_mem = '9MB'")
         .await
         .unwrap();
-    bench.switchover().await;
+    bench.switchover().await.unwrap();
     let one = |sql: &'static str| {
         let client = &client;
         async move {
@@ -318,7 +218,7 @@ async fn settings_role_and_statements_move() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_statement_in_flight_is_answered_once() {
     let mut bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     client
         .batch_execute("CREATE TABLE t (a int)")
         .await
@@ -332,7 +232,7 @@ async fn a_statement_in_flight_is_answered_once() {
     tokio::pin!(slow);
     let moved = async {
         tokio::time::sleep(Duration::from_millis(200)).await;
-        bench.switchover().await;
+        bench.switchover().await.unwrap();
         bench
     };
     let (result, bench) = tokio::join!(slow, moved);
@@ -350,7 +250,7 @@ async fn a_statement_in_flight_is_answered_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_autocommit_statement_in_flight_runs_once() {
     let mut bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     client
         .batch_execute("CREATE TABLE t (a int)")
         .await
@@ -358,7 +258,7 @@ async fn an_autocommit_statement_in_flight_runs_once() {
     let slow = client.execute("INSERT INTO t SELECT 1 FROM pg_sleep(1)", &[]);
     let moved = async {
         tokio::time::sleep(Duration::from_millis(200)).await;
-        bench.switchover().await;
+        bench.switchover().await.unwrap();
         bench
     };
     let (result, bench) = tokio::join!(slow, moved);
@@ -375,7 +275,7 @@ async fn an_autocommit_statement_in_flight_runs_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_difference_aborts_and_the_session_lives_on() {
     let mut bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     client
         .batch_execute("CREATE TABLE t (a int, u text)")
         .await
@@ -387,7 +287,7 @@ async fn a_difference_aborts_and_the_session_lives_on() {
     // What is random cannot be had again.
     let random = "INSERT INTO t VALUES (2, gen_random_uuid()) RETURNING u";
     client.query_one(random, &[]).await.unwrap();
-    bench.switchover().await;
+    bench.switchover().await.unwrap();
     let error = client
         .batch_execute("INSERT INTO t VALUES (3)")
         .await
@@ -411,7 +311,7 @@ async fn a_difference_aborts_and_the_session_lives_on() {
         .await
         .unwrap();
     client.query_one(random, &[]).await.unwrap();
-    bench.switchover().await;
+    bench.switchover().await.unwrap();
     let error = client.batch_execute("COMMIT").await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "40001");
     let n: i64 = client
@@ -434,11 +334,11 @@ async fn what_cannot_move_is_known_beforehand_and_never_lost_silently() {
             "cursor WITH HOLD",
         ),
     ] {
-        let client = bench.client().await;
+        let client = bench.client().await.unwrap();
         client.batch_execute(sql).await.unwrap();
         let reason = bench.proxy.sessions().pop().unwrap().unprotected.unwrap();
         assert!(reason.contains(what), "{reason}");
-        bench.switchover().await;
+        bench.switchover().await.unwrap();
         let error = client.batch_execute("SELECT 1").await.unwrap_err();
         assert_eq!(error.code().unwrap().code(), "40001", "{what}");
         client.batch_execute("SELECT 1").await.unwrap();
@@ -448,7 +348,7 @@ async fn what_cannot_move_is_known_beforehand_and_never_lost_silently() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_administrators_kill_stays_a_kill() {
     let bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     let pid = backend_pid(&client).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
     let direct = bench.server.connect().await.unwrap();
@@ -470,8 +370,8 @@ async fn a_journal_over_its_limit_is_unprotected_not_half_kept() {
         max_journal_bytes: 10_000,
         ..EngineOptions::default()
     };
-    let mut bench = Bench::start(engine).await;
-    let client = bench.client().await;
+    let mut bench = Bench::start(engine, "").await.unwrap();
+    let client = bench.client().await.unwrap();
     client
         .batch_execute("CREATE TABLE t (a text)")
         .await
@@ -487,7 +387,7 @@ async fn a_journal_over_its_limit_is_unprotected_not_half_kept() {
     }
     let reason = bench.proxy.sessions()[0].unprotected.clone().unwrap();
     assert!(reason.contains("limit of 10000 bytes"), "{reason}");
-    bench.resume().await;
+    bench.resume().await.unwrap();
     let error = client.batch_execute("COMMIT").await.unwrap_err();
     assert_eq!(error.code().unwrap().code(), "40001");
     client
@@ -500,13 +400,13 @@ async fn a_journal_over_its_limit_is_unprotected_not_half_kept() {
         .unwrap()
         .get(0);
     assert_eq!(n, 1);
-    bench.journal_is_empty().await;
+    journal_is_empty(&bench).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_server_is_found_again_with_the_transaction() {
     let mut bench = bench().await;
-    let client = bench.client().await;
+    let client = bench.client().await.unwrap();
     client
         .batch_execute("CREATE TABLE t (a int)")
         .await

@@ -186,8 +186,12 @@ impl PgServer {
         self.boot().await
     }
 
-    /// Kills the whole process group at once, as a crash would.
+    /// Kills the server with all its processes at once, as a crash would.
     pub fn crash(&mut self) {
+        if let Some(Ok(pid)) = self.pid().map(i32::try_from) {
+            // The signal below is what there is when `/proc` cannot be read.
+            let _ = kill_all(pid);
+        }
         self.stop(Signal::SIGKILL);
     }
 
@@ -373,6 +377,12 @@ pub fn as_server_user(mut command: Command) -> Command {
 ///
 /// `/proc` cannot be read.
 pub fn kill_all(postmaster: i32) -> Result<()> {
+    // It must not start another while the ones it has are looked up.
+    let _ = kill(Pid::from_raw(postmaster), Signal::SIGSTOP);
+    let deadline = Instant::now() + STOP_LIMIT;
+    while state_of(postmaster).is_some_and(|s| s != 'T' && s != 'Z') && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let mut victims = vec![postmaster];
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
@@ -393,11 +403,22 @@ pub fn kill_all(postmaster: i32) -> Result<()> {
             victims.push(pid);
         }
     }
-    for pid in victims {
+    for pid in &victims {
         // One that has gone already is what is wanted.
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+    }
+    // A server that is started while one of them still dies finds its memory in use.
+    let running = |pid: &i32| state_of(*pid).is_some_and(|state| state != 'Z');
+    while victims.iter().any(running) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
+}
+
+/// State of a process as `/proc` has it (`T` is stopped, `Z` a zombie); `None` when it has gone.
+fn state_of(pid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(") ").next()?.chars().next()
 }
 
 /// The user that servers run as, when that is not the current one.

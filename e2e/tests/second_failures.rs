@@ -1,0 +1,367 @@
+//! What fails while a session is moved or resolved, and connections that break while the primary
+//! lives. One server behind a go-between stands for the new primary.
+
+use std::time::Duration;
+
+use helios_e2e::driver::Target;
+use helios_e2e::raw::{RawClient, query};
+use helios_e2e::{Result, Shown};
+use helios_proxy::engine::shared::EngineOptions;
+use helios_testkit::Bench;
+use helios_testkit::frames::Unit;
+use helios_testkit::interpose::{Class, Cut, Order, Way};
+use tokio_postgres::{Client, NoTls};
+
+const SCHEMA: &str = "create table t (id int primary key, v text); \
+                      create table log (what text); insert into log values ('begin')";
+
+/// What a transaction of these tests leaves.
+const COMMITTED: [&str; 4] = ["1", "2", "3", "4"];
+
+async fn bench() -> Result<Bench> {
+    let bench = Bench::start(EngineOptions::default(), SCHEMA).await?;
+    bench.known().await?;
+    Ok(bench)
+}
+
+/// A session with state of every kind, in a transaction of three statements.
+async fn open_transaction(bench: &Bench) -> Result<Client> {
+    let client = bench.client().await?;
+    let before = "set work_mem = '7MB'; prepare p as insert into t values (2, 'p') returning id";
+    client.batch_execute(before).await?;
+    client.batch_execute("begin").await?;
+    client
+        .query_one("insert into t values (1, 'a') returning id", &[])
+        .await?;
+    client
+        .batch_execute("execute p; savepoint s; select * from t")
+        .await?;
+    client
+        .execute("insert into t values (3, $1)", &[&"c"])
+        .await?;
+    Ok(client)
+}
+
+/// What a client was told, whole.
+fn said(error: tokio_postgres::Error) -> String {
+    match error.as_db_error() {
+        Some(error) => format!("{}: {error}", error.code().code()),
+        None => error.to_string(),
+    }
+}
+
+/// The transaction goes on and ends, and the database holds it once.
+async fn goes_on(bench: &Bench, client: &Client) -> Result<()> {
+    let last = "insert into t values (4, 'd') returning id";
+    client.query_one(last, &[]).await.map_err(said)?;
+    client.batch_execute("commit").await.map_err(said)?;
+    let ids = bench.column("select id from t order by id").await?;
+    if ids != COMMITTED {
+        return Err(format!("{ids:?} are in the table").into());
+    }
+    Ok(())
+}
+
+async fn start_over(bench: &Bench) -> Result<()> {
+    let sql = "truncate t";
+    Ok(bench.direct.batch_execute(sql).await?)
+}
+
+/// The proxy's connection to the new primary breaks behind every message of the replay, first of
+/// what the proxy sends, then of what the server answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_connection_breaks_at_each_message_of_the_replay() -> std::result::Result<(), Shown> {
+    Ok(at_each_message().await?)
+}
+
+async fn at_each_message() -> Result<()> {
+    let mut bench = bench().await?;
+    bench.interpose()?;
+    let mut messages = Vec::new();
+    for way in [Way::ToServer, Way::FromServer] {
+        for after in 0..100 {
+            start_over(&bench).await?;
+            let client = open_transaction(&bench).await?;
+            let cut = Cut {
+                way,
+                unit: Unit::Messages,
+                after,
+            };
+            // Nobody says anything any more on the old connection: the order is for the new one.
+            bench.drain().await?;
+            let logins = bench.logins();
+            if let Some(between) = &bench.between {
+                between.set(|rules| rules.cut = Some(Order::new(cut, 1)));
+            }
+            bench.resume().await?;
+            if let Some(between) = &bench.between {
+                between.set(|rules| rules.cut = None);
+            }
+            let broke = bench.logins() != logins + 1;
+            let done = goes_on(&bench, &client).await;
+            done.map_err(|e| format!("cut after message {after}, {way:?}: {e}"))?;
+            if !broke {
+                // That was the whole replay.
+                messages.push(after);
+                break;
+            }
+        }
+    }
+    match messages.as_slice() {
+        // Settings, statement, and the transaction's messages with their Syncs.
+        [to, from] if *to > 12 && *from > 30 => Ok(()),
+        _ => Err(format!("messages of the replay: {messages:?}").into()),
+    }
+}
+
+/// The new primary dies again and again while sessions are replayed on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_new_primary_dies_during_the_replay() -> std::result::Result<(), Shown> {
+    Ok(dies_during_the_replay().await?)
+}
+
+async fn dies_during_the_replay() -> Result<()> {
+    let mut bench = bench().await?;
+    bench.interpose()?;
+    for round in 0_u64..4 {
+        start_over(&bench).await?;
+        let client = open_transaction(&bench).await?;
+        if let Some(between) = &bench.between {
+            // Slow enough for the crash to come in the middle.
+            between.set(|rules| rules.delay = Duration::from_millis(3 + 4 * round));
+        }
+        let proxy = bench.proxy.clone();
+        let next = bench.next_topology()?;
+        let resume = tokio::spawn(async move { proxy.resume(next).await });
+        tokio::time::sleep(Duration::from_millis(20 * (round + 1))).await;
+        bench.crash().await?;
+        if let Some(between) = &bench.between {
+            between.set(|rules| rules.delay = Duration::ZERO);
+        }
+        resume.await??;
+        goes_on(&bench, &client)
+            .await
+            .map_err(|e| format!("round {round}: {e}"))?;
+    }
+    Ok(())
+}
+
+/// One move after the other, without a word of the client's in between.
+#[tokio::test(flavor = "multi_thread")]
+async fn moves_in_a_row() -> std::result::Result<(), Shown> {
+    Ok(in_a_row().await?)
+}
+
+async fn in_a_row() -> Result<()> {
+    let mut bench = bench().await?;
+    let client = open_transaction(&bench).await?;
+    for _ in 0..5 {
+        bench.switchover().await?;
+        // Unprepared, while nothing is known to be wrong.
+        bench.resume().await?;
+    }
+    bench.crash().await?;
+    goes_on(&bench, &client).await
+}
+
+/// The client leaves while its transaction is replayed: nothing of it stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_client_leaves_during_the_replay() -> std::result::Result<(), Shown> {
+    Ok(client_leaves().await?)
+}
+
+async fn client_leaves() -> Result<()> {
+    let mut bench = bench().await?;
+    bench.interpose()?;
+    let client = open_transaction(&bench).await?;
+    if let Some(between) = &bench.between {
+        between.set(|rules| rules.delay = Duration::from_millis(10));
+    }
+    let proxy = bench.proxy.clone();
+    let next = bench.next_topology()?;
+    let resume = tokio::spawn(async move { proxy.resume(next).await });
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    drop(client);
+    resume.await??;
+    if let Some(between) = &bench.between {
+        between.set(|rules| rules.delay = Duration::ZERO);
+    }
+    nobody_left(&bench).await?;
+    let rows = bench.column("select count(*) from t").await?;
+    if rows != ["0"] {
+        return Err(format!("{rows:?} rows of a client that has left").into());
+    }
+    Ok(())
+}
+
+/// Sessions of clients that have gone end on the server, and in the proxy's list.
+async fn nobody_left(bench: &Bench) -> Result<()> {
+    let sql = "select count(*) from pg_stat_activity \
+               where backend_type = 'client backend' and usename = 'postgres'";
+    for _ in 0..1000 {
+        // One is this test's own.
+        if bench.column(sql).await? == ["1"] && bench.proxy.sessions().is_empty() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Err("somebody is left".into())
+}
+
+/// A cancel request that comes during the replay hits the statement in flight or nothing, never a
+/// statement of the replay: the transaction goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_client_cancels_during_the_replay() -> std::result::Result<(), Shown> {
+    Ok(client_cancels().await?)
+}
+
+async fn client_cancels() -> Result<()> {
+    let mut bench = bench().await?;
+    bench.interpose()?;
+    let client = open_transaction(&bench).await?;
+    let cancel = client.cancel_token();
+    if let Some(between) = &bench.between {
+        between.set(|rules| rules.delay = Duration::from_millis(10));
+    }
+    let proxy = bench.proxy.clone();
+    let next = bench.next_topology()?;
+    let resume = tokio::spawn(async move { proxy.resume(next).await });
+    for _ in 0..5 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        cancel.cancel_query(NoTls).await?;
+    }
+    resume.await??;
+    if let Some(between) = &bench.between {
+        between.set(|rules| rules.delay = Duration::ZERO);
+    }
+    goes_on(&bench, &client).await
+}
+
+/// The connection breaks while the primary lives, outside and inside a transaction, with a
+/// statement in flight, and with a COMMIT in flight at every message of its answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_breaks_while_the_primary_lives() -> std::result::Result<(), Shown> {
+    Ok(connection_breaks().await?)
+}
+
+async fn connection_breaks() -> Result<()> {
+    let mut bench = bench().await?;
+    bench.interpose()?;
+    let close = |bench: &Bench| {
+        if let Some(between) = &bench.between {
+            between.close(Class::Session);
+        }
+    };
+    // Idle: nothing is seen, settings and statements are there.
+    let idle = bench.client().await?;
+    idle.batch_execute("set work_mem = '9MB'; prepare q as select 42")
+        .await?;
+    let statement = idle.prepare("select current_setting('work_mem')").await?;
+    close(&bench);
+    let work_mem: String = idle.query_one(&statement, &[]).await?.get(0);
+    idle.batch_execute("begin; execute q; commit").await?;
+    if work_mem != "9MB" {
+        return Err(format!("work_mem is {work_mem}").into());
+    }
+    // In a transaction; the old backend holds the row's lock until it is ended.
+    let client = open_transaction(&bench).await?;
+    close(&bench);
+    goes_on(&bench, &client).await?;
+    // With a statement in flight.
+    start_over(&bench).await?;
+    let client = open_transaction(&bench).await?;
+    let slow = client.batch_execute("insert into log select 'slow' from pg_sleep(0.3)");
+    let (slow, ()) = tokio::join!(slow, async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        close(&bench);
+    });
+    slow?;
+    goes_on(&bench, &client).await?;
+    let slow = bench
+        .column("select count(*) from log where what = 'slow'")
+        .await?;
+    if slow != ["1"] {
+        return Err(format!("a statement in flight ran {slow:?} times").into());
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_is_cut_off_while_the_primary_lives() -> std::result::Result<(), Shown> {
+    Ok(commit_cut_off().await?)
+}
+
+async fn commit_cut_off() -> Result<()> {
+    let mut bench = bench().await?;
+    bench.interpose()?;
+    for way in [Way::ToServer, Way::FromServer] {
+        for after in 0..4 {
+            start_over(&bench).await?;
+            let client = open_transaction(&bench).await?;
+            client
+                .batch_execute("insert into t values (4, 'd')")
+                .await?;
+            let cut = Cut {
+                way,
+                unit: Unit::Messages,
+                after,
+            };
+            let order = Order::new(cut, 1);
+            if let Some(between) = &bench.between {
+                between.set(|rules| rules.cut = Some(order));
+            }
+            let committed = client.batch_execute("commit").await;
+            if let Some(between) = &bench.between {
+                between.set(|rules| rules.cut = None);
+            }
+            committed.map_err(|e| format!("{way:?} {after}: {}", said(e)))?;
+            let ids = bench.column("select id from t order by id").await?;
+            if ids != COMMITTED {
+                return Err(format!("{way:?} {after}: {ids:?} are in the table").into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An administrator's kill inside a transaction, and with a statement in flight, is no failover.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_administrators_kill_stays_a_kill() -> std::result::Result<(), Shown> {
+    Ok(kill_stays_a_kill().await?)
+}
+
+async fn kill_stays_a_kill() -> Result<()> {
+    let bench = bench().await?;
+    let target = Target {
+        host: "127.0.0.1".to_owned(),
+        port: bench.proxy.port(),
+        user: "postgres".to_owned(),
+        password: String::new(),
+        database: "postgres".to_owned(),
+    };
+    for in_flight in [false, true] {
+        let mut client = RawClient::log_in_as(&target, "victim").await?;
+        client
+            .send(&query("begin; insert into log values ('killed')"))
+            .await?;
+        client.until(b'Z').await?;
+        if in_flight {
+            client.send(&query("select pg_sleep(30)")).await?;
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let kill = "select pg_terminate_backend(pid) from pg_stat_activity \
+                    where application_name = 'victim'";
+        let killed = bench.column(kill).await?;
+        let states = client.sqlstates_until_closed().await?;
+        if killed != ["t"] || states != ["57P01"] {
+            return Err(format!("killed {killed:?}, told {states:?}").into());
+        }
+    }
+    let rows = bench
+        .column("select count(*) from log where what = 'killed'")
+        .await?;
+    if rows != ["0"] {
+        return Err("a killed transaction is there".into());
+    }
+    Ok(())
+}
