@@ -452,8 +452,9 @@ async fn idle_sessions_leave_ahead_of_a_planned_move() {
         leave_ahead_from: 1,
         ..EngineOptions::default()
     };
-    let mut bench = Bench::start(engine).await;
+    let mut bench = Bench::start(engine, "").await.unwrap();
     let (idle, open, listening) = tokio::join!(bench.client(), bench.client(), bench.client());
+    let (idle, open, listening) = (idle.unwrap(), open.unwrap(), listening.unwrap());
     idle.batch_execute("SET helios.kept = '7'").await.unwrap();
     let statement = idle.prepare("SELECT $1::int + 1").await.unwrap();
     listening.batch_execute("LISTEN news").await.unwrap();
@@ -467,10 +468,10 @@ async fn idle_sessions_leave_ahead_of_a_planned_move() {
     open.batch_execute("INSERT INTO t VALUES (1)")
         .await
         .unwrap();
-    let candidate = topology(&bench.server, 1).primary;
+    let candidate = bench.candidate().unwrap();
     bench.proxy.prepare(&candidate).await;
     // By the server's own list.
-    let watcher = bench.client().await;
+    let watcher = bench.client().await.unwrap();
     let sql = "SELECT pid FROM pg_stat_activity WHERE pid = ANY($1) ORDER BY pid";
     let rows = watcher.query(sql, &[&&pids[..]]).await.unwrap();
     let left: Vec<i32> = rows.iter().map(|r| r.get(0)).collect();
@@ -490,7 +491,7 @@ async fn idle_sessions_leave_ahead_of_a_planned_move() {
         bench.proxy.prepare(&candidate).await;
     }
     // It sleeps through the move without a backend.
-    bench.switchover().await;
+    bench.switchover().await.unwrap();
     let value: i32 = idle.query_one(&statement, &[&1]).await.unwrap().get(0);
     assert_eq!(value, 2);
     open.batch_execute("COMMIT").await.unwrap();

@@ -141,6 +141,14 @@ impl Bench {
         resumed.map(drop).map_err(Error::other)
     }
 
+    /// The server as one that may become primary.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn candidate(&self) -> Result<Backend> {
+        Ok(topology(&self.server, self.epoch)?.primary)
+    }
+
     /// The topology of the next epoch, for a move of the caller's.
     ///
     /// # Errors
