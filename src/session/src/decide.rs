@@ -36,6 +36,8 @@ pub struct InFlight {
     pub mark: MarkState,
     /// The client has ended copy data in it.
     pub copy_ended: bool,
+    /// Whether it is proven that it only reads, once that was asked.
+    pub only_reads: Option<bool>,
 }
 
 /// What is known of a mark.
@@ -80,6 +82,11 @@ pub enum Plan {
     },
     /// Look for the marks of all exchanges in the log, and decide again.
     FindMarks,
+    /// Find out whether this exchange can have written, and decide again.
+    ProveRead {
+        /// Index of the exchange.
+        at: usize,
+    },
     /// Exchange 0 is over, outside a transaction; only ReadyForQuery is missing.
     Finish,
     /// Exchange 0 has committed by itself, and its results are lost.
@@ -109,7 +116,7 @@ pub fn decide(s: &Situation<'_>) -> Plan {
     let mut open = s.status != TxnStatus::Idle;
     let mut failed = s.status == TxnStatus::Failed;
     for (at, exchange) in s.in_flight.iter().enumerate() {
-        if !open && let Some(plan) = by_mark(at, exchange) {
+        if !open && let Some(plan) = by_mark(at, exchange).or_else(|| by_proof(at, exchange)) {
             match plan {
                 Plan::Replay => continue,
                 plan => return plan,
@@ -227,6 +234,24 @@ fn step(open: &mut bool, failed: &mut bool, exchange: &InFlight) -> Step {
     Step::Safe
 }
 
+/// What reads outside a transaction block, without a mark, has to be proven to do only that.
+fn by_proof(at: usize, exchange: &InFlight) -> Option<Plan> {
+    let kinds = exchange.kinds.as_deref().filter(|_| !exchange.undone)?;
+    let reads = |k: &Kind| matches!(k, Kind::Read | Kind::LockingRead);
+    let other = |k: &Kind| matches!(k, Kind::Harmless | Kind::Empty);
+    if !kinds.iter().any(reads) || !kinds.iter().all(|k| reads(k) || other(k)) {
+        return None;
+    }
+    if at == 0 && exchange.failed {
+        return exchange.answered.then_some(Plan::Finish);
+    }
+    Some(match exchange.only_reads {
+        None => Plan::ProveRead { at },
+        Some(true) => Plan::Replay,
+        Some(false) => Plan::Unknown { at },
+    })
+}
+
 fn is_copy(exchange: &InFlight) -> bool {
     exchange.kinds.as_deref() == Some(&[Kind::CopyIn])
 }
@@ -269,6 +294,7 @@ mod tests {
             answered: false,
             mark: MarkState::None,
             copy_ended: false,
+            only_reads: None,
         }
     }
 
@@ -295,7 +321,8 @@ mod tests {
             (Idle, &[], Plan::Replay),
             (Idle, &[(&[Begin], unknown)], Plan::Replay),
             (Idle, &[(&[Harmless], unknown)], Plan::Replay),
-            (Idle, &[(&[Read], unknown)], doubt(0)),
+            (Idle, &[(&[Read], unknown)], Plan::ProveRead { at: 0 }),
+            (Idle, &[(&[Read, Write], unknown)], doubt(0)),
             (Idle, &[(&[Write], unknown)], doubt(0)),
             (Idle, &[(&[Opaque], unknown)], doubt(0)),
             (Idle, &[(&[Commit], unknown)], Plan::Replay),
@@ -427,6 +454,16 @@ mod tests {
             ..copy
         };
         assert_eq!(plan(TxnStatus::Idle, &[ended]), doubt(0));
+        let read = |only_reads| InFlight {
+            only_reads,
+            ..flight(&[Harmless, Read], Evidence::Unknown)
+        };
+        assert_eq!(plan(TxnStatus::Idle, &[read(Some(true))]), Plan::Replay);
+        assert_eq!(plan(TxnStatus::Idle, &[read(Some(false))]), doubt(0));
+        assert_eq!(
+            plan(TxnStatus::Idle, &[read(Some(true)), read(None)]),
+            Plan::ProveRead { at: 1 }
+        );
         // inside a block nothing commits by itself
         assert_eq!(
             plan(TxnStatus::Open, &[marked(yes, false, false)]),

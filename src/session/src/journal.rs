@@ -69,6 +69,9 @@ pub struct Exchange {
     pub copies_ended: u32,
     /// It is a COPY in the extended form that the proxy gave it, and its Sync has not been sent.
     pub sync_owed: bool,
+    /// Outside a transaction block and without a mark: whether it is proven that it cannot have
+    /// written, once that was asked.
+    pub only_reads: Option<bool>,
     /// Something in it may begin or end a transaction: the mark does not speak for all of it.
     pub mixed: bool,
     /// What has been delivered to the client.

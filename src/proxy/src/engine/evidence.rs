@@ -37,12 +37,13 @@ pub(super) struct Floor {
     at: Lsn,
 }
 
-/// Marks that were found between two positions of a timeline that has ended.
+/// The connection that marks are looked for with, and those that were found between two positions
+/// of a timeline that has ended.
 #[derive(Debug)]
 pub(super) struct Found {
     epoch: Epoch,
-    ran_on: (Epoch, Timeline),
-    from: Lsn,
+    link: Link,
+    read: Option<((Epoch, Timeline), Lsn)>,
     marks: HashMap<Gtid, u32>,
 }
 
@@ -169,42 +170,65 @@ pub(super) async fn fate(
     ran_on: (Epoch, Timeline),
     mark: Mark,
 ) -> Result<Fate, ReplayError> {
-    let mut found = shared.found.lock().await;
-    let usable = found
-        .as_ref()
-        .is_some_and(|f| f.epoch == topology.epoch && f.ran_on == ran_on && f.from <= mark.floor);
-    let mut link = connect(shared, topology).await?;
-    let marks = match until(topology, ran_on) {
-        Until::Unknown => return Ok(Fate::Unknown),
-        Until::Fork(_) if usable => None,
-        Until::Fork(end) => {
-            // One reading serves all sessions.
-            let from = shared.registry.lowest_mark().min(mark.floor);
-            let Some(marks) = scan(&mut link, from, end).await? else {
-                return Ok(Fate::Unknown);
-            };
-            *found = Some(Found {
-                epoch: topology.epoch,
-                ran_on,
-                from,
-                marks,
-            });
-            None
-        }
-        Until::Now => {
-            let end = flushed(&mut link).await?;
-            let Some(marks) = scan(&mut link, mark.floor, end).await? else {
-                return Ok(Fate::Unknown);
-            };
-            Some(marks)
-        }
+    let mut slot = shared.found.lock().await;
+    // Taken out while it is used: a question that is broken off leaves no half-read answer.
+    let old = slot.take().filter(|f| f.epoch == topology.epoch);
+    let mut found = match old {
+        Some(found) => found,
+        None => Found {
+            epoch: topology.epoch,
+            link: connect(shared, topology).await?,
+            read: None,
+            marks: HashMap::new(),
+        },
     };
-    let marks = marks.as_ref().or(found.as_ref().map(|f| &f.marks));
-    let Some(record) = marks.and_then(|m| m.get(&mark.gtid).copied()) else {
-        return Ok(Fate::NotCommitted);
-    };
-    drop(found);
-    by_record(&mut link, topology, ran_on, record).await
+    let fate = found.fate(shared, topology, ran_on, mark).await?;
+    *slot = Some(found);
+    Ok(fate)
+}
+
+impl Found {
+    async fn fate(
+        &mut self,
+        shared: &Shared,
+        topology: &Topology,
+        ran_on: (Epoch, Timeline),
+        mark: Mark,
+    ) -> Result<Fate, ReplayError> {
+        let usable = |(at, from): (_, Lsn)| at == ran_on && from <= mark.floor;
+        match until(topology, ran_on) {
+            Until::Unknown => return Ok(Fate::Unknown),
+            Until::Fork(_) if self.read.is_some_and(usable) => {}
+            Until::Fork(end) => {
+                // One reading serves all sessions.
+                let from = shared.registry.lowest_mark().min(mark.floor);
+                if !self.scan(from, end).await? {
+                    return Ok(Fate::Unknown);
+                }
+                self.read = Some((ran_on, from));
+            }
+            Until::Now => {
+                self.read = None;
+                let end = flushed(&mut self.link).await?;
+                if !self.scan(mark.floor, end).await? {
+                    return Ok(Fate::Unknown);
+                }
+            }
+        }
+        match self.marks.get(&mark.gtid) {
+            Some(record) => by_record(&mut self.link, topology, ran_on, *record).await,
+            None => Ok(Fate::NotCommitted),
+        }
+    }
+
+    /// Reads the marks between two positions; `false` when not all of it can be read any more.
+    async fn scan(&mut self, from: Lsn, end: Lsn) -> Result<bool, ReplayError> {
+        self.marks.clear();
+        let found = scan(&mut self.link, from, end).await?;
+        let all = found.is_some();
+        self.marks = found.unwrap_or_default();
+        Ok(all)
+    }
 }
 
 fn until(topology: &Topology, ran_on: (Epoch, Timeline)) -> Until {

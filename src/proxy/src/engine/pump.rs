@@ -15,7 +15,7 @@ use super::gate::Phase;
 use super::link::{HIGH_WATER, WHOLE};
 use super::moving::LastWords;
 use super::own;
-use super::replay::is_fatal;
+use super::replay::{is_fatal, is_unconfirmed_commit};
 use super::session::{End, Event, Session};
 
 /// Largest message that has to be held whole (a Parse, a row description, an error).
@@ -319,6 +319,10 @@ impl Session {
         if is_fatal(tag, frame) {
             self.last_words = Some(LastWords::new(frame, &self.shared));
             return Ok(Verdict::Drop);
+        }
+        if is_unconfirmed_commit(tag, frame) {
+            // Not success: the outcome is looked for like that of a lost connection.
+            return Ok(Verdict::Leave);
         }
         if self.cut && self.cancelled_by_us(tag, frame) {
             // Proof that nothing of the statement lasts: it runs again on the new primary.

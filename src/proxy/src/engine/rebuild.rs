@@ -18,10 +18,11 @@ use helios_wire::{ErrorFields, SqlState};
 use super::answers::retryable;
 use super::evidence;
 use super::gate::Phase;
+use super::reads;
 use super::replay::{self, ReplayError};
 use super::resolve::{Outcome, resolve};
-use super::sequences::Turn;
 use super::session::{End, Server, Session, Skip};
+use super::turn::Turn;
 
 /// Why an attempt to rebuild the session did not succeed.
 pub(super) enum Attempt {
@@ -62,6 +63,7 @@ impl Session {
             tracing::debug!(session = %self.entry().id, ?plan, "session is rebuilt");
             match plan {
                 Plan::Disconnect => return Err(Attempt::End(self.disconnect())),
+                Plan::ProveRead { at } => self.prove_read(at, topology).await?,
                 Plan::FindMarks => self.find_marks(topology).await?,
                 Plan::Finish if self.forced.is_none() && self.skip.is_none() => {
                     self.finish_front();
@@ -116,6 +118,22 @@ impl Session {
                     .metrics
                     .commit_resolution(CommitOutcome::NotCommitted);
             }
+        }
+        Ok(())
+    }
+
+    /// Finds out whether an exchange outside a transaction block can have written.
+    async fn prove_read(&mut self, at: usize, topology: &Topology) -> Result<(), Attempt> {
+        let journal = self.tracker.journal();
+        let Some(exchange) = journal.in_flight().get(at) else {
+            return Ok(());
+        };
+        let texts = self.tracker.texts_of(journal.exchange_bytes(exchange));
+        let database = self.entry().login.database.clone();
+        let proven = reads::only_read(&self.shared, topology, &database, texts).await;
+        let proven = proven.map_err(retry)?;
+        if let Some(exchange) = self.tracker.journal_mut().in_flight_mut().get_mut(at) {
+            exchange.only_reads = Some(proven);
         }
         Ok(())
     }
@@ -218,7 +236,10 @@ impl Session {
         for exchange in journal.in_flight() {
             again.extend_from_slice(journal.exchange_bytes(exchange));
         }
-        self.resend = (!again.is_empty()).then_some(again);
+        // When nothing is in flight, what an earlier rebuild left to send has not been sent yet.
+        if !again.is_empty() {
+            self.resend = Some(again);
+        }
         let Some(front) = journal.in_flight().front() else {
             return Ok(());
         };

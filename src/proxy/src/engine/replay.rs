@@ -96,6 +96,18 @@ fn note_parameter(link: &mut Link, tag: u8, frame: &[u8]) {
     }
 }
 
+/// The warning that a commit did not wait for the standbys to the end: it stands on this server,
+/// and perhaps nowhere else (`SyncRepWaitForLSN` in `src/backend/replication/syncrep.c`). Known by
+/// where it comes from, not by its text, which is translated.
+#[must_use]
+pub(super) fn is_unconfirmed_commit(tag: u8, frame: &[u8]) -> bool {
+    let body = frame.get(5..).unwrap_or_default();
+    tag == backend::NOTICE_RESPONSE
+        && body
+            .split(|b| *b == 0)
+            .any(|field| field == b"RSyncRepWaitForLSN")
+}
+
 /// A row's columns as text.
 #[must_use]
 pub(super) fn text_row(body: &[u8]) -> Vec<Option<String>> {

@@ -80,11 +80,23 @@ pub(super) async fn resolve(
     };
     let status = rows.first().and_then(|r| r.first()).cloned().flatten();
     Ok(match status.as_deref() {
-        Some("committed") => Outcome::Committed,
+        Some("committed") => {
+            if topology.epoch == ran_on.0 {
+                confirm(link).await?;
+            }
+            Outcome::Committed
+        }
         Some("aborted") => Outcome::Aborted,
         Some("in progress") if topology.epoch == ran_on.0 => Outcome::InProgress,
         _ => Outcome::Unknown,
     })
+}
+
+/// Waits until the standbys have what the primary has committed, as the cluster asks for: a backend
+/// that was ended during its wait has committed here, and perhaps nowhere else.
+async fn confirm(link: &mut Link) -> Result<(), ReplayError> {
+    let sql = "SELECT pg_catalog.pg_logical_emit_message(true, 'helios', '')";
+    simple(link, sql).await.map(drop)
 }
 
 /// Whether a transaction stands prepared: it is in progress until somebody ends it, on every

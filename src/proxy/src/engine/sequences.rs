@@ -15,9 +15,9 @@ use std::time::Duration;
 
 use helios_api::Endpoint;
 use helios_session::reply::Reply;
-use helios_session::sequences::{Seen, candidates, consecutive, seen};
+use helios_session::sequences::{Seen, consecutive, seen};
 use helios_session::tracker::Tracker;
-use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
+use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
 
 use super::link::Link;
 use super::replay::{self, ReplayError};
@@ -34,9 +34,6 @@ const KEEP_OPEN: Duration = Duration::from_secs(2);
 /// Values that lie further ahead of a sequence than so many steps were not given by it.
 const MAX_AHEAD: i128 = 1 << 16;
 
-/// How long a replay waits to be alone: all that come later wait behind it.
-const ALONE_WAIT: Duration = Duration::from_secs(2);
-
 /// How often a sequence is read again because somebody took a value in between.
 const MAX_READS: usize = 5;
 
@@ -46,71 +43,6 @@ pub(super) struct Service {
     endpoint: Endpoint,
     database: String,
     link: Link,
-}
-
-/// The right to replay.
-pub(super) enum Turn {
-    /// Beside others: no value of a sequence was seen.
-    Beside {
-        _guard: OwnedRwLockReadGuard<Option<Service>>,
-    },
-    /// Alone, sequences are set back.
-    Alone(Box<Keeper>),
-}
-
-impl Turn {
-    /// Waits for the right to replay the transaction of `tracker`, in `database` at `endpoint`.
-    ///
-    /// # Errors
-    /// The proxy's own connection cannot be had at the moment.
-    pub(super) async fn take(
-        shared: &Arc<Shared>,
-        endpoint: &Endpoint,
-        database: &str,
-        tracker: &Tracker,
-    ) -> Result<Self, ReplayError> {
-        let lock = Arc::clone(&shared.replaying);
-        let records = candidates(tracker);
-        if records.is_empty() {
-            return Ok(Self::Beside {
-                _guard: lock.read_owned().await,
-            });
-        }
-        let alone = tokio::time::timeout(ALONE_WAIT, lock.write_owned()).await;
-        let mut keeper = Box::new(Keeper {
-            shared: Arc::clone(shared),
-            endpoint: endpoint.clone(),
-            database: database.to_owned(),
-            guard: Some(alone.map_err(std::io::Error::from)?),
-            records,
-            columns: BTreeMap::new(),
-            standing: BTreeMap::new(),
-            set_back: Vec::new(),
-        });
-        match keeper.connect().await {
-            Ok(()) => Ok(Self::Alone(keeper)),
-            Err(e) if e.is_transient() => Err(std::io::Error::other(e.to_string()).into()),
-            Err(e) => {
-                tracing::warn!(database, error = %e, "values of sequences cannot be kept");
-                keeper.records.clear();
-                Ok(Self::Alone(keeper))
-            }
-        }
-    }
-
-    /// Waits for the right to replay beside others; values of sequences come as they come.
-    pub(super) async fn beside(shared: &Arc<Shared>) -> Self {
-        let _guard = Arc::clone(&shared.replaying).read_owned().await;
-        Self::Beside { _guard }
-    }
-
-    /// Who sets sequences back, if that is needed.
-    pub(super) fn keeper(&mut self) -> Option<&mut Keeper> {
-        match self {
-            Self::Beside { .. } => None,
-            Self::Alone(keeper) => Some(keeper),
-        }
-    }
 }
 
 /// A sequence whose values can be set: not cached by sessions, not cyclic, not temporary.
@@ -147,6 +79,39 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
+    /// With a connection, where the database lets the proxy in; otherwise statements run again as
+    /// they are, and a difference is told honestly.
+    ///
+    /// # Errors
+    /// The proxy's own connection cannot be had at the moment.
+    pub(super) async fn open(
+        shared: &Arc<Shared>,
+        endpoint: &Endpoint,
+        database: &str,
+        records: BTreeSet<usize>,
+        guard: OwnedRwLockWriteGuard<Option<Service>>,
+    ) -> Result<Self, ReplayError> {
+        let mut keeper = Self {
+            shared: Arc::clone(shared),
+            endpoint: endpoint.clone(),
+            database: database.to_owned(),
+            guard: Some(guard),
+            records,
+            columns: BTreeMap::new(),
+            standing: BTreeMap::new(),
+            set_back: Vec::new(),
+        };
+        match keeper.connect().await {
+            Ok(()) => {}
+            Err(e) if e.is_transient() => return Err(std::io::Error::other(e.to_string()).into()),
+            Err(e) => {
+                tracing::warn!(database, error = %e, "values of sequences cannot be kept");
+                keeper.records.clear();
+            }
+        }
+        Ok(keeper)
+    }
+
     /// Whether this record may have returned values of sequences.
     pub(super) fn wants(&self, record: usize) -> bool {
         self.records.contains(&record)

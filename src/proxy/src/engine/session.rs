@@ -25,6 +25,7 @@ use tokio::time::Instant;
 use super::gate::{GateState, Member, Phase};
 use super::link::Link;
 use super::moving::LastWords;
+use super::opening::open_first;
 use super::registry::{Entry, Registered, lock};
 use super::shared::Shared;
 use crate::backend::{self, BackendConn};
@@ -156,6 +157,15 @@ pub struct Session {
     ),
 }
 
+/// The end of the login, as the client expects it.
+fn greet(link: &mut Link, conn: &BackendConn, entry: &Entry) {
+    for (name, value) in &conn.parameters {
+        back::parameter_status(&mut link.output, name, value);
+    }
+    back::backend_key_data(&mut link.output, entry.key.pid, &entry.key.secret);
+    back::ready_for_query(&mut link.output, TxnStatus::Idle.byte());
+}
+
 /// Runs a client's session from its login to its end.
 pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let secret_len = if client.protocol_minor >= 2 { 32 } else { 4 };
@@ -165,12 +175,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let mut gate = shared.gate.watch();
     let mut link = Link::new(client.stream, client.buf);
     // Boxed, as everything that is seldom: a session's own future is small.
-    let opened = Box::pin(super::opening::open_first(
-        &shared,
-        &mut gate,
-        &registered.entry,
-    ))
-    .await;
+    let opened = Box::pin(open_first(&shared, &mut gate, &registered.entry)).await;
     let (conn, epoch) = match opened {
         Ok(opened) => opened,
         Err(frame) => {
@@ -179,12 +184,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
             return;
         }
     };
-    for (name, value) in &conn.parameters {
-        back::parameter_status(&mut link.output, name, value);
-    }
-    let key = &registered.entry.key;
-    back::backend_key_data(&mut link.output, key.pid, &key.secret);
-    back::ready_for_query(&mut link.output, TxnStatus::Idle.byte());
+    greet(&mut link, &conn, &registered.entry);
     let pid = conn.pid;
     let timeline = gate.borrow().topology.timeline;
     let account = shared.pool.account(shared.options.max_journal_bytes);

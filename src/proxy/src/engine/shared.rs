@@ -12,6 +12,7 @@ use tokio::sync::{Semaphore, broadcast, watch};
 
 use super::evidence::{Floor, Found};
 use super::gate::Gate;
+use super::reads::Proofs;
 use super::registry::{Registry, lock};
 use super::sequences::ReplayLock;
 use crate::backend::Login;
@@ -126,6 +127,8 @@ pub struct Shared {
     pub(super) barrier: watch::Sender<bool>,
     /// How far the log of the primary in use has come, while marks can be found in it.
     pub(super) floor: Mutex<Option<Floor>>,
+    /// Statements that were proven to read only.
+    pub(super) proofs: tokio::sync::Mutex<Option<Proofs>>,
     /// Marks found for the move under way: one reading of the log serves all sessions.
     pub(super) found: tokio::sync::Mutex<Option<Found>>,
     /// Migration events.
@@ -159,6 +162,7 @@ impl Shared {
             replaying: ReplayLock::default(),
             barrier: watch::Sender::new(false),
             floor: Mutex::default(),
+            proofs: tokio::sync::Mutex::default(),
             found: tokio::sync::Mutex::default(),
             events: broadcast::Sender::new(EVENTS),
             report: Mutex::default(),

@@ -136,43 +136,16 @@ impl Tracker {
                     named: None,
                 }
             }
-            frontend::PARSE => {
-                let name = until_zero(body);
-                let sql = until_zero(body.get(name.len() + 1..).unwrap_or_default());
-                let (hint, touches) = (hint(sql), touches_session(sql));
-                let statement = Prepared {
-                    parse: Arc::from(frame),
-                    hint,
-                    unit: unit(sql),
-                    touches,
-                    made_inside: false,
-                    columns: None,
-                    description: None,
-                };
-                let named = Some(Named::Parse(name.to_vec(), statement));
-                Looked {
-                    hint: None,
-                    unit: None,
-                    touches,
-                    named,
-                }
-            }
+            frontend::PARSE => look_at_parse(frame, body),
             frontend::BIND => {
                 let portal = until_zero(body);
                 let name = until_zero(body.get(portal.len() + 1..).unwrap_or_default());
-                match self.statement(name) {
-                    Some(s) => Looked {
-                        hint: Some(s.hint),
-                        unit: Some(s.unit),
-                        touches: s.touches,
-                        named: None,
-                    },
-                    None => Looked {
-                        hint: Some(Hint::Write),
-                        unit: Some(Unit::Other),
-                        touches: true,
-                        named: None,
-                    },
+                let statement = self.statement(name);
+                Looked {
+                    hint: Some(statement.map_or(Hint::Write, |s| s.hint)),
+                    unit: Some(statement.map_or(Unit::Other, |s| s.unit)),
+                    touches: statement.is_none_or(|s| s.touches),
+                    named: None,
                 }
             }
             frontend::DESCRIBE | frontend::CLOSE => {
@@ -185,18 +158,11 @@ impl Tracker {
                     _ => None,
                 };
                 Looked {
-                    hint: None,
-                    unit: None,
-                    touches: false,
                     named,
+                    ..Looked::default()
                 }
             }
-            _ => Looked {
-                hint: None,
-                unit: None,
-                touches: false,
-                named: None,
-            },
+            _ => Looked::default(),
         }
     }
 
@@ -259,12 +225,33 @@ impl Tracker {
     }
 }
 
+fn look_at_parse(frame: &[u8], body: &[u8]) -> Looked {
+    let name = until_zero(body);
+    let sql = until_zero(body.get(name.len() + 1..).unwrap_or_default());
+    let touches = touches_session(sql);
+    let statement = Prepared {
+        parse: Arc::from(frame),
+        hint: hint(sql),
+        unit: unit(sql),
+        touches,
+        made_inside: false,
+        columns: None,
+        description: None,
+    };
+    Looked {
+        touches,
+        named: Some(Named::Parse(name.to_vec(), statement)),
+        ..Looked::default()
+    }
+}
+
 /// Whether a Query may hold more than one statement.
 fn several(frame: &[u8]) -> bool {
     let sql = until_zero(frame.get(5..).unwrap_or_default()).trim_ascii_end();
     sql.strip_suffix(b";").unwrap_or(sql).contains(&b';')
 }
 
+#[derive(Default)]
 pub(super) struct Looked {
     pub(super) hint: Option<Hint>,
     pub(super) unit: Option<Unit>,

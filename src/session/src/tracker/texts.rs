@@ -56,7 +56,8 @@ impl Tracker {
     }
 
     /// The statements' texts that a sequence of client messages runs.
-    pub(super) fn texts_of(&self, messages: &[u8]) -> Vec<String> {
+    #[must_use]
+    pub fn texts_of(&self, messages: &[u8]) -> Vec<String> {
         let mut texts = Vec::new();
         let mut rest = messages;
         while let Ok(Some(header)) = helios_wire::peek_header(rest) {
@@ -100,6 +101,7 @@ impl Tracker {
                 failed: e.reply.failed(),
                 undone: e.undone,
                 evidence: self.evidence(e.transaction),
+                only_reads: e.only_reads,
                 copy_ended: e.copies_ended > 0,
                 answered: at == 0 && e.closed && self.expect.only_sync_is_owed(),
                 mark: match (e.mark, e.fate) {
