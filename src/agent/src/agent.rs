@@ -50,11 +50,11 @@ pub async fn run(config: AgentConfig, cancel: CancellationToken) -> Result<(), A
     let listener = server::bind(&socket)?;
     let (jobs, inbox) = mpsc::channel(QUEUE_LIMIT);
     let stop_server = CancellationToken::new();
-    let server = tokio::spawn(server::serve(
-        listener,
-        server::router(hub, jobs),
-        stop_server.clone(),
-    ));
+    let router = server::router(hub.clone(), jobs);
+    if let Some(network) = &instance.config.network {
+        server::serve_network(network, hub, router.clone(), stop_server.clone()).await?;
+    }
+    let server = tokio::spawn(server::serve(listener, router, stop_server.clone()));
     let stop = cancel.child_token();
     let watcher = tokio::spawn({
         let stop = stop.clone();

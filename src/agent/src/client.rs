@@ -1,16 +1,15 @@
-//! The control API's client: talks to one agent over its Unix socket.
+//! The control API's client: talks to one agent, over its Unix socket or its control port.
 //!
-//! One connection a request: a connection costs some ten microseconds here, and no answer can be
-//! taken for that of another request. Every call has a limit.
+//! One connection a request: a connection costs some ten microseconds on a socket, a millisecond
+//! under TLS, and no answer can be taken for that of another request. Every call has a limit.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use helios_api::agent::{AgentError, AgentReply, AgentRequest, AgentState};
-use http_body_util::{BodyExt as _, Full, Limited};
+use helios_control::{CallError, ControlClient, http};
 use hyper::body::Bytes;
-use hyper::{Method, Request, StatusCode};
-use hyper_util::rt::TokioIo;
+use hyper::{Method, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
@@ -18,13 +17,27 @@ use tokio::net::UnixStream;
 const STATE_LIMIT: Duration = Duration::from_secs(5);
 /// How long a long poll may take: the agent answers earlier, changed or not.
 const WATCH_LIMIT: Duration = Duration::from_secs(20);
-/// The longest answer that is read.
-const ANSWER_LIMIT: usize = 1 << 20;
 
 /// Talks to one agent.
 #[derive(Debug, Clone)]
 pub struct AgentClient {
-    socket: PathBuf,
+    path: Path,
+}
+
+/// The way to an agent.
+#[derive(Debug, Clone)]
+enum Path {
+    Socket(PathBuf),
+    Port(ControlClient),
+}
+
+impl std::fmt::Display for Path {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Socket(path) => path.display().fmt(f),
+            Self::Port(client) => client.address().fmt(f),
+        }
+    }
 }
 
 /// Why there is no reply.
@@ -34,26 +47,26 @@ pub enum ClientError {
     #[error(transparent)]
     Agent(#[from] AgentError),
     /// No agent there. A command was not taken if connecting failed, else it is unknown.
-    #[error("could not reach the agent at \"{}\": {why}", .socket.display())]
+    #[error("could not reach the agent at \"{at}\": {why}")]
     Unreachable {
-        /// The agent's socket.
-        socket: PathBuf,
+        /// The agent's socket or address.
+        at: String,
         /// What happened.
         why: String,
     },
     /// No answer within the limit; whether the command was carried out is unknown.
-    #[error("agent at \"{}\" did not answer within {limit:?}", .socket.display())]
+    #[error("agent at \"{at}\" did not answer within {limit:?}")]
     Timeout {
-        /// The agent's socket.
-        socket: PathBuf,
+        /// The agent's socket or address.
+        at: String,
         /// The limit.
         limit: Duration,
     },
     /// What came back is not an answer of an agent.
-    #[error("agent at \"{}\" gave an answer that makes no sense: {why}", .socket.display())]
+    #[error("agent at \"{at}\" gave an answer that makes no sense: {why}")]
     Protocol {
-        /// The agent's socket.
-        socket: PathBuf,
+        /// The agent's socket or address.
+        at: String,
         /// What is wrong with it.
         why: String,
     },
@@ -64,14 +77,16 @@ impl AgentClient {
     #[must_use]
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Self {
-            socket: socket.into(),
+            path: Path::Socket(socket.into()),
         }
     }
 
-    /// The agent's socket.
+    /// A client of the agent with this control port.
     #[must_use]
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    pub fn over(port: ControlClient) -> Self {
+        Self {
+            path: Path::Port(port),
+        }
     }
 
     /// Gives a command and waits for its reply. When the limit passes, the agent goes on with it;
@@ -117,60 +132,42 @@ impl AgentClient {
         body: Vec<u8>,
         limit: Duration,
     ) -> Result<T, ClientError> {
-        match tokio::time::timeout(limit, self.exchange(method, path, body)).await {
-            Ok(Ok((status, bytes))) => self.read(status, &bytes),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(ClientError::Timeout {
-                socket: self.socket.clone(),
-                limit,
-            }),
-        }
+        let (status, body) = match &self.path {
+            Path::Socket(socket) => {
+                let exchange = self.over_socket(socket, method, path, body);
+                let timeout = |_| ClientError::Timeout {
+                    at: self.path.to_string(),
+                    limit,
+                };
+                tokio::time::timeout(limit, exchange)
+                    .await
+                    .map_err(timeout)??
+            }
+            Path::Port(port) => port
+                .call(method, path, body, limit)
+                .await
+                .map_err(ClientError::from)?,
+        };
+        self.read(status, &body)
     }
 
-    async fn exchange(
+    async fn over_socket(
         &self,
+        socket: &std::path::Path,
         method: Method,
         path: &str,
         body: Vec<u8>,
     ) -> Result<(StatusCode, Bytes), ClientError> {
         let unreachable = |why: String| ClientError::Unreachable {
-            socket: self.socket.clone(),
+            at: self.path.to_string(),
             why,
         };
-        let stream = UnixStream::connect(&self.socket)
+        let stream = UnixStream::connect(socket)
             .await
             .map_err(|e| unreachable(e.to_string()))?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        http::exchange(stream, method, path, body)
             .await
-            .map_err(|e| unreachable(e.to_string()))?;
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header("host", "agent")
-            .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body)))
-            .map_err(|e| self.protocol(e))?;
-        let answer = async {
-            let response = sender
-                .send_request(request)
-                .await
-                .map_err(|e| unreachable(e.to_string()))?;
-            let status = response.status();
-            let body = Limited::new(response.into_body(), ANSWER_LIMIT)
-                .collect()
-                .await
-                .map_err(|e| unreachable(e.to_string()))?;
-            Ok((status, body.to_bytes()))
-        };
-        // The connection is driven here and not in a task of its own: it ends with the call.
-        let connection = async {
-            let _ = connection.await;
-            std::future::pending::<()>().await;
-        };
-        tokio::select! {
-            answer = answer => answer,
-            () = connection => Err(unreachable("connection closed".to_owned())),
-        }
+            .map_err(unreachable)
     }
 
     fn read<T: DeserializeOwned>(&self, status: StatusCode, body: &[u8]) -> Result<T, ClientError> {
@@ -188,8 +185,23 @@ impl AgentClient {
 
     fn protocol(&self, why: impl std::fmt::Display) -> ClientError {
         ClientError::Protocol {
-            socket: self.socket.clone(),
+            at: self.path.to_string(),
             why: why.to_string(),
+        }
+    }
+}
+
+impl From<CallError> for ClientError {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Unreachable { address, why } => Self::Unreachable {
+                at: address.to_string(),
+                why,
+            },
+            CallError::Timeout { address, limit } => Self::Timeout {
+                at: address.to_string(),
+                limit,
+            },
         }
     }
 }

@@ -4,9 +4,12 @@
 //! it can be written into PostgreSQL's files without further quoting questions.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use helios_api::agent::AgentError;
 use helios_api::{Host, InstanceName};
+use helios_control::{Material, PostgresTls, TlsFiles};
 use serde::{Deserialize, Serialize};
 
 use crate::AgentFailure;
@@ -95,6 +98,34 @@ pub struct AgentConfig {
     /// Stop when the standard input ends: the process that started the agent has gone.
     #[serde(default)]
     pub parent_watch: bool,
+    /// Orders over the network, and certificates towards the other instances; only the Unix
+    /// sockets without it.
+    #[serde(default)]
+    pub network: Option<Network>,
+}
+
+/// An agent that is commanded from other machines.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// Where orders are taken, under mutual TLS, from the operator's certificate alone.
+    pub control: SocketAddr,
+    /// Where `/healthz` and `/readyz` are served to anybody.
+    pub probes: SocketAddr,
+    /// Our certificate, for the control port and towards other instances. Its common name is the
+    /// service's superuser, its alternative names hold the instance's name.
+    pub tls: TlsFiles,
+}
+
+impl Network {
+    /// TLS towards another instance.
+    pub(crate) fn towards(&self, other: &InstanceName) -> Result<PostgresTls, AgentError> {
+        let failed = |e: helios_control::TlsError| AgentError::Failed {
+            reason: e.to_string(),
+        };
+        let material = Material::load(&self.tls).map_err(failed)?;
+        PostgresTls::new(other.as_str(), &material).map_err(failed)
+    }
 }
 
 /// A user of the operating system.
@@ -180,6 +211,7 @@ impl AgentConfig {
             superuser: default_superuser(),
             primary_options: BTreeMap::new(),
             parent_watch: false,
+            network: None,
         }
     }
 

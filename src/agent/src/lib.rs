@@ -31,5 +31,5 @@ mod tools;
 mod wal;
 
 pub use agent::run;
-pub use config::{AgentConfig, ServerTls, User};
+pub use config::{AgentConfig, Network, ServerTls, User};
 pub use error::AgentFailure;

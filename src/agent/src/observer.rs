@@ -3,7 +3,6 @@
 //! Holds two connections from the moment the server accepts them: one for its own questions, one
 //! for commands, so that neither waits for the other and a promotion needs no login.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -78,7 +77,7 @@ impl Observer {
     async fn connect(&self, silence: &mut Option<Silence>) -> (Arc<Client>, Arc<Client>) {
         let endpoint = self.config.unix_endpoint();
         loop {
-            let login = || sql::connect(&endpoint, &self.config.superuser, &EMPTY, STATEMENT_LIMIT);
+            let login = || sql::connect(&endpoint, &self.config.superuser, STATEMENT_LIMIT);
             let both = async { futures_util::try_join!(Box::pin(login()), Box::pin(login())) };
             tokio::pin!(both);
             let error = loop {
@@ -184,8 +183,6 @@ impl Silence {
         self.counted
     }
 }
-
-static EMPTY: BTreeMap<String, String> = BTreeMap::new();
 
 /// Reads the answer.
 fn state(rows: &[Row]) -> Result<InstanceState, SqlError> {

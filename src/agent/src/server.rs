@@ -1,5 +1,6 @@
-//! The control API over HTTP. The routes know nothing of the transport: today they are served on
-//! a Unix socket, whose folder's permissions decide who may command.
+//! The control API over HTTP. The routes know nothing of the transport: a Unix socket, whose
+//! folder's permissions decide who may command, and, in a Pod, a port under mutual TLS, where the
+//! operator's certificate does. Probes have a port of their own, which takes no orders.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,13 +10,16 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use helios_api::agent::{AgentError, AgentReply, AgentRequest, AgentState};
+use helios_api::agent::{AgentError, AgentReply, AgentRequest, AgentState, InstanceState};
+use helios_api::v1alpha1::names;
+use helios_control::Material;
 use serde::Deserialize;
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::AgentFailure;
+use crate::config::Network;
 use crate::error::failed;
 use crate::hub::Hub;
 
@@ -76,6 +80,54 @@ pub(crate) async fn serve(listener: UnixListener, router: Router, stop: Cancella
             }
         }
         () = stop.cancelled() => {}
+    }
+}
+
+/// Serves the network's control port and probes until cancelled.
+pub(crate) async fn serve_network(
+    network: &Network,
+    hub: Hub,
+    router: Router,
+    stop: CancellationToken,
+) -> Result<(), AgentFailure> {
+    let listen = async |address| {
+        TcpListener::bind(address)
+            .await
+            .map_err(|e| AgentFailure::Config(format!("could not listen on {address}: {e}")))
+    };
+    let material = Material::load(&network.tls).map_err(|e| AgentFailure::Config(e.to_string()))?;
+    let control = listen(network.control).await?;
+    let probes = listen(network.probes).await?;
+    helios_control::serve(
+        control,
+        router,
+        &material,
+        names::OPERATOR_IDENTITY,
+        stop.clone(),
+    )
+    .map_err(|e| AgentFailure::Config(e.to_string()))?;
+    let answers = Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .with_state(hub);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = async { axum::serve(probes, answers).await } => {}
+            () = stop.cancelled() => {}
+        }
+    });
+    Ok(())
+}
+
+/// Ready is an instance that serves, as primary or as standby.
+async fn ready(State(hub): State<Hub>) -> (StatusCode, &'static str) {
+    match hub.state().instance {
+        InstanceState::Primary { .. } => (StatusCode::OK, "primary\n"),
+        InstanceState::Standby { .. } => (StatusCode::OK, "standby\n"),
+        _ => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "PostgreSQL does not serve\n",
+        ),
     }
 }
 

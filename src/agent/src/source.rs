@@ -37,10 +37,15 @@ impl Source {
         timeline: Timeline,
         fork: Option<Lsn>,
     ) -> Result<Self, AgentError> {
-        let client = sql::connect(
+        let tls = match &config.network {
+            Some(network) => Some(network.towards(&primary.name)?),
+            None => None,
+        };
+        let client = sql::connect_to_other(
             &primary.endpoint,
             &config.superuser,
-            &config.primary_options,
+            config.primary_options.get("password").map(String::as_str),
+            tls,
             CHECKPOINT_LIMIT,
         )
         .await
@@ -157,6 +162,14 @@ pub(crate) fn conninfo(config: &AgentConfig, primary: &Backend) -> String {
         ("connect_timeout", "3".to_owned()),
         ("gssencmode", "disable".to_owned()),
     ]);
+    if let Some(network) = &config.network {
+        let path = |path: &std::path::Path| path.display().to_string();
+        // Not verify-full: the address is a Pod's, the certificate has the instance's name.
+        settings.insert("sslmode", "verify-ca".to_owned());
+        settings.insert("sslrootcert", path(&network.tls.ca));
+        settings.insert("sslcert", path(&network.tls.certificate));
+        settings.insert("sslkey", path(&network.tls.key));
+    }
     for (name, value) in &config.primary_options {
         settings.insert(name, value.clone());
     }

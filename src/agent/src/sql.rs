@@ -1,13 +1,14 @@
 //! SQL connections of the agent: to its own instance over the Unix socket, and to the primary that
 //! it follows. Every statement has a limit on both sides, and `search_path` is pinned.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use helios_api::agent::AgentError;
 use helios_api::{Endpoint, Host};
-use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
+use helios_control::PostgresTls;
+use tokio_postgres::tls::MakeTlsConnect;
+use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage, Socket};
 
 use crate::error::failed;
 
@@ -52,13 +53,38 @@ fn describe(error: &tokio_postgres::Error) -> String {
     }
 }
 
-/// Connects as the superuser. `limit` becomes the session's `statement_timeout`.
+/// Connects as the superuser over the Unix socket. `limit` becomes the session's
+/// `statement_timeout`.
 pub(crate) async fn connect(
     endpoint: &Endpoint,
     user: &str,
-    options: &BTreeMap<String, String>,
     limit: Duration,
 ) -> Result<Arc<Client>, SqlError> {
+    establish(settings(endpoint, user, limit), NoTls).await
+}
+
+/// Connects to another instance: under TLS with our certificate, or with a password.
+pub(crate) async fn connect_to_other(
+    endpoint: &Endpoint,
+    user: &str,
+    password: Option<&str>,
+    tls: Option<PostgresTls>,
+    limit: Duration,
+) -> Result<Arc<Client>, SqlError> {
+    let mut config = settings(endpoint, user, limit);
+    if let Some(password) = password {
+        config.password(password);
+    }
+    match tls {
+        Some(tls) => {
+            config.ssl_mode(tokio_postgres::config::SslMode::Require);
+            establish(config, tls).await
+        }
+        None => establish(config, NoTls).await,
+    }
+}
+
+fn settings(endpoint: &Endpoint, user: &str, limit: Duration) -> Config {
     let mut config = Config::new();
     match &endpoint.host {
         Host::Tcp(name) => config.host(name),
@@ -74,10 +100,15 @@ pub(crate) async fn connect(
             "{OPTIONS} -c statement_timeout={}",
             limit.as_millis()
         ));
-    if let Some(password) = options.get("password") {
-        config.password(password);
-    }
-    let connecting = tokio::time::timeout(CONNECT_LIMIT, config.connect(NoTls));
+    config
+}
+
+async fn establish<T>(config: Config, tls: T) -> Result<Arc<Client>, SqlError>
+where
+    T: MakeTlsConnect<Socket>,
+    T::Stream: Send + 'static,
+{
+    let connecting = tokio::time::timeout(CONNECT_LIMIT, config.connect(tls));
     let (client, connection) = connecting
         .await
         .map_err(|_| SqlError::Timeout(CONNECT_LIMIT))??;

@@ -97,7 +97,6 @@ impl Instance {
         let client = sql::connect(
             &self.config.unix_endpoint(),
             &self.config.superuser,
-            &std::collections::BTreeMap::new(),
             CHECKPOINT_LIMIT,
         )
         .await?;

@@ -87,6 +87,42 @@ pub struct DrainRequest {
     pub timeout_ms: u64,
 }
 
+/// Asks a proxy to open sessions on the instance that will be primary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepareRequest {
+    /// Current epoch.
+    pub epoch: Epoch,
+    /// Who will be primary.
+    pub candidate: Backend,
+}
+
+/// Asks a proxy to undo a drain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AbortRequest {
+    /// Current epoch.
+    pub epoch: Epoch,
+}
+
+/// Why a proxy did not do what it was told.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(tag = "error", rename_all = "snake_case")]
+pub enum ProxyError {
+    /// The command is of an epoch that has ended.
+    #[error("command of epoch {given}, but this proxy is at epoch {seen}")]
+    Stale {
+        /// Epoch of the command.
+        given: Epoch,
+        /// Epoch of the proxy.
+        seen: Epoch,
+    },
+    /// It was tried and failed; it may be tried again.
+    #[error("{reason}")]
+    Failed {
+        /// What failed.
+        reason: String,
+    },
+}
+
 /// What a drain came to. Afterwards no session of this proxy has a statement in flight.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainReport {

@@ -74,9 +74,19 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Check a proxy's configuration file
     Proxy(ProxyArgs),
-    /// Run the agent of one instance (started by "helios local")
+    /// Run the agent of one instance (started by "helios local" and in Pods)
     #[command(hide = true)]
     Agent(AgentArgs),
+    /// Keep HeliosClusters on Kubernetes as they are described
+    Operator(OperatorArgs),
+    /// Print the CustomResourceDefinitions
+    Crds,
+    /// Copy this program to a file (init containers put the agent into PostgreSQL's images)
+    #[command(hide = true)]
+    CopyTo {
+        /// The file
+        path: PathBuf,
+    },
     /// Show instances, primary and last moves of a local cluster
     Status(ShowArgs),
     /// List the client sessions of a local cluster: what they do, and what protects them
@@ -344,6 +354,12 @@ pub(crate) struct ProxyArgs {
     /// Say all that is wrong with it, each with its line, and end
     #[arg(long)]
     pub(crate) check: bool,
+    /// Learn the primary from the operator, which commands this proxy over this port
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "tls_dir")]
+    pub(crate) control: Option<std::net::SocketAddr>,
+    /// Folder with ca.crt, tls.crt and tls.key for that port
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_dir: Option<PathBuf>,
 }
 
 /// `NAME=VALUE`.
@@ -362,6 +378,36 @@ pub(crate) struct AgentArgs {
     /// The configuration (JSON)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: PathBuf,
+}
+
+/// `operator`.
+#[derive(Debug, Args)]
+pub(crate) struct OperatorArgs {
+    /// The only namespace to look after; all of them by default
+    #[arg(long, value_name = "NAME", env = "HELIOS_WATCH_NAMESPACE")]
+    pub(crate) namespace: Option<String>,
+    /// Namespace of this operator's own lease
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "POD_NAMESPACE",
+        default_value = "default"
+    )]
+    pub(crate) lease_namespace: String,
+    /// Name of this replica
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "POD_NAME",
+        default_value = "helios-operator"
+    )]
+    pub(crate) identity: String,
+    /// This program's image, which agents and proxies run from
+    #[arg(long, value_name = "IMAGE", env = "HELIOS_IMAGE")]
+    pub(crate) image: String,
+    /// Where /healthz, /readyz and /metrics are served
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:9187")]
+    pub(crate) http: std::net::SocketAddr,
 }
 
 #[cfg(test)]

@@ -35,6 +35,10 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
         Command::Completions { shell } => return completions(*shell),
         Command::Proxy(args) if args.check => return commands::proxy::check(args),
+        Command::Crds => return commands::kubernetes::crds(),
+        Command::CopyTo { path } => return commands::kubernetes::copy_to(path),
+        // The first process of a container has to reap what others leave; that is all it does.
+        Command::Agent(_) if std::process::id() == 1 => return commands::first::run(),
         _ => {}
     }
     raise_file_limit();
@@ -63,7 +67,14 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             (Command::Sessions(args), _) => commands::show::sessions(args).await,
             (Command::Switchover(args), _) => commands::show::switchover(args).await,
             (Command::Proxy(args), _) => Box::pin(commands::proxy::run(args)).await,
-            (Command::Completions { .. } | Command::Demo(_), _) => Ok(()),
+            (Command::Operator(args), _) => Box::pin(commands::kubernetes::operator(args)).await,
+            (
+                Command::Completions { .. }
+                | Command::Demo(_)
+                | Command::Crds
+                | Command::CopyTo { .. },
+                _,
+            ) => Ok(()),
         }
     })
 }
@@ -81,6 +92,7 @@ fn set_up_log(args: &LogArgs, command: &Command, file: Option<&Path>) -> Result<
         Command::Local(LocalCommand::Start(_))
             | Command::Agent(_)
             | Command::Proxy(_)
+            | Command::Operator(_)
             | Command::Demo(_)
     );
     let default = if runs_on { "info" } else { "warn" };

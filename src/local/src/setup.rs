@@ -211,6 +211,7 @@ pub(crate) fn agent_configs(
             superuser: SERVICE_USER.to_owned(),
             primary_options: BTreeMap::new(),
             parent_watch,
+            network: None,
         };
         (
             config,

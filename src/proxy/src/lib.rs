@@ -9,6 +9,7 @@ mod framed;
 pub mod handle;
 pub mod listener;
 pub mod login;
+pub mod managed;
 pub mod options;
 pub mod stream;
 pub mod tls;

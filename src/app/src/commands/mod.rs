@@ -1,5 +1,7 @@
 //! One module a group of commands; each is thin: ask a library, show the answer.
 
+pub(crate) mod first;
+pub(crate) mod kubernetes;
 pub(crate) mod local;
 pub(crate) mod proxy;
 pub(crate) mod serve;

@@ -1,13 +1,17 @@
-//! `helios proxy`: a proxy alone, in front of servers that somebody else looks after.
+//! `helios proxy`: a proxy that an operator commands, or one alone, in front of servers that
+//! somebody else looks after.
 //!
-//! It looks for the primary among the configured instances once, when it starts. A proxy alone never
+//! Alone, it looks for the primary among the configured instances once, when it starts. A proxy alone never
 //! moves sessions to another primary: it has no evidence of what a promotion left behind.
 
 use std::time::Duration;
 
 use helios_api::control::{Backend, Topology};
+use helios_api::v1alpha1::names;
 use helios_api::{Epoch, Timeline};
+use helios_control::{Material, TlsFiles};
 use helios_proxy::config::ProxyConfig;
+use helios_proxy::managed::Managed;
 use helios_proxy::{Proxy, ProxyOptions, backend, control};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -35,6 +39,16 @@ pub(crate) async fn run(args: &ProxyArgs) -> Result<(), Failure> {
     let failed = |e| Failure::failed(format!("could not listen for signals: {e}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    if let (Some(control), Some(dir)) = (args.control, &args.tls_dir) {
+        let managed = managed(config, control, dir).await?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        out::note("stopping");
+        managed.shutdown(GRACE).await;
+        return Ok(());
+    }
     let options = ProxyOptions::from_config(&config).map_err(|e| Failure::usage(e.to_string()))?;
     let primary = find_primary(&config, &options).await?;
     out::note(&format!(
@@ -74,6 +88,51 @@ pub(crate) async fn run(args: &ProxyArgs) -> Result<(), Failure> {
     out::note("stopping");
     handle.shutdown(GRACE).await;
     Ok(())
+}
+
+/// A proxy that the operator commands, from now on.
+async fn managed(
+    config: ProxyConfig,
+    control: std::net::SocketAddr,
+    dir: &std::path::Path,
+) -> Result<Managed, Failure> {
+    let failed = |e: &dyn std::fmt::Display| Failure::failed(e.to_string());
+    let material = Material::load(&TlsFiles {
+        ca: dir.join("ca.crt"),
+        certificate: dir.join("tls.crt"),
+        key: dir.join("tls.key"),
+    })
+    .map_err(|e| Failure::usage(e.to_string()))?;
+    ProxyOptions::from_config(&config).map_err(|e| Failure::usage(e.to_string()))?;
+    let observability = config.observability.clone();
+    let managed = Managed::new(config);
+    let orders = listen(control).await?;
+    helios_control::serve(
+        orders,
+        managed.orders(),
+        &material,
+        names::OPERATOR_IDENTITY,
+        managed.stopped(),
+    )
+    .map_err(|e| failed(&e))?;
+    let probes = listen((
+        observability.metrics_address.as_str(),
+        observability.metrics_port,
+    ))
+    .await?;
+    let router = managed.probes();
+    tokio::spawn(async move { axum::serve(probes, router).await });
+    out::note(&format!("waiting for orders on {control}"));
+    Ok(managed)
+}
+
+async fn listen(
+    address: impl tokio::net::ToSocketAddrs + std::fmt::Debug,
+) -> Result<tokio::net::TcpListener, Failure> {
+    let text = format!("{address:?}");
+    tokio::net::TcpListener::bind(address)
+        .await
+        .map_err(|e| Failure::failed(format!("could not listen on {text}: {e}")))
 }
 
 /// The instance, by priority, that is not in recovery.

@@ -11,8 +11,12 @@ use crate::failure::Failure;
 
 /// `helios agent`.
 pub(crate) async fn agent(args: &AgentArgs) -> Result<(), Failure> {
-    let config: AgentConfig = serde_json::from_str(&read(&args.config)?)
+    let mut config: AgentConfig = serde_json::from_str(&read(&args.config)?)
         .map_err(|e| Failure::usage(format!("\"{}\": {e}", args.config.display())))?;
+    // Whoever wrote it for a Pod does not know where the image has PostgreSQL.
+    if config.bin_dir.as_os_str().is_empty() {
+        config.bin_dir = helios_local::postgres::find_bin_dir(None)?.path;
+    }
     let cancel = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())
         .map_err(|e| Failure::failed(format!("could not listen for signals: {e}")))?;

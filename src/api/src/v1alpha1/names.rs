@@ -1,0 +1,91 @@
+//! Labels, annotations and the names of what belongs to a cluster, written down once.
+
+/// API group of the custom resources.
+pub const GROUP: &str = "heliosdb.io";
+/// Field manager of everything that the operator applies.
+pub const FIELD_MANAGER: &str = "helios-operator";
+
+/// Asks for a switchover: `auto`, or an instance's name. Removed once the request is durable.
+pub const SWITCHOVER: &str = "heliosdb.io/switchover";
+/// `paused`: the operator changes nothing about the cluster.
+pub const RECONCILE: &str = "heliosdb.io/reconcile";
+
+/// Label: name of the cluster.
+pub const CLUSTER: &str = "heliosdb.io/cluster";
+/// Label of instances' Pods: name of the instance.
+pub const INSTANCE: &str = "heliosdb.io/instance";
+/// Label of instances' Pods: `primary` or `replica`.
+pub const ROLE: &str = "heliosdb.io/role";
+/// Label: `instance` or `proxy`.
+pub const COMPONENT: &str = "heliosdb.io/component";
+/// Annotation of a Pod template: what it was built from, so that a change restarts it.
+pub const CONFIG_HASH: &str = "heliosdb.io/config-hash";
+
+/// Superuser that agents, proxies and operator log in with.
+pub const SERVICE_USER: &str = "helios";
+
+/// Port of PostgreSQL and of the proxy.
+pub const POSTGRES_PORT: u16 = 5432;
+/// Port of the control API of agents and proxies (mutual TLS).
+pub const CONTROL_PORT: u16 = 8443;
+/// Port of probes and metrics.
+pub const HTTP_PORT: u16 = 9187;
+
+/// Name in the operator's client certificate; nobody else may command agents and proxies.
+pub const OPERATOR_IDENTITY: &str = "operator.helios";
+/// Name in the certificates of proxies.
+pub const PROXY_IDENTITY: &str = "proxy.helios";
+
+/// Name of instance number `number`, counted from 1.
+#[must_use]
+pub fn instance(cluster: &str, number: i32) -> String {
+    format!("{cluster}-{number}")
+}
+
+/// Name of the proxies' Deployment.
+#[must_use]
+pub fn proxy(cluster: &str) -> String {
+    format!("{cluster}-proxy")
+}
+
+/// Name of the Service in front of the primary.
+#[must_use]
+pub fn primary_service(cluster: &str) -> String {
+    format!("{cluster}-primary")
+}
+
+/// Name of the Service in front of the standbys.
+#[must_use]
+pub fn replicas_service(cluster: &str) -> String {
+    format!("{cluster}-replicas")
+}
+
+/// Name of the Secret for applications.
+#[must_use]
+pub fn app_secret(cluster: &str) -> String {
+    format!("{cluster}-app")
+}
+
+/// Name of the Secret with the service user's password.
+#[must_use]
+pub fn service_secret(cluster: &str) -> String {
+    format!("{cluster}-service")
+}
+
+/// Name of the Secret with the cluster's certificate authority.
+#[must_use]
+pub fn ca_secret(cluster: &str) -> String {
+    format!("{cluster}-ca")
+}
+
+/// Name of the Secret with the certificate of an instance, of the proxies or of the operator.
+#[must_use]
+pub fn tls_secret(owner: &str) -> String {
+    format!("{owner}-tls")
+}
+
+/// Name of the Secret with the operator's certificate for one cluster.
+#[must_use]
+pub fn operator_tls_secret(cluster: &str) -> String {
+    tls_secret(&format!("{cluster}-operator"))
+}

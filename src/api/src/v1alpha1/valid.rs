@@ -1,0 +1,295 @@
+//! What the schema cannot say, or an API server may not check: the spec as types that cannot be
+//! wrong.
+//!
+//! Pure. Every error names the field as people write it.
+
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+
+use super::{HeliosCluster, HeliosClusterSpec, names};
+use crate::InstanceName;
+
+/// A field that cannot be carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {why}")]
+pub struct Invalid {
+    /// The field's path, as in `spec.storage.size`.
+    pub field: String,
+    /// What is wrong with it, and what is allowed.
+    pub why: String,
+}
+
+impl Invalid {
+    /// A field and what is wrong with it.
+    pub fn new(field: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            why: why.into(),
+        }
+    }
+}
+
+/// A cluster whose spec was checked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ValidCluster {
+    /// Its name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its identity, for owner references.
+    pub uid: String,
+    /// Generation of the spec.
+    pub generation: i64,
+    /// All instances, in order of their numbers.
+    pub instances: Vec<InstanceName>,
+    /// Size of a volume in bytes.
+    pub storage_bytes: u64,
+    /// The spec as it was given, for what needs no type of its own.
+    pub spec: HeliosClusterSpec,
+}
+
+/// Longest name: `-replicas` and the like are added to it, and labels hold 63 characters.
+const NAME_LIMIT: usize = 40;
+/// A data directory alone takes some 40 MB.
+const SMALLEST_VOLUME: u64 = 256 << 20;
+
+impl ValidCluster {
+    /// Checks everything.
+    ///
+    /// # Errors
+    /// The first field that is wrong.
+    pub fn new(cluster: &HeliosCluster) -> Result<Self, Invalid> {
+        let spec = &cluster.spec;
+        let meta = &cluster.metadata;
+        let text = |value: &Option<String>, field: &str| {
+            value
+                .clone()
+                .ok_or_else(|| Invalid::new(field, "is missing"))
+        };
+        let name = text(&meta.name, "metadata.name")?;
+        if name.len() > NAME_LIMIT || name.contains('.') {
+            return Err(Invalid::new(
+                "metadata.name",
+                format!(
+                    "must have at most {NAME_LIMIT} characters and no dot: Pods and Services are named after it"
+                ),
+            ));
+        }
+        range("spec.instances", spec.instances.into(), 1, 9)?;
+        range("spec.proxy.replicas", spec.proxy.replicas.into(), 1, 50)?;
+        range("spec.postgresUid", spec.postgres_uid, 1, 65_535)?;
+        if spec.image_name.trim().is_empty() || spec.image_name.contains(char::is_whitespace) {
+            return Err(Invalid::new("spec.imageName", "must be an image's name"));
+        }
+        check_postgresql(spec)?;
+        check_initdb(spec)?;
+        for (field, metadata) in [
+            ("spec.podMetadata", &spec.pod_metadata),
+            ("spec.proxy.podMetadata", &spec.proxy.pod_metadata),
+        ] {
+            let mut keys = metadata.labels.keys().chain(metadata.annotations.keys());
+            if let Some(key) = keys.find(|key| key.starts_with("heliosdb.io/")) {
+                return Err(Invalid::new(
+                    field,
+                    format!("\"{key}\" is managed by helios; remove it"),
+                ));
+            }
+        }
+        Ok(Self {
+            instances: (1..=spec.instances)
+                .map(|number| names::instance(&name, number).parse())
+                .collect::<Result<_, _>>()
+                .map_err(|e: crate::ParseError| Invalid::new("metadata.name", e.to_string()))?,
+            storage_bytes: storage(spec)?,
+            namespace: text(&meta.namespace, "metadata.namespace")?,
+            uid: text(&meta.uid, "metadata.uid")?,
+            generation: meta.generation.unwrap_or_default(),
+            name,
+            spec: spec.clone(),
+        })
+    }
+}
+
+fn range(field: &str, value: i64, min: i64, max: i64) -> Result<(), Invalid> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    let why = format!("must be from {min} to {max}, but is {value}");
+    Err(Invalid::new(field, why))
+}
+
+fn check_postgresql(spec: &HeliosClusterSpec) -> Result<(), Invalid> {
+    for (number, line) in spec.postgresql.pg_hba.iter().enumerate() {
+        if line.contains(['\n', '\r', '\0']) {
+            return Err(Invalid::new(
+                format!("spec.postgresql.pgHBA[{number}]"),
+                "contains a line break; write each line as an entry of its own",
+            ));
+        }
+    }
+    let number = spec.postgresql.synchronous.number;
+    range("spec.postgresql.synchronous.number", number.into(), 0, 1)?;
+    let failover = &spec.failover;
+    for (field, value) in [
+        ("unresponsiveMs", failover.unresponsive_ms),
+        ("standbyGraceMs", failover.standby_grace_ms),
+        ("maxLagBytes", failover.max_lag_bytes),
+        ("restartPatienceMs", failover.restart_patience_ms),
+    ] {
+        range(&format!("spec.failover.{field}"), value, 0, i64::MAX)?;
+    }
+    let drain = spec.switchover.drain_timeout_secs;
+    range("spec.switchover.drainTimeoutSecs", drain, 0, 3600)
+}
+
+fn check_initdb(spec: &HeliosClusterSpec) -> Result<(), Invalid> {
+    let initdb = &spec.bootstrap.initdb;
+    for (field, value) in [("database", &initdb.database), ("owner", &initdb.owner)] {
+        let field = format!("spec.bootstrap.initdb.{field}");
+        if value.is_empty() || value.len() > 63 || value.contains('\0') {
+            return Err(Invalid::new(field, "must have 1 to 63 bytes"));
+        }
+        let reserved = ["postgres", "template0", "template1", names::SERVICE_USER];
+        if reserved.contains(&value.as_str()) || value.starts_with("pg_") {
+            return Err(Invalid::new(
+                field,
+                format!("\"{value}\" is reserved; choose another name"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn storage(spec: &HeliosClusterSpec) -> Result<u64, Invalid> {
+    let field = "spec.storage.size";
+    let text = &spec.storage.size.0;
+    let bytes = bytes(&spec.storage.size).ok_or_else(|| {
+        Invalid::new(
+            field,
+            format!("\"{text}\" is not a size; write for example 10Gi"),
+        )
+    })?;
+    if bytes < SMALLEST_VOLUME {
+        return Err(Invalid::new(
+            field,
+            format!("\"{text}\" is less than 256Mi"),
+        ));
+    }
+    Ok(bytes)
+}
+
+/// A quantity in bytes; `None` when it is none, is negative, or is too large to count.
+#[must_use]
+pub fn bytes(quantity: &Quantity) -> Option<u64> {
+    let text = quantity.0.trim();
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: u64 = match unit {
+        "" => 1,
+        "k" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        "T" => 1_000_000_000_000,
+        "P" => 1_000_000_000_000_000,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        "Ti" => 1 << 40,
+        "Pi" => 1 << 50,
+        _ => return None,
+    };
+    let (whole, part) = number.split_once('.').unwrap_or((number, ""));
+    let whole: u64 = whole.parse().ok()?;
+    // Three decimal places are all that Kubernetes keeps.
+    let part = format!("{part:0<3}");
+    let thousandths: u64 = part.get(..3)?.parse().ok()?;
+    whole
+        .checked_mul(factor)?
+        .checked_add(factor.checked_mul(thousandths)? / 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cluster() -> HeliosCluster {
+        let spec = serde_json::json!({"imageName": "postgres:17", "storage": {"size": "1Gi"}});
+        let mut cluster = HeliosCluster::new("pg", serde_json::from_value(spec).unwrap());
+        cluster.metadata.namespace = Some("default".to_owned());
+        cluster.metadata.uid = Some("u".to_owned());
+        cluster
+    }
+
+    fn refused(change: impl FnOnce(&mut HeliosCluster), field: &str) {
+        let mut cluster = cluster();
+        change(&mut cluster);
+        let error = ValidCluster::new(&cluster).unwrap_err();
+        assert_eq!(error.field, field, "{error}");
+    }
+
+    #[test]
+    fn the_smallest_spec_is_valid() {
+        let valid = ValidCluster::new(&cluster()).unwrap();
+        let names: Vec<_> = valid.instances.iter().map(InstanceName::as_str).collect();
+        assert_eq!(names, ["pg-1", "pg-2"]);
+        assert_eq!(valid.storage_bytes, 1 << 30);
+        assert_eq!(valid.spec.proxy.replicas, 2);
+    }
+
+    #[test]
+    fn the_field_that_is_wrong_is_named() {
+        refused(|c| c.spec.instances = 0, "spec.instances");
+        refused(|c| c.spec.instances = 10, "spec.instances");
+        refused(|c| c.spec.proxy.replicas = 0, "spec.proxy.replicas");
+        refused(|c| c.spec.image_name = " ".into(), "spec.imageName");
+        refused(
+            |c| c.spec.storage.size = Quantity("1 GB".into()),
+            "spec.storage.size",
+        );
+        refused(
+            |c| c.spec.storage.size = Quantity("1Mi".into()),
+            "spec.storage.size",
+        );
+        refused(
+            |c| c.spec.postgresql.pg_hba = vec!["a".into(), "b\nc".into()],
+            "spec.postgresql.pgHBA[1]",
+        );
+        refused(
+            |c| c.spec.postgresql.synchronous.number = 2,
+            "spec.postgresql.synchronous.number",
+        );
+        refused(
+            |c| c.spec.bootstrap.initdb.owner = "helios".into(),
+            "spec.bootstrap.initdb.owner",
+        );
+        refused(
+            |c| c.spec.switchover.drain_timeout_secs = -1,
+            "spec.switchover.drainTimeoutSecs",
+        );
+        refused(|c| c.metadata.name = Some("x".repeat(41)), "metadata.name");
+        refused(
+            |c| {
+                let labels = &mut c.spec.pod_metadata.labels;
+                labels.insert(names::ROLE.into(), "primary".into());
+            },
+            "spec.podMetadata",
+        );
+    }
+
+    #[test]
+    fn quantities_are_bytes() {
+        for (text, expected) in [
+            ("1Gi", Some(1 << 30)),
+            ("1.5Ki", Some(1536)),
+            ("10G", Some(10_000_000_000)),
+            ("7", Some(7)),
+            ("-1", None),
+            ("", None),
+            ("1X", None),
+            ("100000000000Pi", None),
+        ] {
+            assert_eq!(bytes(&Quantity(text.to_owned())), expected, "{text}");
+        }
+    }
+}

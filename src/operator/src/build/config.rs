@@ -1,0 +1,260 @@
+//! The configurations of agents and proxies, as the files that they read.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use helios_agent::{AgentConfig, Network, ServerTls};
+use helios_api::InstanceName;
+use helios_api::v1alpha1::valid::{Invalid, ValidCluster};
+use helios_api::v1alpha1::{ProxyLogs, ProxySpec, SessionMigration, TransactionReplay, names};
+use helios_control::TlsFiles;
+use k8s_openapi::api::core::v1::ConfigMap;
+use serde_json::json;
+use toml::{Table, Value};
+
+use super::{Built, built};
+use crate::OperatorError;
+
+/// Where each thing lies in a Pod.
+pub(super) const DATA: &str = "/var/lib/helios";
+pub(super) const RUN: &str = "/run/helios";
+pub(super) const CONFIG: &str = "/etc/helios/config";
+pub(super) const TLS: &str = "/etc/helios/tls";
+/// The proxy's file in the ConfigMap.
+pub(super) const PROXY_FILE: &str = "helios_proxy.toml";
+
+/// Name of the ConfigMap.
+pub(super) fn name(cluster: &ValidCluster) -> String {
+    format!("{}-config", cluster.name)
+}
+
+/// All files of a cluster.
+pub(super) fn config_map(cluster: &ValidCluster) -> Result<Built, OperatorError> {
+    let mut files = BTreeMap::new();
+    for instance in &cluster.instances {
+        let config = agent(cluster, instance);
+        files.insert(
+            format!("{instance}.json"),
+            serde_json::to_string_pretty(&config)?,
+        );
+    }
+    files.insert(PROXY_FILE.to_owned(), proxy(cluster));
+    let name = name(cluster);
+    Ok(built::<ConfigMap>(
+        cluster,
+        &name,
+        None,
+        json!({"data": files}),
+    ))
+}
+
+fn tls_files() -> TlsFiles {
+    let file = |name: &str| PathBuf::from(TLS).join(name);
+    TlsFiles {
+        ca: file("ca.crt"),
+        certificate: file("tls.crt"),
+        key: file("tls.key"),
+    }
+}
+
+/// The configuration of one agent.
+fn agent(cluster: &ValidCluster, name: &InstanceName) -> AgentConfig {
+    let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
+    let postgres = &cluster.spec.postgresql;
+    let files = tls_files();
+    let run = PathBuf::from(RUN);
+    let mut hba = vec![
+        // The service logs in with a certificate of the cluster's authority, and in no other way.
+        format!("hostssl all {0} all cert", names::SERVICE_USER),
+        format!("hostssl replication {0} all cert", names::SERVICE_USER),
+        format!("host all {0} all reject", names::SERVICE_USER),
+        format!("host replication {0} all reject", names::SERVICE_USER),
+    ];
+    if postgres.pg_hba.is_empty() {
+        hba.push("host all all all scram-sha-256".to_owned());
+    }
+    hba.extend(postgres.pg_hba.iter().cloned());
+    let home = PathBuf::from(DATA).join("pg");
+    AgentConfig {
+        control_socket: run.join("agent.sock"),
+        listen_addresses: vec!["*".to_owned()],
+        parameters: postgres.parameters.clone(),
+        hba,
+        tls: Some(ServerTls {
+            certificate: files.certificate.clone(),
+            key: files.key.clone(),
+            client_ca: Some(files.ca.clone()),
+        }),
+        network: Some(Network {
+            control: any(names::CONTROL_PORT),
+            probes: any(names::HTTP_PORT),
+            tls: files,
+        }),
+        // The agent looks for PostgreSQL itself: only it knows the image.
+        ..AgentConfig::local(
+            name.clone(),
+            &home,
+            &run.join("pg"),
+            names::POSTGRES_PORT,
+            std::path::Path::new(""),
+        )
+    }
+}
+
+/// Checks what becomes of the spec by the rules of those who read it.
+pub(crate) fn check(cluster: &ValidCluster) -> Result<(), Invalid> {
+    let Some(first) = cluster.instances.first() else {
+        return Ok(());
+    };
+    let mut config = agent(cluster, first);
+    config.bin_dir = PathBuf::from("/usr/bin");
+    // The rules for the operator's own user are not those for the agent's.
+    config.run_as = Some(helios_agent::User { uid: 1, gid: 1 });
+    config
+        .validate()
+        .map_err(|e| Invalid::new("spec.postgresql", e.to_string()))?;
+    helios_proxy::config::ProxyConfig::parse(&proxy(cluster), PROXY_FILE)
+        .map(drop)
+        .map_err(|e| Invalid::new("spec.proxy", e.to_string()))
+}
+
+/// The proxy's `helios_proxy.toml`.
+pub(super) fn proxy(cluster: &ValidCluster) -> String {
+    let spec: &ProxySpec = &cluster.spec.proxy;
+    let (health, triggers) = (&spec.health_checks, &spec.migration_triggers);
+    let file = section([
+        ("proxy", edge(spec)),
+        ("transaction_replay", replay(&spec.transaction_replay)),
+        ("session_migration", migration(&spec.session_migration)),
+        ("backends", backends()),
+        (
+            "health_checks",
+            section([
+                ("check_query", health.check_query.as_deref().map(text)),
+                ("failure_threshold", integer(health.failure_threshold)),
+                ("success_threshold", integer(health.success_threshold)),
+            ]),
+        ),
+        (
+            "migration_triggers",
+            section([
+                ("on_backend_failure", flag(triggers.on_backend_failure)),
+                (
+                    "on_maintenance_signal",
+                    flag(triggers.on_maintenance_signal),
+                ),
+            ]),
+        ),
+        ("observability", observability(&spec.observability)),
+    ]);
+    match file {
+        // As a table it is written as a document; as a value it would be one in braces.
+        Some(Value::Table(file)) => file.to_string(),
+        _ => String::new(),
+    }
+}
+
+fn file_name(path: &std::path::Path) -> Option<Value> {
+    Some(text(&path.display().to_string()))
+}
+
+fn edge(spec: &ProxySpec) -> Option<Value> {
+    let files = tls_files();
+    let listen = format!("*:{}", names::POSTGRES_PORT);
+    section([
+        ("listen_address", Some(text(&listen))),
+        ("auth", Some(text("scram-sha-256"))),
+        ("tls_cert", file_name(&files.certificate)),
+        ("tls_key", file_name(&files.key)),
+        ("max_connections", integer(spec.max_connections)),
+        (
+            "max_connections_per_user",
+            integer(spec.max_connections_per_user),
+        ),
+        ("login_timeout_secs", integer(spec.login_timeout_secs)),
+        ("idle_timeout_secs", integer(spec.idle_timeout_secs)),
+    ])
+}
+
+fn replay(spec: &TransactionReplay) -> Option<Value> {
+    section([
+        ("mode", spec.mode.map(|mode| text(mode.as_str()))),
+        ("max_journal_bytes", integer(spec.max_journal_bytes)),
+        (
+            "max_total_journal_bytes",
+            integer(spec.max_total_journal_bytes),
+        ),
+        ("max_replay_attempts", integer(spec.max_replay_attempts)),
+        ("replay_backoff_ms", integer(spec.replay_backoff_ms)),
+        (
+            "max_replay_time_seconds",
+            integer(spec.max_replay_time_seconds),
+        ),
+        (
+            "replay_on_connection_loss",
+            flag(spec.replay_on_connection_loss),
+        ),
+    ])
+}
+
+fn migration(spec: &SessionMigration) -> Option<Value> {
+    section([
+        ("capture_set_parameters", flag(spec.capture_set_parameters)),
+        (
+            "capture_prepared_statements",
+            flag(spec.capture_prepared_statements),
+        ),
+        (
+            "migration_timeout",
+            spec.migration_timeout.as_deref().map(text),
+        ),
+    ])
+}
+
+fn backends() -> Option<Value> {
+    let files = tls_files();
+    section([
+        // Not verify-full: Pods are addressed by IP, which no certificate carries.
+        ("sslmode", Some(text("verify-ca"))),
+        ("sslrootcert", file_name(&files.ca)),
+        ("sslcert", file_name(&files.certificate)),
+        ("sslkey", file_name(&files.key)),
+        ("service_user", Some(text(names::SERVICE_USER))),
+        ("service_database", Some(text("postgres"))),
+    ])
+}
+
+fn observability(spec: &ProxyLogs) -> Option<Value> {
+    section([
+        (
+            "log_level",
+            spec.log_level.map(|level| text(level.as_str())),
+        ),
+        ("log_migrations", flag(spec.log_migrations)),
+        ("metrics_enabled", Some(Value::Boolean(true))),
+        ("metrics_address", Some(text("0.0.0.0"))),
+        ("metrics_port", integer(Some(names::HTTP_PORT.into()))),
+    ])
+}
+
+/// The entries that have a value; `None` when none has.
+fn section<const N: usize>(entries: [(&str, Option<Value>); N]) -> Option<Value> {
+    let table: Table = entries
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), value?)))
+        .collect();
+    (!table.is_empty()).then_some(Value::Table(table))
+}
+
+fn text(text: &str) -> Value {
+    Value::String(text.to_owned())
+}
+
+fn integer(value: Option<i64>) -> Option<Value> {
+    value.map(Value::Integer)
+}
+
+fn flag(value: Option<bool>) -> Option<Value> {
+    value.map(Value::Boolean)
+}

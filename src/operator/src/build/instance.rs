@@ -1,0 +1,150 @@
+//! One instance: its volume and its StatefulSet of one Pod.
+
+use helios_api::InstanceName;
+use helios_api::v1alpha1::valid::ValidCluster;
+use helios_api::v1alpha1::{OnDeletion, names};
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use serde_json::{Value, json};
+
+use super::{Built, apart, built, config, container_security, pod_security, schedule, with};
+
+/// The component's label.
+pub(super) const COMPONENT: &str = "instance";
+/// Folder of the agent's program, which an init container fills.
+const PROGRAM: &str = "/helios-bin";
+/// How long a Pod may take to stop: PostgreSQL gets 20 s of it for a fast shutdown.
+const STOP_SECONDS: u32 = 45;
+
+/// The instance's volume. A claim of its own, not the StatefulSet's: it can grow, and it goes with
+/// the cluster only when the spec says so.
+pub(super) fn volume(cluster: &ValidCluster, name: &InstanceName) -> Built {
+    let storage = &cluster.spec.storage;
+    let mut spec = json!({
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": storage.size}},
+    });
+    if let Some(class) = &storage.storage_class {
+        spec["storageClassName"] = class.clone().into();
+    }
+    let owners = match storage.on_deletion {
+        OnDeletion::Retain => json!([]),
+        OnDeletion::Delete => json!([super::owner(cluster)]),
+    };
+    built::<PersistentVolumeClaim>(
+        cluster,
+        name.as_str(),
+        Some(COMPONENT),
+        json!({"metadata": {"ownerReferences": owners}, "spec": spec}),
+    )
+}
+
+/// The instance's StatefulSet. `OnDelete`: when its Pod is replaced is not for Kubernetes to
+/// decide, because a primary has to be moved first.
+pub(super) fn stateful_set(cluster: &ValidCluster, name: &InstanceName, image: &str) -> Built {
+    let mut labels = super::labels(cluster, Some(COMPONENT));
+    labels[names::INSTANCE] = name.as_str().into();
+    let metadata = &cluster.spec.pod_metadata;
+    let selector = json!({
+        names::CLUSTER: cluster.name,
+        names::INSTANCE: name.as_str(),
+    });
+    built::<StatefulSet>(
+        cluster,
+        name.as_str(),
+        Some(COMPONENT),
+        json!({"spec": {
+            "replicas": 1,
+            "serviceName": "",
+            "podManagementPolicy": "Parallel",
+            "updateStrategy": {"type": "OnDelete"},
+            "selector": {"matchLabels": selector},
+            "template": {
+                "metadata": {
+                    "labels": with(labels, &metadata.labels),
+                    "annotations": with(json!({}), &metadata.annotations),
+                },
+                "spec": pod(cluster, name, image),
+            },
+        }}),
+    )
+}
+
+fn pod(cluster: &ValidCluster, name: &InstanceName, image: &str) -> Value {
+    let spec = &cluster.spec;
+    let mut pod = json!({
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "securityContext": pod_security(spec.postgres_uid),
+        "terminationGracePeriodSeconds": STOP_SECONDS,
+        "initContainers": [{
+            "name": "agent",
+            "image": image,
+            "command": ["/helios", "copy-to", format!("{PROGRAM}/helios")],
+            "securityContext": container_security(),
+            "resources": {
+                "requests": {"cpu": "10m", "memory": "32Mi"},
+                "limits": {"cpu": "500m", "memory": "256Mi"},
+            },
+            "volumeMounts": [{"name": "program", "mountPath": PROGRAM}],
+        }],
+        "containers": [postgres(cluster, name)],
+        "volumes": [
+            {"name": "data", "persistentVolumeClaim": {"claimName": name.as_str()}},
+            {"name": "program", "emptyDir": {}},
+            {"name": "run", "emptyDir": {}},
+            {"name": "tmp", "emptyDir": {}},
+            // PostgreSQL's dynamic shared memory; a container's own has 64 MiB.
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            {"name": "config", "configMap": {"name": config::name(cluster)}},
+            // PostgreSQL refuses a key that others may read.
+            {"name": "tls", "secret": {
+                "secretName": names::tls_secret(name.as_str()), "defaultMode": 0o440,
+            }},
+        ],
+    });
+    schedule(&mut pod, &spec.scheduling, apart(cluster, COMPONENT));
+    pod
+}
+
+fn postgres(cluster: &ValidCluster, name: &InstanceName) -> Value {
+    let spec = &cluster.spec;
+    let probe = |path: &str, seconds: u32, failures: u32| {
+        json!({
+            "httpGet": {"path": path, "port": "http"},
+            "periodSeconds": seconds, "timeoutSeconds": 5, "failureThreshold": failures,
+        })
+    };
+    let mut container = json!({
+        "name": "postgres",
+        "image": spec.image_name,
+        "imagePullPolicy": spec.image_pull_policy.as_str(),
+        "command": [
+            format!("{PROGRAM}/helios"), "agent", "--log-format", "json",
+            "--config", format!("{}/{name}.json", config::CONFIG),
+        ],
+        "ports": [
+            {"name": "postgresql", "containerPort": names::POSTGRES_PORT, "protocol": "TCP"},
+            {"name": "control", "containerPort": names::CONTROL_PORT, "protocol": "TCP"},
+            {"name": "http", "containerPort": names::HTTP_PORT, "protocol": "TCP"},
+        ],
+        "securityContext": container_security(),
+        // The agent answers while PostgreSQL recovers: no probe kills a server that does.
+        "startupProbe": probe("/healthz", 1, 60),
+        "livenessProbe": probe("/healthz", 10, 6),
+        "readinessProbe": probe("/readyz", 2, 2),
+        "volumeMounts": [
+            {"name": "data", "mountPath": config::DATA},
+            {"name": "program", "mountPath": PROGRAM, "readOnly": true},
+            {"name": "run", "mountPath": config::RUN},
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+            {"name": "config", "mountPath": config::CONFIG, "readOnly": true},
+            {"name": "tls", "mountPath": config::TLS, "readOnly": true},
+        ],
+    });
+    if let Some(resources) = &spec.resources {
+        container["resources"] = json!(resources);
+    }
+    container
+}

@@ -1,0 +1,340 @@
+//! From a valid cluster to the objects that have to exist for it. Pure: the same cluster gives the
+//! same objects, byte for byte, so that applying them again changes nothing.
+
+mod config;
+mod instance;
+mod network;
+mod proxy;
+
+use helios_api::v1alpha1::valid::ValidCluster;
+use helios_api::v1alpha1::{HeliosCluster, names};
+use kube::core::ApiResource;
+use serde_json::{Value, json};
+
+pub(crate) use config::check;
+
+use crate::OperatorError;
+
+/// An object to apply.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Built {
+    pub(crate) resource: ApiResource,
+    pub(crate) name: String,
+    pub(crate) body: Value,
+}
+
+/// What the API server offers of what is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Offers {
+    /// Version of the group `policy` that has PodDisruptionBudgets.
+    pub(crate) budgets: Option<&'static str>,
+}
+
+/// Everything for a cluster.
+pub(crate) fn objects(
+    cluster: &ValidCluster,
+    image: &str,
+    offers: Offers,
+) -> Result<Vec<Built>, OperatorError> {
+    let mut all = vec![config::config_map(cluster)?];
+    all.extend(network::services(cluster));
+    all.extend(network::policies(cluster));
+    for name in &cluster.instances {
+        all.push(instance::volume(cluster, name));
+        all.push(instance::stateful_set(cluster, name, image));
+    }
+    all.push(proxy::deployment(cluster, image)?);
+    if let Some(version) = offers.budgets {
+        all.extend(network::budgets(cluster, version));
+    }
+    Ok(all)
+}
+
+/// Labels of everything that belongs to a cluster.
+pub(crate) fn labels(cluster: &ValidCluster, component: Option<&str>) -> Value {
+    let mut labels = json!({
+        "app.kubernetes.io/name": "helios",
+        "app.kubernetes.io/instance": cluster.name,
+        "app.kubernetes.io/managed-by": names::FIELD_MANAGER,
+        names::CLUSTER: cluster.name,
+    });
+    if let Some(component) = component {
+        labels[names::COMPONENT] = component.into();
+    }
+    labels
+}
+
+/// What selects the Pods of a component.
+pub(crate) fn selector(cluster: &ValidCluster, component: &str) -> Value {
+    json!({ names::CLUSTER: cluster.name, names::COMPONENT: component })
+}
+
+/// Makes an object go with its cluster.
+pub(crate) fn owner(cluster: &ValidCluster) -> Value {
+    let resource = ApiResource::erase::<HeliosCluster>(&());
+    json!({
+        "apiVersion": resource.api_version,
+        "kind": resource.kind,
+        "name": cluster.name,
+        "uid": cluster.uid,
+        "controller": true,
+    })
+}
+
+/// An object of a kind that `k8s_openapi` knows.
+fn built<K: k8s_openapi::Resource>(
+    cluster: &ValidCluster,
+    name: &str,
+    component: Option<&str>,
+    mut rest: Value,
+) -> Built {
+    let resource = ApiResource {
+        group: K::GROUP.to_owned(),
+        version: K::VERSION.to_owned(),
+        api_version: K::API_VERSION.to_owned(),
+        kind: K::KIND.to_owned(),
+        plural: K::URL_PATH_SEGMENT.to_owned(),
+    };
+    rest["apiVersion"] = K::API_VERSION.into();
+    rest["kind"] = K::KIND.into();
+    let metadata = &mut rest["metadata"];
+    metadata["name"] = name.into();
+    metadata["namespace"] = cluster.namespace.clone().into();
+    metadata["labels"] = labels(cluster, component);
+    if metadata.get("ownerReferences").is_none() {
+        metadata["ownerReferences"] = json!([owner(cluster)]);
+    }
+    Built {
+        resource,
+        name: name.to_owned(),
+        body: rest,
+    }
+}
+
+/// What every container of ours may do: nothing.
+fn container_security() -> Value {
+    json!({
+        "allowPrivilegeEscalation": false,
+        "readOnlyRootFilesystem": true,
+        "runAsNonRoot": true,
+        "capabilities": {"drop": ["ALL"]},
+    })
+}
+
+/// The same for a Pod.
+fn pod_security(uid: i64) -> Value {
+    json!({
+        "runAsNonRoot": true,
+        "runAsUser": uid,
+        "runAsGroup": uid,
+        "fsGroup": uid,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    })
+}
+
+/// Adds what the spec says about nodes to a Pod.
+fn schedule(pod: &mut Value, scheduling: &helios_api::v1alpha1::Scheduling, fallback: Value) {
+    pod["affinity"] = scheduling
+        .affinity
+        .as_ref()
+        .map_or(fallback, |affinity| json!(affinity));
+    if !scheduling.topology_spread_constraints.is_empty() {
+        pod["topologySpreadConstraints"] = json!(scheduling.topology_spread_constraints);
+    }
+    if !scheduling.tolerations.is_empty() {
+        pod["tolerations"] = json!(scheduling.tolerations);
+    }
+    if !scheduling.node_selector.is_empty() {
+        pod["nodeSelector"] = json!(scheduling.node_selector);
+    }
+    if let Some(class) = &scheduling.priority_class_name {
+        pod["priorityClassName"] = class.clone().into();
+    }
+}
+
+/// Affinity of Pods that would rather not share a node.
+fn apart(cluster: &ValidCluster, component: &str) -> Value {
+    json!({"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{
+        "weight": 100,
+        "podAffinityTerm": {
+            "topologyKey": "kubernetes.io/hostname",
+            "labelSelector": {"matchLabels": selector(cluster, component)},
+        },
+    }]}})
+}
+
+/// Labels or annotations with the user's added.
+fn with(mut base: Value, more: &std::collections::BTreeMap<String, String>) -> Value {
+    for (key, value) in more {
+        base[key] = value.clone().into();
+    }
+    base
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn cluster(spec: Value) -> ValidCluster {
+        let mut object = HeliosCluster::new("pg", serde_json::from_value(spec).unwrap());
+        object.metadata.namespace = Some("shop".to_owned());
+        object.metadata.uid = Some("u-1".to_owned());
+        ValidCluster::new(&object).unwrap()
+    }
+
+    fn minimal() -> Value {
+        json!({"imageName": "postgres:17", "storage": {"size": "1Gi"}})
+    }
+
+    fn kinds(objects: &[Built]) -> Vec<String> {
+        objects
+            .iter()
+            .map(|o| format!("{}/{}", o.resource.kind, o.name))
+            .collect()
+    }
+
+    #[test]
+    fn a_minimal_cluster_is_two_instances_and_a_proxy() {
+        let offers = Offers { budgets: None };
+        let objects = objects(&cluster(minimal()), "helios:1", offers).unwrap();
+        assert_eq!(
+            kinds(&objects),
+            [
+                "ConfigMap/pg-config",
+                "Service/pg",
+                "Service/pg-primary",
+                "Service/pg-replicas",
+                "NetworkPolicy/pg-instances",
+                "NetworkPolicy/pg-proxy",
+                "PersistentVolumeClaim/pg-1",
+                "StatefulSet/pg-1",
+                "PersistentVolumeClaim/pg-2",
+                "StatefulSet/pg-2",
+                "Deployment/pg-proxy",
+            ]
+        );
+    }
+
+    #[test]
+    fn the_samples_are_understood() {
+        for text in [
+            include_str!("../../../../manifests/samples/minimal.yaml"),
+            include_str!("../../../../manifests/samples/full.yaml"),
+        ] {
+            let mut object: HeliosCluster = serde_saphyr::from_str(text).unwrap();
+            object.metadata.namespace = Some("shop".to_owned());
+            object.metadata.uid = Some("u-1".to_owned());
+            // What is not understood would be missing after a round trip.
+            let written: Value = serde_saphyr::from_str(text).unwrap();
+            let read = json!(object.spec);
+            for (field, value) in written["spec"].as_object().unwrap() {
+                contains(&read[field], value, field);
+            }
+            check(&ValidCluster::new(&object).unwrap()).unwrap();
+        }
+    }
+
+    fn contains(read: &Value, written: &Value, path: &str) {
+        match written {
+            Value::Object(fields) => {
+                for (field, value) in fields {
+                    contains(&read[field], value, &format!("{path}.{field}"));
+                }
+            }
+            _ => assert_eq!(read, written, "{path}"),
+        }
+    }
+
+    #[test]
+    fn what_a_reader_would_refuse_is_refused_by_field() {
+        for (field, spec) in [
+            (
+                "spec.postgresql",
+                json!({"postgresql": {"parameters": {"port": "1"}}}),
+            ),
+            (
+                "spec.proxy",
+                json!({"proxy": {"transactionReplay": {
+                    "maxJournalBytes": 8192, "maxTotalJournalBytes": 4096,
+                }}}),
+            ),
+        ] {
+            let mut all = minimal();
+            for (key, value) in spec.as_object().unwrap() {
+                all[key] = value.clone();
+            }
+            assert_eq!(check(&cluster(all)).unwrap_err().field, field);
+        }
+    }
+
+    #[test]
+    fn what_is_built_twice_is_the_same() {
+        let offers = Offers {
+            budgets: Some("v1"),
+        };
+        let build = || objects(&cluster(minimal()), "helios:1", offers).unwrap();
+        assert_eq!(build(), build());
+    }
+
+    #[test]
+    fn budgets_are_of_the_version_that_is_offered() {
+        let offers = Offers {
+            budgets: Some("v1beta1"),
+        };
+        let objects = objects(&cluster(minimal()), "helios:1", offers).unwrap();
+        let budgets: Vec<_> = objects
+            .iter()
+            .filter(|o| o.resource.kind == "PodDisruptionBudget")
+            .collect();
+        assert_eq!(budgets.len(), 2);
+        assert!(
+            budgets
+                .iter()
+                .all(|b| b.body["apiVersion"] == "policy/v1beta1")
+        );
+    }
+
+    #[test]
+    fn no_container_may_do_anything_special() {
+        let offers = Offers { budgets: None };
+        let objects = objects(&cluster(minimal()), "helios:1", offers).unwrap();
+        let mut seen = 0;
+        for object in &objects {
+            let pod = &object.body["spec"]["template"]["spec"];
+            let Some(containers) = pod["containers"].as_array() else {
+                continue;
+            };
+            let first = pod["initContainers"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            assert_eq!(
+                pod["securityContext"]["seccompProfile"]["type"],
+                "RuntimeDefault"
+            );
+            assert_eq!(pod["automountServiceAccountToken"], false);
+            for container in containers.iter().chain(&first) {
+                seen += 1;
+                let security = &container["securityContext"];
+                assert_eq!(security, &container_security(), "{container}");
+            }
+        }
+        assert_eq!(seen, 5);
+    }
+
+    #[test]
+    fn volumes_go_with_the_cluster_only_when_told_to() {
+        let volume = |spec| {
+            let cluster = cluster(spec);
+            instance::volume(&cluster, &cluster.instances[0])
+        };
+        let kept = volume(minimal());
+        assert_eq!(kept.body["metadata"]["ownerReferences"], json!([]));
+        let gone = volume(json!({
+            "imageName": "postgres:17",
+            "storage": {"size": "1Gi", "onDeletion": "Delete", "storageClass": "fast"},
+        }));
+        assert_eq!(gone.body["metadata"]["ownerReferences"][0]["uid"], "u-1");
+        assert_eq!(gone.body["spec"]["storageClassName"], "fast");
+    }
+}

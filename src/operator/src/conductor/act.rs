@@ -1,0 +1,151 @@
+//! Carries actions out, each in a task of its own, and hands their results back.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use helios_api::{Endpoint, InstanceName};
+use helios_cluster::{Action, Failure, Finished, ProxyCommand, Reply};
+use tokio::sync::{Mutex, Notify, mpsc};
+use tokio_postgres::Client;
+
+use super::agents::Agents;
+use super::proxies::{Proxies, Way};
+use super::{Input, sql};
+use crate::secret::Secrets;
+
+/// A primary, and where it listens.
+pub(super) type At = (InstanceName, Endpoint);
+
+#[derive(Debug)]
+pub(super) struct Actor {
+    done: mpsc::Sender<Finished>,
+    /// A connection to the primary that was made before anybody is held.
+    flush: Arc<Mutex<Option<Client>>>,
+    database: Arc<AtomicBool>,
+    making: Arc<AtomicBool>,
+}
+
+impl Actor {
+    pub(super) fn new(done: mpsc::Sender<Finished>) -> Self {
+        Self {
+            done,
+            flush: Arc::default(),
+            database: Arc::default(),
+            making: Arc::default(),
+        }
+    }
+
+    /// Whether the application's role and database are there.
+    pub(super) fn database_made(&self) -> bool {
+        self.database.load(Ordering::Relaxed)
+    }
+
+    /// Begins an action.
+    pub(super) fn start(
+        &self,
+        input: &Input,
+        (agents, changed): (&Agents, &Arc<Notify>),
+        proxies: &Proxies,
+        primary: Option<At>,
+        action: Action,
+    ) {
+        let done = self.done.clone();
+        match &action {
+            Action::Agent { instance, request } => {
+                let command = agents.command(instance, request.clone(), changed);
+                tokio::spawn(async move {
+                    let result = command.await.map(Reply::Agent);
+                    // Nobody listens any more when the conductor has ended.
+                    let _ = done.send(Finished { action, result }).await;
+                });
+            }
+            Action::Proxy { proxy, command } => {
+                let (way, command) = (proxies.way(proxy), command.clone());
+                let missing = format!("proxy \"{proxy}\" is gone");
+                let order = Order {
+                    command,
+                    flush: Arc::clone(&self.flush),
+                    primary,
+                    secrets: Arc::clone(&input.secrets),
+                };
+                tokio::spawn(async move {
+                    let result = match way {
+                        Some(way) => order.carry_out(&way).await,
+                        None => Err(Failure::Failed(missing)),
+                    };
+                    let _ = done.send(Finished { action, result }).await;
+                });
+            }
+        }
+    }
+
+    /// Makes the application's role and database, unless that is being done.
+    pub(super) fn make_database(&self, input: &Input, primary: At, changed: &Arc<Notify>) {
+        if self.making.swap(true, Ordering::Relaxed) || self.database_made() {
+            return;
+        }
+        let (input, changed) = (input.clone(), Arc::clone(changed));
+        let (database, making) = (Arc::clone(&self.database), Arc::clone(&self.making));
+        tokio::spawn(async move {
+            match sql::make_database(&primary, &input).await {
+                Ok(()) => {
+                    database.store(true, Ordering::Relaxed);
+                    changed.notify_one();
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "role and database could not be made; tried again");
+                }
+            }
+            making.store(false, Ordering::Relaxed);
+        });
+    }
+}
+
+struct Order {
+    command: ProxyCommand,
+    flush: Arc<Mutex<Option<Client>>>,
+    primary: Option<At>,
+    secrets: Arc<Secrets>,
+}
+
+impl Order {
+    /// A drain is answered only when a commit behind everything that was committed is confirmed:
+    /// sessions may have committed with `synchronous_commit = off`, and the primary may be stopped
+    /// at once afterwards.
+    async fn carry_out(&self, way: &Way) -> Result<Reply, Failure> {
+        match &self.command {
+            ProxyCommand::Prepare { .. } => {
+                let connect = async {
+                    if let Some(primary) = &self.primary
+                        && let Ok(client) = sql::connect(primary, &self.secrets).await
+                    {
+                        *self.flush.lock().await = Some(client);
+                    }
+                };
+                tokio::join!(way.order(&self.command), connect).0
+            }
+            ProxyCommand::Drain(_) => {
+                let reply = way.order(&self.command).await?;
+                if let Some(primary) = &self.primary {
+                    self.last_commit(primary).await?;
+                }
+                Ok(reply)
+            }
+            ProxyCommand::Resume(_) | ProxyCommand::Abort { .. } => way.order(&self.command).await,
+        }
+    }
+
+    async fn last_commit(&self, primary: &At) -> Result<(), Failure> {
+        let ready = self.flush.lock().await.take().filter(|c| !c.is_closed());
+        let commit = async {
+            let client = match ready {
+                Some(client) => client,
+                None => sql::connect(primary, &self.secrets).await?,
+            };
+            sql::last_commit(&client).await
+        };
+        commit
+            .await
+            .map_err(|error| Failure::Failed(error.to_string()))
+    }
+}

@@ -1,0 +1,234 @@
+//! What is known of each agent, and orders to it.
+//!
+//! Invariant: a view is never older than the last command's result that was handed on
+//! ([`Agents::command`] reads the state again before it returns).
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use helios_agent::client::{AgentClient, ClientError};
+use helios_api::agent::{AgentCommand, AgentError, AgentReply, AgentRequest, AgentState};
+use helios_api::v1alpha1::names;
+use helios_api::{Endpoint, Host, InstanceName};
+use helios_cluster::{Contact, Failure, InstanceView};
+use helios_control::{ControlClient, Material};
+use tokio::sync::Notify;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::OperatorError;
+
+/// How often an agent that does not answer is tried.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Where an instance's Pod is, as the API server says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) ip: Option<IpAddr>,
+    /// Whether the kubelet says that its container has ended.
+    pub(super) ended: bool,
+}
+
+#[derive(Debug)]
+struct Known {
+    state: Option<AgentState>,
+    silent_since: Instant,
+}
+
+#[derive(Debug)]
+struct Entry {
+    place: Place,
+    endpoint: Endpoint,
+    known: Arc<Mutex<Known>>,
+    client: Option<AgentClient>,
+    /// Ends the watch of an address that is no longer the instance's.
+    watch: Option<DropGuard>,
+}
+
+/// All agents of a cluster.
+#[derive(Debug, Default)]
+pub(super) struct Agents {
+    entries: BTreeMap<InstanceName, Entry>,
+}
+
+impl Agents {
+    /// Takes note of where an instance is now.
+    pub(super) fn place(
+        &mut self,
+        name: &InstanceName,
+        place: Place,
+        material: &Material,
+        changed: &Arc<Notify>,
+    ) -> Result<(), OperatorError> {
+        let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
+            place: Place {
+                ip: None,
+                ended: false,
+            },
+            // Until it has an address nobody connects to it.
+            endpoint: endpoint(IpAddr::from([0, 0, 0, 0])),
+            known: Arc::new(Mutex::new(Known {
+                state: None,
+                silent_since: Instant::now(),
+            })),
+            client: None,
+            watch: None,
+        });
+        let moved = entry.place.ip != place.ip;
+        entry.place = place;
+        if !moved {
+            return Ok(());
+        }
+        entry.watch = None;
+        entry.client = None;
+        entry.known = Arc::new(Mutex::new(Known {
+            state: None,
+            silent_since: Instant::now(),
+        }));
+        let Some(ip) = place.ip else { return Ok(()) };
+        entry.endpoint = endpoint(ip);
+        let address = SocketAddr::new(ip, names::CONTROL_PORT);
+        let client = AgentClient::over(ControlClient::new(address, name.as_str(), material)?);
+        entry.client = Some(client.clone());
+        let stop = CancellationToken::new();
+        entry.watch = Some(stop.clone().drop_guard());
+        let (known, changed) = (Arc::clone(&entry.known), Arc::clone(changed));
+        tokio::spawn(async move {
+            tokio::select! {
+                () = watch(client, known, changed) => {}
+                () = stop.cancelled() => {}
+            }
+        });
+        Ok(())
+    }
+
+    /// All instances as they are known now.
+    pub(super) fn views(&self) -> BTreeMap<InstanceName, InstanceView> {
+        let view = |entry: &Entry| {
+            let known = lock(&entry.known);
+            let contact = match &known.state {
+                Some(state) => Contact::Answers(Box::new(state.clone())),
+                None => Contact::Silent {
+                    for_ms: u64::try_from(known.silent_since.elapsed().as_millis())
+                        .unwrap_or(u64::MAX),
+                    // The first process of its container ends only with all others.
+                    proven_dead: entry.place.ended,
+                },
+            };
+            InstanceView {
+                endpoint: entry.endpoint.clone(),
+                contact,
+            }
+        };
+        self.entries
+            .iter()
+            .map(|(name, entry)| (name.clone(), view(entry)))
+            .collect()
+    }
+
+    /// Where an instance's server listens.
+    pub(super) fn endpoint(&self, name: &InstanceName) -> Option<Endpoint> {
+        let entry = self.entries.get(name)?;
+        entry.place.ip.map(|_| entry.endpoint.clone())
+    }
+
+    /// Gives a command within its limit, and reads the state again.
+    pub(super) fn command(
+        &self,
+        name: &InstanceName,
+        request: AgentRequest,
+        changed: &Arc<Notify>,
+    ) -> impl Future<Output = Result<AgentReply, Failure>> + Send + use<> {
+        let way = self
+            .entries
+            .get(name)
+            .and_then(|e| Some((e.client.clone()?, Arc::clone(&e.known))));
+        let (name, changed) = (name.clone(), Arc::clone(changed));
+        async move {
+            let Some((client, known)) = way else {
+                return Err(Failure::Failed(format!("\"{name}\" has no Pod")));
+            };
+            let limit = limit(&request.command);
+            let result = client.command(request, limit).await;
+            if let Ok(state) = client.state().await {
+                learn(&known, state, &changed);
+            }
+            result.map_err(|error| match error {
+                ClientError::Agent(AgentError::Stale { seen, .. }) => Failure::Stale { seen },
+                ClientError::Agent(AgentError::Refused { reason }) => Failure::Refused(reason),
+                other => Failure::Failed(other.to_string()),
+            })
+        }
+    }
+}
+
+fn endpoint(ip: IpAddr) -> Endpoint {
+    Endpoint {
+        host: Host::Tcp(ip.to_string()),
+        port: names::POSTGRES_PORT,
+    }
+}
+
+fn lock(known: &Mutex<Known>) -> std::sync::MutexGuard<'_, Known> {
+    known.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How long a command may take.
+fn limit(command: &AgentCommand) -> Duration {
+    Duration::from_secs(match command {
+        AgentCommand::Bootstrap => 180,
+        AgentCommand::StartPrimary | AgentCommand::StartStandby => 310,
+        AgentCommand::Follow { .. } => 6 * 3600,
+        AgentCommand::Checkpoint => 120,
+        AgentCommand::Fence { .. } | AgentCommand::Shutdown => 30,
+        AgentCommand::StopReceiver => 40,
+        AgentCommand::Promote => 70,
+        AgentCommand::SetSynchronous { .. } => 15,
+        // A primary waits for the answer before it lets sessions in.
+        AgentCommand::WalBeyond { .. } => 2,
+    })
+}
+
+/// Follows what the agent reports.
+async fn watch(client: AgentClient, known: Arc<Mutex<Known>>, changed: Arc<Notify>) {
+    loop {
+        let seen = lock(&known).state.as_ref().map(|state| state.revision);
+        let answer = match seen {
+            Some(revision) => client.watch(revision).await,
+            None => client.state().await,
+        };
+        match answer {
+            Ok(state) => learn(&known, state, &changed),
+            Err(error) => {
+                let news = {
+                    let mut known = lock(&known);
+                    if known.state.is_some() {
+                        known.silent_since = Instant::now();
+                    }
+                    known.state.take().is_some()
+                };
+                if news {
+                    tracing::info!(%error, "agent does not answer");
+                    changed.notify_one();
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+    }
+}
+
+/// Takes a report, unless a newer one is known.
+fn learn(known: &Mutex<Known>, state: AgentState, changed: &Notify) {
+    let mut known = lock(known);
+    // A restarted agent counts from its time of start.
+    let newer = known
+        .state
+        .as_ref()
+        .is_none_or(|old| state.revision > old.revision);
+    if newer {
+        known.state = Some(state);
+        drop(known);
+        changed.notify_one();
+    }
+}

@@ -1,0 +1,455 @@
+//! One task a cluster: observes its agents and proxies, asks for a decision, saves it, acts on it,
+//! and says in the status how things are.
+//!
+//! Invariant: what `helios_cluster` decides is durable in the object's status before any action
+//! that follows from it is begun.
+
+mod act;
+mod agents;
+mod proxies;
+mod report;
+mod roles;
+mod sql;
+mod store;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use helios_api::InstanceName;
+use helios_api::v1alpha1::names;
+use helios_api::v1alpha1::valid::ValidCluster;
+use helios_api::v1alpha1::{ConditionType, DataDurability};
+use helios_cluster::{
+    Action, Decision, Durability, Finished, Mode, Observation, Request, Settings, Time, decide,
+};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+use kube::runtime::events::{Event, EventType};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::OperatorError;
+use crate::reconcile::World;
+use crate::secret::Secrets;
+use act::Actor;
+use agents::{Agents, Place};
+use proxies::Proxies;
+pub(crate) use report::{Verdict, report_invalid};
+use store::{Saved, Store};
+
+/// Pause between rounds when nothing happens.
+const IDLE: Duration = Duration::from_millis(500);
+/// The same while the primary changes: back-offs and patience are looked at so often.
+const MOVING: Duration = Duration::from_millis(20);
+/// Pause after the API server could not be had.
+const OUTAGE: Duration = Duration::from_millis(500);
+
+/// What a conductor is told by the reconciliation.
+#[derive(Debug, Clone)]
+pub(crate) struct Input {
+    pub(crate) cluster: ValidCluster,
+    pub(crate) secrets: Arc<Secrets>,
+    pub(crate) verdicts: Vec<Verdict>,
+    /// Value of the annotation that asks for a switchover.
+    pub(crate) request: Option<String>,
+    pub(crate) paused: bool,
+}
+
+/// The reconciliation's end of a conductor.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    pub(crate) uid: String,
+    pub(crate) poke: Arc<Notify>,
+    pub(crate) stop: CancellationToken,
+    input: watch::Sender<Input>,
+}
+
+impl Handle {
+    /// A new spec. What is asked for stays as it was.
+    pub(crate) fn change(&self, mut input: Input) {
+        self.input.send_if_modified(|now| {
+            input.request.clone_from(&now.request);
+            input.paused = now.paused;
+            let changed = now.cluster != input.cluster || now.verdicts != input.verdicts;
+            if changed {
+                *now = input;
+            }
+            changed
+        });
+    }
+
+    /// What the annotations say.
+    pub(crate) fn request(&self, request: Option<String>, paused: bool) {
+        self.input.send_if_modified(|now| {
+            let changed = now.request != request || now.paused != paused;
+            (now.request, now.paused) = (request, paused);
+            changed
+        });
+    }
+
+    /// Replaces one condition; whether it is another one than before.
+    pub(crate) fn verdict(&self, verdict: &Verdict) -> bool {
+        self.input.send_if_modified(|now| {
+            let same = |v: &&mut Verdict| v.kind == verdict.kind;
+            match now.verdicts.iter_mut().find(same) {
+                Some(old) if old == verdict => false,
+                Some(old) => {
+                    old.clone_from(verdict);
+                    true
+                }
+                None => {
+                    now.verdicts.push(verdict.clone());
+                    true
+                }
+            }
+        })
+    }
+}
+
+/// Starts a conductor.
+pub(crate) fn start(world: Arc<World>, input: Input) -> Handle {
+    let uid = input.cluster.uid.clone();
+    let (sender, receiver) = watch::channel(input);
+    let poke = Arc::new(Notify::new());
+    let stop = CancellationToken::new();
+    let handle = Handle {
+        uid,
+        poke: Arc::clone(&poke),
+        stop: stop.clone(),
+        input: sender,
+    };
+    tokio::spawn(async move {
+        let name = receiver.borrow().cluster.name.clone();
+        tokio::select! {
+            result = conduct(Arc::clone(&world), receiver, poke) => match result {
+                Ok(()) => tracing::info!(cluster = name, "cluster is gone"),
+                Err(error @ OperatorError::Overtaken(_)) => {
+                    tracing::error!(cluster = name, %error, "ending");
+                    world.fatal.cancel();
+                }
+                // The other clusters are none the worse for it.
+                Err(error) => tracing::error!(cluster = name, %error, "nothing is decided"),
+            },
+            () = stop.cancelled() => {}
+        }
+        stop.cancel();
+    });
+    handle
+}
+
+struct Conductor {
+    world: Arc<World>,
+    input: watch::Receiver<Input>,
+    changed: Arc<Notify>,
+    agents: Agents,
+    proxies: Proxies,
+    store: Store,
+    actor: Actor,
+    reporter: report::Reporter,
+    running: Vec<Action>,
+    finished: Vec<Finished>,
+}
+
+/// Runs until the object is gone.
+async fn conduct(
+    world: Arc<World>,
+    input: watch::Receiver<Input>,
+    changed: Arc<Notify>,
+) -> Result<(), OperatorError> {
+    let first = input.borrow().clone();
+    let Some(store) = load(&world, &first).await? else {
+        return Ok(());
+    };
+    let (done, mut results) = mpsc::channel(64);
+    let reporter = report::Reporter::new(&world, &first.cluster, store.conditions());
+    let mut this = Conductor {
+        world,
+        input,
+        changed,
+        agents: Agents::default(),
+        proxies: Proxies::default(),
+        store,
+        actor: Actor::new(done),
+        reporter,
+        running: Vec::new(),
+        finished: Vec::new(),
+    };
+    let mut pause = Duration::ZERO;
+    loop {
+        tokio::select! {
+            Some(result) = results.recv() => this.finished.push(result),
+            () = this.changed.notified() => {}
+            Ok(()) = this.input.changed() => {}
+            () = tokio::time::sleep(pause) => {}
+        }
+        while let Ok(more) = results.try_recv() {
+            this.finished.push(more);
+        }
+        pause = match this.round().await {
+            Ok(Some(pause)) => pause,
+            Ok(None) => return Ok(()),
+            Err(error @ (OperatorError::Overtaken(_) | OperatorError::State { .. })) => {
+                return Err(error);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "nothing can be decided now");
+                OUTAGE
+            }
+        };
+    }
+}
+
+/// Reads the durable state, for as long as it takes.
+async fn load(world: &World, input: &Input) -> Result<Option<Store>, OperatorError> {
+    loop {
+        match Store::load(&world.client, &input.cluster).await {
+            Err(error @ OperatorError::State { .. }) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "durable state could not be read");
+                tokio::time::sleep(OUTAGE).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+impl Conductor {
+    /// One round; the pause until the next one, or `None` when the object is gone.
+    async fn round(&mut self) -> Result<Option<Duration>, OperatorError> {
+        let input = self.input.borrow_and_update().clone();
+        let cluster = &input.cluster;
+        let pods = self.world.pods_of(&cluster.namespace, &cluster.name);
+        self.place(&input, &pods)?;
+        let Some(ask) = self.take_request(&input).await? else {
+            return Ok(None);
+        };
+        for end in &self.finished {
+            log_end(end);
+            self.running.retain(|action| *action != end.action);
+        }
+        let obs = Observation {
+            instances: self.agents.views(),
+            proxies: self.proxies.views(),
+            running: self.running.clone(),
+            finished: std::mem::take(&mut self.finished),
+            request: ask.clone().and_then(Result::ok),
+        };
+        let state = &self.store.now().cluster;
+        let decision = match decide(&settings(cluster), state, &obs, now()) {
+            Ok(decision) => decision,
+            Err(violation) => {
+                // A bug; the last state stays in force and the next observation may be kinder.
+                tracing::error!(%violation, "decision was not carried out");
+                return Ok(Some(IDLE));
+            }
+        };
+        let refused = match (&ask, &decision.answer) {
+            (Some(Err(why)), _) => Some(why.clone()),
+            (_, Some(Err(why))) => Some(why.to_string()),
+            _ => None,
+        };
+        let next = Saved {
+            cluster: decision.next.clone(),
+            consumed: self.store.now().consumed || ask.is_some(),
+            database: self.store.now().database || self.actor.database_made(),
+        };
+        match self.store.save(next).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(None),
+            Err(error) => {
+                // Nothing was decided: what ended is absorbed again.
+                self.finished = obs.finished;
+                return Err(error);
+            }
+        }
+        if ask.is_some() {
+            self.answer(&input, refused).await;
+        }
+        let moving = matches!(decision.next.mode, Mode::Moving(_));
+        self.carry_out(&input, decision);
+        roles::label(
+            &self.world.client,
+            cluster,
+            &self.store.now().cluster,
+            &pods,
+        )
+        .await;
+        let state = self.store.now().cluster.clone();
+        self.reporter
+            .publish(&input, &state, &obs, &mut self.store)
+            .await;
+        Ok(Some(if moving { MOVING } else { IDLE }))
+    }
+
+    /// Takes note of where everything runs.
+    fn place(&mut self, input: &Input, pods: &[Arc<Pod>]) -> Result<(), OperatorError> {
+        let material = &input.secrets.operator;
+        for name in &input.cluster.instances {
+            let labelled = |pod: &&Arc<Pod>| {
+                pod.labels().get(names::INSTANCE).map(String::as_str) == Some(name.as_str())
+            };
+            let place = pods.iter().find(labelled).map_or(
+                Place {
+                    ip: None,
+                    ended: false,
+                },
+                |pod| instance_place(pod),
+            );
+            self.agents.place(name, place, material, &self.changed)?;
+        }
+        let proxies: BTreeMap<String, IpAddr> =
+            pods.iter().filter_map(|pod| proxy_place(pod)).collect();
+        self.proxies.place(&proxies, material, &self.changed)
+    }
+
+    /// What the annotation asks for, if it is to be answered in this round. `None`: the object is
+    /// gone. An annotation that was taken before is only removed.
+    #[allow(clippy::type_complexity, reason = "gone, nothing, wrong, or a request")]
+    async fn take_request(
+        &mut self,
+        input: &Input,
+    ) -> Result<Option<Option<Result<Request, String>>>, OperatorError> {
+        let Some(text) = &input.request else {
+            if self.store.now().consumed {
+                let saved = Saved {
+                    consumed: false,
+                    ..self.store.now().clone()
+                };
+                if !self.store.save(saved).await? {
+                    return Ok(None);
+                }
+            }
+            return Ok(Some(None));
+        };
+        if self.store.now().consumed {
+            self.store.remove_annotation(names::SWITCHOVER).await?;
+            return Ok(Some(None));
+        }
+        let to = match text.as_str() {
+            "auto" => Ok(None),
+            name => name
+                .parse::<InstanceName>()
+                .map(Some)
+                .map_err(|e| e.to_string()),
+        };
+        Ok(Some(Some(to.map(|to| Request::Switchover { to }))))
+    }
+
+    /// Says what became of a request, and removes it.
+    async fn answer(&mut self, input: &Input, refused: Option<String>) {
+        let event = match &refused {
+            None => event(EventType::Normal, "SwitchoverBegan", "Switchover", None),
+            Some(why) => event(
+                EventType::Warning,
+                "SwitchoverRefused",
+                "Switchover",
+                Some(why.clone()),
+            ),
+        };
+        self.reporter.set(match refused {
+            None => Verdict::good(ConditionType::SwitchoverAccepted, "Began"),
+            Some(why) => Verdict::bad(ConditionType::SwitchoverAccepted, "Refused", &why),
+        });
+        // Neither may hold the switchover up.
+        let (world, cluster) = (Arc::clone(&self.world), input.cluster.clone());
+        tokio::spawn(async move { world.event(&cluster, event).await });
+        if let Err(error) = self.store.remove_annotation(names::SWITCHOVER).await {
+            tracing::warn!(%error, "annotation could not be removed; tried again");
+        }
+    }
+
+    fn carry_out(&mut self, input: &Input, decision: Decision) {
+        if input.paused && matches!(decision.next.mode, Mode::Steady | Mode::Bootstrap) {
+            return;
+        }
+        let primary = decision.next.primary_name().and_then(|name| {
+            let endpoint = self.agents.endpoint(name)?;
+            Some((name.clone(), endpoint))
+        });
+        for action in decision.actions {
+            self.running.push(action.clone());
+            let agents = (&self.agents, &self.changed);
+            self.actor
+                .start(input, agents, &self.proxies, primary.clone(), action);
+        }
+        let serves = matches!(decision.next.mode, Mode::Steady);
+        if let (true, false, Some(primary)) = (serves, self.store.now().database, primary) {
+            self.actor.make_database(input, primary, &self.changed);
+        }
+    }
+}
+
+/// An Event of a cluster.
+fn event(type_: EventType, reason: &str, action: &str, note: Option<String>) -> Event {
+    Event {
+        type_,
+        reason: reason.to_owned(),
+        note,
+        action: action.to_owned(),
+        secondary: None,
+    }
+}
+
+fn instance_place(pod: &Pod) -> Place {
+    let status = pod.status.as_ref();
+    let container = status
+        .and_then(|s| s.container_statuses.as_ref())
+        .and_then(|all| all.iter().find(|c| c.name == "postgres"));
+    let state = container.and_then(|c| c.state.as_ref());
+    let waits_again = container.is_some_and(|c| c.restart_count > 0)
+        && state.is_some_and(|s| s.waiting.is_some());
+    Place {
+        ip: status
+            .and_then(|s| s.pod_ip.as_ref())
+            .and_then(|ip| ip.parse().ok()),
+        ended: state.is_some_and(|s| s.terminated.is_some()) || waits_again,
+    }
+}
+
+/// A proxy that can be given orders: one that runs and is not on its way out.
+fn proxy_place(pod: &Pod) -> Option<(String, IpAddr)> {
+    let component = pod.labels().get(names::COMPONENT).map(String::as_str);
+    if component != Some("proxy") || pod.metadata.deletion_timestamp.is_some() {
+        return None;
+    }
+    let status = pod.status.as_ref()?;
+    if status.phase.as_deref() != Some("Running") {
+        return None;
+    }
+    Some((pod.name_any(), status.pod_ip.as_ref()?.parse().ok()?))
+}
+
+fn settings(cluster: &ValidCluster) -> Settings {
+    let spec = &cluster.spec;
+    let millis = |value: i64| u64::try_from(value).unwrap_or_default();
+    let synchronous = &spec.postgresql.synchronous;
+    Settings {
+        synchronous: synchronous.number > 0,
+        durability: match synchronous.data_durability {
+            DataDurability::Required => Durability::Required,
+            DataDurability::Preferred => Durability::Preferred,
+        },
+        drain_timeout_ms: millis(spec.switchover.drain_timeout_secs).saturating_mul(1000),
+        max_lag_bytes: millis(spec.failover.max_lag_bytes),
+        unresponsive_ms: millis(spec.failover.unresponsive_ms),
+        standby_grace_ms: millis(spec.failover.standby_grace_ms),
+        restart_patience_ms: millis(spec.failover.restart_patience_ms),
+        ..Settings::default()
+    }
+}
+
+fn now() -> Time {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+}
+
+fn log_end(end: &Finished) {
+    match &end.result {
+        Ok(reply) => tracing::debug!(action = ?end.action, ?reply, "action ended"),
+        Err(error) => tracing::warn!(action = ?end.action, %error, "action failed"),
+    }
+}

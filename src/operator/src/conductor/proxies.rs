@@ -1,0 +1,185 @@
+//! What is known of each proxy, and orders to it.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use helios_api::control::{AbortRequest, PrepareRequest, ProxyError, ProxyStatus};
+use helios_api::v1alpha1::names;
+use helios_cluster::{Failure, ProxyCommand, Reply};
+use helios_control::{ControlClient, Material};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::OperatorError;
+
+/// How often a proxy is asked how it is. It tells nothing by itself.
+const INTERVAL: Duration = Duration::from_millis(500);
+/// How long its answer may take.
+const STATUS_LIMIT: Duration = Duration::from_secs(2);
+/// How long an order may take, beyond a drain's own limit.
+const ORDER_LIMIT: Duration = Duration::from_secs(90);
+
+type Known = Arc<Mutex<Option<ProxyStatus>>>;
+
+#[derive(Debug)]
+struct Entry {
+    ip: IpAddr,
+    way: Way,
+    _watch: DropGuard,
+}
+
+/// How a proxy is reached, and what it last said.
+#[derive(Debug, Clone)]
+pub(super) struct Way {
+    client: ControlClient,
+    known: Known,
+}
+
+/// All proxies of a cluster.
+#[derive(Debug, Default)]
+pub(super) struct Proxies {
+    entries: BTreeMap<String, Entry>,
+}
+
+impl Proxies {
+    /// Takes note of which proxies there are.
+    pub(super) fn place(
+        &mut self,
+        there: &BTreeMap<String, IpAddr>,
+        material: &Material,
+        changed: &Arc<Notify>,
+    ) -> Result<(), OperatorError> {
+        self.entries
+            .retain(|name, entry| there.get(name) == Some(&entry.ip));
+        for (name, ip) in there {
+            if self.entries.contains_key(name) {
+                continue;
+            }
+            let address = SocketAddr::new(*ip, names::CONTROL_PORT);
+            let way = Way {
+                client: ControlClient::new(address, names::PROXY_IDENTITY, material)?,
+                known: Known::default(),
+            };
+            let stop = CancellationToken::new();
+            let (watched, changed, stopped) = (way.clone(), Arc::clone(changed), stop.clone());
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = watch(watched, changed) => {}
+                    () = stopped.cancelled() => {}
+                }
+            });
+            let entry = Entry {
+                ip: *ip,
+                way,
+                _watch: stop.drop_guard(),
+            };
+            self.entries.insert(name.clone(), entry);
+        }
+        Ok(())
+    }
+
+    /// What each last said; `None`: it does not answer.
+    pub(super) fn views(&self) -> BTreeMap<String, Option<ProxyStatus>> {
+        self.entries
+            .iter()
+            .map(|(name, entry)| (name.clone(), lock(&entry.way.known).clone()))
+            .collect()
+    }
+
+    /// The way to one of them.
+    pub(super) fn way(&self, name: &str) -> Option<Way> {
+        self.entries.get(name).map(|entry| entry.way.clone())
+    }
+}
+
+fn lock(known: &Mutex<Option<ProxyStatus>>) -> std::sync::MutexGuard<'_, Option<ProxyStatus>> {
+    known.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn watch(way: Way, changed: Arc<Notify>) {
+    loop {
+        let before = lock(&way.known).clone();
+        way.look().await;
+        // Numbers of sessions change all the time and decide nothing.
+        let essence = |s: &Option<ProxyStatus>| {
+            s.as_ref()
+                .map(|s| (s.epoch, s.phase.clone(), s.primary_reachable))
+        };
+        if essence(&before) != essence(&lock(&way.known)) {
+            changed.notify_one();
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+impl Way {
+    async fn look(&self) {
+        let answer = self
+            .client
+            .call(hyper::Method::GET, "/v1/status", Vec::new(), STATUS_LIMIT)
+            .await;
+        let status = match answer {
+            Ok((status, body)) if status.is_success() => serde_json::from_slice(&body).ok(),
+            _ => None,
+        };
+        *lock(&self.known) = status;
+    }
+
+    /// Gives an order, waits for its end, and asks how the proxy is then.
+    pub(super) async fn order(&self, command: &ProxyCommand) -> Result<Reply, Failure> {
+        let result = match command {
+            ProxyCommand::Prepare { epoch, candidate } => {
+                let request = PrepareRequest {
+                    epoch: *epoch,
+                    candidate: candidate.clone(),
+                };
+                let done = self.post::<()>("/v1/prepare", &request, ORDER_LIMIT).await;
+                done.map(|()| Reply::Done)
+            }
+            ProxyCommand::Drain(request) => {
+                let limit = ORDER_LIMIT + Duration::from_millis(request.timeout_ms);
+                self.post("/v1/drain", request, limit)
+                    .await
+                    .map(Reply::Drained)
+            }
+            ProxyCommand::Resume(topology) => self
+                .post("/v1/resume", topology, ORDER_LIMIT)
+                .await
+                .map(Reply::Resumed),
+            ProxyCommand::Abort { epoch } => {
+                let request = AbortRequest { epoch: *epoch };
+                let done = self.post::<()>("/v1/abort", &request, ORDER_LIMIT).await;
+                done.map(|()| Reply::Done)
+            }
+        };
+        self.look().await;
+        result
+    }
+
+    async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        request: &impl Serialize,
+        limit: Duration,
+    ) -> Result<T, Failure> {
+        let failed = |e: &dyn std::fmt::Display| Failure::Failed(e.to_string());
+        let body = serde_json::to_vec(request).map_err(|e| failed(&e))?;
+        let (status, body) = self
+            .client
+            .call(hyper::Method::POST, path, body, limit)
+            .await
+            .map_err(|e| failed(&e))?;
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|e| failed(&e));
+        }
+        match serde_json::from_slice::<ProxyError>(&body) {
+            Ok(ProxyError::Stale { seen, .. }) => Err(Failure::Stale { seen }),
+            Ok(error @ ProxyError::Failed { .. }) => Err(failed(&error)),
+            Err(_) => Err(Failure::Failed(format!("status {status}"))),
+        }
+    }
+}

@@ -1,0 +1,429 @@
+//! The status as people read it, and what makes it worth writing.
+//!
+//! Positions and numbers of sessions change all the time: they are written along with something
+//! that matters, or once in a while.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use helios_api::agent::InstanceState;
+use helios_api::control::ProxyStatus;
+use helios_api::v1alpha1::valid::ValidCluster;
+use helios_api::v1alpha1::{
+    ConditionType, FinishedOperation, HeliosCluster, HeliosClusterStatus, InstanceStatus,
+    PhaseMillis, ProxyReport, RunningOperation, names,
+};
+use helios_cluster::{
+    ClusterState, Mode, Observation, OperationKind, OperationRecord, Outcome, Time,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time as Stamp};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::events::EventType;
+use kube::{Api, Client, ResourceExt as _};
+use serde_json::{Value, json};
+
+use super::store::Store;
+use super::{Input, event};
+use crate::OperatorError;
+use crate::reconcile::World;
+
+/// How often figures are written that change nothing.
+const FIGURES: Duration = Duration::from_secs(30);
+/// Least pause between two writes.
+const LEAST: Duration = Duration::from_millis(200);
+
+/// A condition without its time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    pub(crate) kind: ConditionType,
+    good: bool,
+    reason: &'static str,
+    message: String,
+}
+
+impl Verdict {
+    pub(crate) fn good(kind: ConditionType, reason: &'static str) -> Self {
+        Self {
+            kind,
+            good: true,
+            reason,
+            message: String::new(),
+        }
+    }
+
+    pub(crate) fn bad(kind: ConditionType, reason: &'static str, message: &str) -> Self {
+        Self {
+            kind,
+            good: false,
+            reason,
+            message: message.to_owned(),
+        }
+    }
+
+    /// The condition; its time is that of the last change of status.
+    fn condition(&self, generation: i64, before: &[Condition]) -> Condition {
+        let status = if self.good { "True" } else { "False" };
+        let since = before
+            .iter()
+            .find(|c| c.type_ == self.kind.as_str() && c.status == status)
+            .map_or_else(
+                || Stamp(Timestamp::now()),
+                |c| c.last_transition_time.clone(),
+            );
+        Condition {
+            type_: self.kind.as_str().to_owned(),
+            status: status.to_owned(),
+            reason: self.reason.to_owned(),
+            message: self.message.clone(),
+            observed_generation: Some(generation),
+            last_transition_time: since,
+        }
+    }
+}
+
+/// Says of an object that has no conductor that it is wrong; whether that is news.
+pub(crate) async fn report_invalid(
+    client: &Client,
+    cluster: &HeliosCluster,
+    verdict: &Verdict,
+) -> Result<bool, OperatorError> {
+    let status = cluster.status.clone().unwrap_or_default();
+    let generation = cluster.metadata.generation.unwrap_or_default();
+    let condition = verdict.condition(generation, &status.conditions);
+    let mut conditions = status.conditions.clone();
+    conditions.retain(|c| c.type_ != condition.type_);
+    conditions.push(condition);
+    if conditions == status.conditions {
+        return Ok(false);
+    }
+    let patch = json!({"status": {"conditions": conditions, "phase": "Invalid"}});
+    let api: Api<HeliosCluster> =
+        Api::namespaced(client.clone(), &cluster.namespace().unwrap_or_default());
+    api.patch_status(
+        &cluster.name_any(),
+        &PatchParams::default(),
+        &Patch::Merge(&patch),
+    )
+    .await?;
+    Ok(true)
+}
+
+/// Writes the status of one cluster.
+pub(super) struct Reporter {
+    world: Arc<World>,
+    cluster: ValidCluster,
+    conditions: Vec<Condition>,
+    request: Option<Verdict>,
+    last: Option<(Instant, Value, Value)>,
+    /// Number of the last operation that Events were published of.
+    told: Option<u64>,
+}
+
+impl Reporter {
+    pub(super) fn new(
+        world: &Arc<World>,
+        cluster: &ValidCluster,
+        conditions: Vec<Condition>,
+    ) -> Self {
+        Self {
+            world: Arc::clone(world),
+            cluster: cluster.clone(),
+            conditions,
+            request: None,
+            last: None,
+            told: None,
+        }
+    }
+
+    /// What became of the last request.
+    pub(super) fn set(&mut self, verdict: Verdict) {
+        self.request = Some(verdict);
+    }
+
+    /// Writes the status if it is worth it. A failure is made good by the next round.
+    pub(super) async fn publish(
+        &mut self,
+        input: &Input,
+        state: &ClusterState,
+        obs: &Observation,
+        store: &mut Store,
+    ) {
+        self.tell(state);
+        let mut status = people(input, state, obs);
+        status.conditions = self.conditions(input, &status);
+        let mut value = json!(status);
+        // A merge leaves alone what is not named.
+        for field in [
+            "targetPrimary",
+            "operation",
+            "currentPrimary",
+            "timeline",
+            "proxies",
+        ] {
+            if value.get(field).is_none() {
+                value[field] = Value::Null;
+            }
+        }
+        let essence = essence(&status);
+        if let Some((at, written, essential)) = &self.last {
+            let due = *essential != essence || at.elapsed() >= FIGURES;
+            if *written == value || !due || at.elapsed() < LEAST {
+                return;
+            }
+        }
+        match store.write(value.clone(), None).await {
+            Ok(_) => {
+                self.conditions = status.conditions;
+                self.last = Some((Instant::now(), value, essence));
+            }
+            Err(error) => tracing::warn!(%error, "status could not be written"),
+        }
+    }
+
+    fn conditions(&self, input: &Input, status: &HeliosClusterStatus) -> Vec<Condition> {
+        let total = input.cluster.instances.len();
+        let ready = match status.phase.as_deref() {
+            Some("Ready") => Verdict::good(ConditionType::Ready, "Ready"),
+            Some(phase) => {
+                let text = format!(
+                    "{phase}: {} of {total} instances serve",
+                    status.instances_ready
+                );
+                Verdict::bad(ConditionType::Ready, "NotReady", &text)
+            }
+            None => Verdict::bad(ConditionType::Ready, "NotReady", ""),
+        };
+        let mut all = BTreeMap::new();
+        for verdict in input.verdicts.iter().chain([&ready]).chain(&self.request) {
+            let condition = verdict.condition(input.cluster.generation, &self.conditions);
+            all.insert(verdict.kind, condition);
+        }
+        // What an earlier operator said of a request stays.
+        let earlier = ConditionType::SwitchoverAccepted;
+        if let Some(old) = self.conditions.iter().find(|c| c.type_ == earlier.as_str()) {
+            all.entry(earlier).or_insert_with(|| old.clone());
+        }
+        all.into_values().collect()
+    }
+
+    /// An Event for each operation that has ended since the last round.
+    fn tell(&mut self, state: &ClusterState) {
+        let newest = state.operations.last().map_or(0, |op| op.id);
+        let told = *self.told.get_or_insert(newest);
+        for operation in state.operations.iter().filter(|op| op.id > told) {
+            let (type_, reason) = match operation.outcome {
+                Outcome::Succeeded => (EventType::Normal, "Completed"),
+                Outcome::Aborted { .. } => (EventType::Warning, "Aborted"),
+                Outcome::Diverted { .. } => (EventType::Warning, "Diverted"),
+            };
+            let kind = kind(operation.kind);
+            let note = format!(
+                "{kind} from {} to {}: pause {} ms, {} sessions replayed, epoch {}",
+                operation.from,
+                operation.to,
+                operation.pause_micros() / 1000,
+                operation.resumed.replayed,
+                operation.epoch
+            );
+            tracing::info!(cluster = self.cluster.name, outcome = ?operation.outcome, "{note}");
+            let event = event(
+                type_,
+                &format!("{}{reason}", capital(kind)),
+                &capital(kind),
+                Some(note),
+            );
+            let (world, cluster) = (Arc::clone(&self.world), self.cluster.clone());
+            tokio::spawn(async move { world.event(&cluster, event).await });
+        }
+        self.told = Some(newest);
+    }
+}
+
+fn capital(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| {
+        first.to_uppercase().chain(letters).collect()
+    })
+}
+
+/// What makes a write worth it.
+fn essence(status: &HeliosClusterStatus) -> Value {
+    let mut status = status.clone();
+    for instance in &mut status.instances {
+        instance.position = None;
+        instance.lag_bytes = None;
+    }
+    for proxy in &mut status.proxies {
+        proxy.sessions = 0;
+        proxy.protected = 0;
+    }
+    json!(status)
+}
+
+fn count(value: impl TryInto<i64>) -> i64 {
+    value.try_into().unwrap_or(i64::MAX)
+}
+
+fn few(value: usize) -> i32 {
+    value.try_into().unwrap_or(i32::MAX)
+}
+
+fn stamp(time: Time) -> Stamp {
+    let micros = i64::try_from(time.0).unwrap_or(0);
+    Stamp(Timestamp::from_microsecond(micros).unwrap_or_default())
+}
+
+fn kind(kind: OperationKind) -> &'static str {
+    match kind {
+        OperationKind::Switchover => "switchover",
+        OperationKind::Failover => "failover",
+        OperationKind::Restart => "restart",
+    }
+}
+
+/// The status but for its conditions and the state.
+fn people(input: &Input, state: &ClusterState, obs: &Observation) -> HeliosClusterStatus {
+    let cluster = &input.cluster;
+    let instances: Vec<InstanceStatus> = cluster
+        .instances
+        .iter()
+        .map(|name| instance(name, state, obs))
+        .collect();
+    let proxies: Vec<ProxyReport> = obs
+        .proxies
+        .iter()
+        .map(|(name, status)| proxy(name, status.as_ref()))
+        .collect();
+    let ready = instances.iter().filter(|i| i.ready).count();
+    let served = obs
+        .proxies
+        .values()
+        .flatten()
+        .any(|p| p.epoch == state.epoch && p.phase == "running" && p.primary_reachable);
+    let phase = match &state.mode {
+        _ if input.paused => "Paused",
+        Mode::Moving(m) => match m.kind {
+            OperationKind::Switchover => "Switchover",
+            OperationKind::Failover => "Failover",
+            OperationKind::Restart => "Restart",
+        },
+        Mode::Bootstrap => "Creating",
+        Mode::Steady if ready == instances.len() && served => "Ready",
+        Mode::Steady if state.operations.is_empty() && ready < instances.len() => "Creating",
+        Mode::Steady => "Degraded",
+    };
+    HeliosClusterStatus {
+        observed_generation: Some(cluster.generation),
+        phase: Some(phase.to_owned()),
+        conditions: Vec::new(),
+        current_primary: state.primary_name().map(ToString::to_string),
+        target_primary: state
+            .moving()
+            .and_then(|m| m.wanted.as_ref())
+            .map(ToString::to_string),
+        epoch: count(state.epoch.0),
+        timeline: state.primary.as_ref().map(|p| i64::from(p.timeline.0)),
+        instances_total: few(instances.len()),
+        instances_ready: few(ready),
+        selector: Some(format!(
+            "{}={},{}=instance",
+            names::CLUSTER,
+            cluster.name,
+            names::COMPONENT
+        )),
+        instances,
+        proxies,
+        operation: state.moving().map(|m| RunningOperation {
+            id: count(m.id),
+            kind: kind(m.kind).to_owned(),
+            step: m.step.phase().as_str().to_owned(),
+            cause: m.cause.clone(),
+            started: stamp(m.started),
+        }),
+        last_operations: state.operations.iter().map(operation).collect(),
+        state: None,
+    }
+}
+
+fn instance(
+    name: &helios_api::InstanceName,
+    state: &ClusterState,
+    obs: &Observation,
+) -> InstanceStatus {
+    let is_primary = state.primary_name() == Some(name);
+    let end = state
+        .primary_name()
+        .and_then(|primary| obs.agent(primary))
+        .and_then(|agent| match &agent.instance {
+            InstanceState::Primary { position, .. } => Some(*position),
+            _ => None,
+        });
+    let (role, ready, position) = match obs.agent(name).map(|a| &a.instance) {
+        None => ("unknown", false, None),
+        Some(InstanceState::Empty) => ("empty", false, None),
+        Some(InstanceState::Stopped { .. }) => ("stopped", false, None),
+        Some(InstanceState::Starting { .. }) => ("starting", false, None),
+        Some(InstanceState::Unresponsive { .. }) => ("unresponsive", false, None),
+        Some(InstanceState::Primary { position, .. }) => ("primary", is_primary, Some(*position)),
+        Some(InstanceState::Standby {
+            replayed, heard_ms, ..
+        }) => (
+            "replica",
+            !is_primary && heard_ms.is_some(),
+            Some(*replayed),
+        ),
+    };
+    let lag = match (is_primary, end, position) {
+        (false, Some(end), Some(at)) => Some(count(end.0.saturating_sub(at.0))),
+        _ => None,
+    };
+    InstanceStatus {
+        name: name.to_string(),
+        role: role.to_owned(),
+        ready,
+        position: position.map(|p| p.to_string()),
+        lag_bytes: lag,
+        synchronous: state.sync.target().contains(name),
+    }
+}
+
+fn proxy(name: &str, status: Option<&ProxyStatus>) -> ProxyReport {
+    ProxyReport {
+        name: name.to_owned(),
+        phase: status.map_or("silent", |s| s.phase.as_str()).to_owned(),
+        sessions: status.map_or(0, |s| count(s.sessions)),
+        protected: status.map_or(0, |s| count(s.protected)),
+    }
+}
+
+fn operation(record: &OperationRecord) -> FinishedOperation {
+    let (outcome, reason) = match &record.outcome {
+        Outcome::Succeeded => ("succeeded", None),
+        Outcome::Aborted { reason } => ("aborted", Some(reason.clone())),
+        Outcome::Diverted { reason } => ("diverted", Some(reason.clone())),
+    };
+    FinishedOperation {
+        id: count(record.id),
+        kind: kind(record.kind).to_owned(),
+        from: record.from.to_string(),
+        to: record.to.to_string(),
+        epoch: count(record.epoch.0),
+        cause: record.cause.clone(),
+        outcome: outcome.to_owned(),
+        reason,
+        started: stamp(record.started),
+        pause_ms: count(record.pause_micros() / 1000),
+        phases: record
+            .phases
+            .iter()
+            .map(|p| PhaseMillis {
+                phase: p.phase.as_str().to_owned(),
+                ms: count(p.micros / 1000),
+            })
+            .collect(),
+        replayed: count(record.resumed.replayed),
+        failed: count(record.resumed.failed.values().sum::<u64>()),
+    }
+}
