@@ -7,10 +7,10 @@ SEED ?= 1
 CLIENTS ?= 8
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions bench lint fuzz chaos
+.PHONY: help demo test test-versions test-kubernetes kubernetes-up kubernetes-down bench lint fuzz chaos
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 	@echo
 	@echo "make demo ARGS='--switchovers 5 --crashes 5 --seed 7' passes options on to helios demo."
 
@@ -26,6 +26,15 @@ test: ## all tests, the client programs among them
 test-versions: ## a short round of the tests on every PostgreSQL from 15 to 18 that can be had
 	@scripts/setup.sh demo
 	@scripts/test-versions.sh
+
+test-kubernetes: ## operator and chart on a real Kubernetes, built from Debian's packages (as root)
+	@scripts/kubernetes.sh test
+
+kubernetes-up: ## that Kubernetes, to keep: prints the path of its kubeconfig
+	@scripts/kubernetes.sh up
+
+kubernetes-down: ## ends it
+	@scripts/kubernetes.sh down
 
 bench: ## pgbench on PostgreSQL, PgBouncer and the proxy; writes docs/benchmarks.md
 	@scripts/setup.sh bench

@@ -5,6 +5,8 @@
 
 pub mod chaos;
 pub mod driver;
+pub mod kube;
+pub mod ledger;
 pub mod lockstep;
 pub mod raw;
 pub mod restart;
