@@ -175,7 +175,11 @@ impl Conn {
     ) -> Result<Answer, Trouble> {
         let deadline = Instant::now() + self.limit;
         self.write(&query(sql), deadline).await?;
-        let first = self.message(deadline).await?;
+        let mut first = self.message(deadline).await?;
+        // Parameters and notices may come at any time.
+        while matches!(first.tag, b'S' | b'N') {
+            first = self.message(deadline).await?;
+        }
         if first.tag != b'G' {
             // An error instead: the rest of the answer follows.
             return self.collect(Some(first), 1, deadline).await;
