@@ -78,7 +78,7 @@ async fn a_proxy_that_does_not_replay_is_caught() -> std::result::Result<(), Sho
     Ok(())
 }
 
-/// Experiments that failed once and no longer may; those in `open` still do.
+/// Experiments that failed once and no longer may.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_failed_once_is_clean() -> std::result::Result<(), Shown> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("chaos/fixed");

@@ -137,6 +137,14 @@ pub fn unit(sql: &[u8]) -> Unit {
     }
 }
 
+/// Whether a text may name a parameter (`$1`): a simple query has none, and its error is another
+/// one in the extended form (42P02, 08P01).
+#[must_use]
+pub fn names_parameter(sql: &[u8]) -> bool {
+    sql.windows(2)
+        .any(|w| w[0] == b'$' && w[1].is_ascii_digit())
+}
+
 /// `ROLLBACK [WORK | TRANSACTION] TO …` stays inside the transaction.
 fn goes_back_to_savepoint(sql: &[u8], word: &[u8]) -> bool {
     let next = next_word(sql, word);
@@ -270,6 +278,12 @@ mod tests {
         ] {
             assert_eq!(hint(sql.as_bytes()), want, "{sql}");
         }
+    }
+
+    #[test]
+    fn parameters() {
+        assert!(names_parameter(b"insert into t values ($1)"));
+        assert!(!names_parameter(b"insert into t values ($$x$$, '$')"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::texts::until_zero;
 use super::{Before, Form, Lead, ServerStep, Tracker};
 use crate::evidence::Mark;
 use crate::expect::{Expect, Owner};
-use crate::keyword::{Unit, unit};
+use crate::keyword::{Unit, names_parameter, unit};
 
 impl Tracker {
     /// What goes in front of a frame outside a transaction block.
@@ -65,8 +65,10 @@ impl Tracker {
         match tag {
             frontend::QUERY if self.opens_exchange(tag) => {
                 let header = helios_wire::peek_header(frame);
-                if header.is_ok_and(|h| h.is_some_and(|h| h.len == frame.len())) {
-                    unit(until_zero(body))
+                let whole = header.is_ok_and(|h| h.is_some_and(|h| h.len == frame.len()));
+                let sql = until_zero(body);
+                if whole && !names_parameter(sql) {
+                    unit(sql)
                 } else {
                     Unit::Other
                 }
