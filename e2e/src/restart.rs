@@ -60,6 +60,7 @@ impl RestartingServer {
             unix_socket_dir: None,
             auth: AuthMethod::Trust,
             tls: None,
+            tls_required: false,
             backend_tls: config.backends.tls()?,
             service: config.backends.service_login()?,
             max_connections: 100,

@@ -25,6 +25,8 @@ pub struct ProxyOptions {
     pub auth: AuthMethod,
     /// TLS towards clients.
     pub tls: Option<ServerTls>,
+    /// Clients that come over TCP without TLS are refused.
+    pub tls_required: bool,
     /// TLS towards servers.
     pub backend_tls: BackendTls,
     /// The proxy's own login: a superuser, for verifiers and for questions about sessions.
@@ -59,6 +61,7 @@ impl ProxyOptions {
             unix_socket_dir: edge.unix_socket_dir.clone(),
             auth: edge.auth,
             tls: edge.server_tls()?,
+            tls_required: edge.tls_required,
             backend_tls: backends.tls()?,
             service: backends.service_login().map_err(StartError::Password)?,
             max_connections: edge.max_connections,

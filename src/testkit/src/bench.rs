@@ -200,6 +200,7 @@ fn options(engine: EngineOptions) -> ProxyOptions {
         unix_socket_dir: None,
         auth: AuthMethod::Trust,
         tls: None,
+        tls_required: false,
         backend_tls: BackendTls::disabled(),
         // Another database than the sessions': nothing may rest on its being the same.
         service: Login {

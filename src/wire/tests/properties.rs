@@ -58,7 +58,7 @@ proptest! {
         let _ = read::notification(&data);
         let _ = error::sqlstate(&data);
         let _ = ErrorFields::parse(&data);
-        let server = Server::new(Verifier::mock("u", &[0; 32]), None);
+        let server = Server::new(Verifier::mock("u", &[0; 32], 4096), None);
         let _ = server.first(b"SCRAM-SHA-256", &data);
     }
 

@@ -31,6 +31,7 @@ fn options() -> ProxyOptions {
         unix_socket_dir: None,
         auth: AuthMethod::Trust,
         tls: None,
+        tls_required: false,
         backend_tls: BackendTls::disabled(),
         service: Login {
             user: "postgres".to_owned(),

@@ -6,12 +6,13 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use helios_api::Endpoint;
 use helios_wire::message::{front, read};
-use helios_wire::scram::Verifier;
+use helios_wire::scram::{DEFAULT_ITERATIONS, Verifier};
 use helios_wire::{ErrorFields, backend, body};
 use tokio::time::Instant;
 
@@ -28,10 +29,13 @@ const RETRY: Duration = Duration::from_millis(50);
 /// Longest answer.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// Nothing of it depends on the search path, which another role could have changed.
-const QUERY: &[u8] = b"select case when rolvaliduntil operator(pg_catalog.<) pg_catalog.now() \
-    then null else rolpassword end \
-    from pg_catalog.pg_authid where rolname operator(pg_catalog.=) $1";
+/// One row for everybody: the verifier, and the iterations of verifiers that the server makes now
+/// (PostgreSQL 16 and later). Nothing of it depends on the search path, which another role could
+/// have changed.
+const QUERY: &[u8] = b"select (select case when rolvaliduntil operator(pg_catalog.<) \
+    pg_catalog.now() then null else rolpassword end \
+    from pg_catalog.pg_authid where rolname operator(pg_catalog.=) $1), \
+    pg_catalog.current_setting('scram_iterations', true)";
 
 /// Where verifiers come from.
 pub struct VerifierCache {
@@ -40,6 +44,8 @@ pub struct VerifierCache {
     patience: Duration,
     /// Makes up verifiers for users who have none.
     secret: [u8; 32],
+    /// Iterations of them: the server's, as it said last.
+    iterations: AtomicU32,
     endpoint: Mutex<Option<Endpoint>>,
     /// `None` for a user without a SCRAM password.
     remembered: Mutex<HashMap<String, Option<Verifier>>>,
@@ -75,6 +81,7 @@ impl VerifierCache {
             tls,
             patience,
             secret,
+            iterations: AtomicU32::new(DEFAULT_ITERATIONS),
             endpoint: Mutex::default(),
             remembered: Mutex::default(),
             connection: tokio::sync::Mutex::default(),
@@ -109,7 +116,8 @@ impl VerifierCache {
             }
             tokio::time::sleep(RETRY).await;
         };
-        Ok(found.unwrap_or_else(|| Verifier::mock(user, &self.secret)))
+        let iterations = self.iterations.load(Ordering::Relaxed);
+        Ok(found.unwrap_or_else(|| Verifier::mock(user, &self.secret, iterations)))
     }
 
     async fn ask_within_limit(&self, user: &str) -> Result<Option<Verifier>, LookupError> {
@@ -127,18 +135,24 @@ impl VerifierCache {
         // Taken out: when this future is dropped halfway, the connection is out of step and goes.
         let open = place.take().filter(|(old, _)| *old == endpoint);
         if let Some((_, mut framed)) = open
-            && let Ok(found) = query(&mut framed, user).await
+            && let Ok(answer) = query(&mut framed, user).await
         {
             *place = Some((endpoint, framed));
-            return Ok(found);
+            return Ok(self.taken(answer));
         }
         let BackendConn { stream, buf, .. } =
             connect(&endpoint, &self.tls, &self.service, ASK_LIMIT).await?;
         let mut framed = Framed::new(stream);
         framed.buf = buf;
-        let found = query(&mut framed, user).await?;
+        let answer = query(&mut framed, user).await?;
         *place = Some((endpoint, framed));
-        Ok(found)
+        Ok(self.taken(answer))
+    }
+
+    fn taken(&self, answer: Answer) -> Option<Verifier> {
+        let iterations = answer.iterations.unwrap_or(DEFAULT_ITERATIONS);
+        self.iterations.store(iterations, Ordering::Relaxed);
+        answer.verifier
     }
 
     fn remember(&self, user: &str, found: Option<Verifier>) {
@@ -173,8 +187,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What the catalog said.
+#[derive(Default)]
+struct Answer {
+    verifier: Option<Verifier>,
+    iterations: Option<u32>,
+}
+
 /// Asks for one user's verifier and reads up to ReadyForQuery.
-async fn query(framed: &mut Framed, user: &str) -> Result<Option<Verifier>, LookupError> {
+async fn query(framed: &mut Framed, user: &str) -> Result<Answer, LookupError> {
     let failed = |why: String| LookupError::Query(why);
     let out = &mut framed.out;
     front::parse(out, b"", QUERY, &[25])
@@ -183,7 +204,7 @@ async fn query(framed: &mut Framed, user: &str) -> Result<Option<Verifier>, Look
         .map_err(|e| failed(e.to_string()))?;
     front::sync(out);
     framed.flush().await.map_err(|e| failed(e.to_string()))?;
-    let mut found = Ok(None);
+    let mut found = Ok(Answer::default());
     loop {
         let (tag, frame) = framed
             .read(MAX_ANSWER)
@@ -192,10 +213,13 @@ async fn query(framed: &mut Framed, user: &str) -> Result<Option<Verifier>, Look
         match tag {
             backend::DATA_ROW => {
                 let row = read::data_row(body(&frame)).map_err(|e| failed(e.to_string()))?;
-                let text = row.iter().next().flatten();
-                // An MD5 password is none for us: the user is refused as with a wrong one.
-                let verifier = text.and_then(|t| std::str::from_utf8(t).ok()?.parse().ok());
-                found = Ok(verifier);
+                let mut texts = row.iter().map(|t| std::str::from_utf8(t?).ok());
+                let mut next = || texts.next().flatten();
+                found = Ok(Answer {
+                    // An MD5 password is none for us: the user is refused as with a wrong one.
+                    verifier: next().and_then(|t| t.parse().ok()),
+                    iterations: next().and_then(|t| t.parse().ok()),
+                });
             }
             backend::ERROR_RESPONSE => {
                 let error = ErrorFields::parse(body(&frame));

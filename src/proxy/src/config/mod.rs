@@ -53,6 +53,8 @@ pub struct EdgeConfig {
     pub auth: AuthMethod,
     /// Our certificate (`tls_cert`, `tls_key`); no TLS without it.
     pub tls: Option<CertificateFiles>,
+    /// Clients that come over TCP without TLS are refused.
+    pub tls_required: bool,
     /// Authority of client certificates.
     pub tls_client_ca: Option<PathBuf>,
     /// Most connections of clients.
@@ -79,6 +81,7 @@ impl Default for EdgeConfig {
             unix_socket_dir: None,
             auth: AuthMethod::default(),
             tls: None,
+            tls_required: false,
             tls_client_ca: None,
             max_connections: 10_000,
             max_connections_per_user: None,

@@ -92,6 +92,7 @@ fn edge(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<'_
         .set("listen_address", &mut edge.listen, address)
         .set_some("unix_socket_dir", &mut edge.unix_socket_dir, path)
         .set("auth", &mut edge.auth, choice(AUTH))
+        .set("tls_required", &mut edge.tls_required, boolean)
         .set_some("tls_client_ca", &mut edge.tls_client_ca, path)
         .set(
             "max_connections",
@@ -126,6 +127,10 @@ fn edge(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problems<'_
     if edge.auth == AuthMethod::Cert && (edge.tls.is_none() || edge.tls_client_ca.is_none()) {
         let message = "auth = \"cert\" needs tls_cert, tls_key and tls_client_ca";
         section.problem(&["auth"], message);
+    }
+    if edge.tls_required && edge.tls.is_none() {
+        let message = "tls_required = true needs tls_cert and tls_key";
+        section.problem(&["tls_required"], message);
     }
     if edge.tls_client_ca.is_some() && edge.tls.is_none() {
         section.problem(

@@ -30,6 +30,7 @@ auth = "cert"
 tls_cert = "server.crt"
 tls_key = "server.key"
 tls_client_ca = "ca.crt"
+tls_required = true
 
 [transaction_replay]
 tr_enabled = true
@@ -90,6 +91,7 @@ metrics_port = 9999
     let config = ProxyConfig::parse(text, "f").unwrap();
     assert_eq!(config.proxy.listen.host, "::1");
     assert_eq!(config.proxy.auth, AuthMethod::Cert);
+    assert!(config.proxy.tls_required);
     assert_eq!(config.proxy.max_connections_per_user, Some(50));
     assert_eq!(config.proxy.threads, Some(3));
     assert_eq!(config.proxy.idle_timeout, Some(Duration::from_secs(3600)));

@@ -10,43 +10,63 @@ use helios_wire::startup::{FirstPacket, MAX_STARTUP_PACKET, packet_len, parse};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_rustls::TlsAcceptor;
 
-use super::LoginError;
+use super::{Deadline, LoginError};
 use crate::stream::Stream;
 use crate::tls::ServerTls;
 
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 
-/// What a client's first real packet is, with the stream that it goes on with. A malformed packet
-/// is returned for somebody to tell the client.
+/// What a client's first real packet is, with the stream that it goes on with.
 pub(super) struct First {
     pub(super) stream: Stream,
-    pub(super) packet: Result<FirstPacket, ParseError>,
+    pub(super) packet: Result<FirstPacket, NoPacket>,
+}
+
+/// Why there is no first packet, for somebody to tell the client.
+pub(super) enum NoPacket {
+    /// It is malformed.
+    Malformed(ParseError),
+    /// It did not come in time.
+    Late,
 }
 
 /// Reads up to the first packet that is no request for encryption.
+///
+/// # Errors
+///
+/// The connection's. A time limit that ends in a TLS handshake is one too: inside of it nothing
+/// can be told.
 pub(super) async fn first_packet(
     mut stream: Stream,
     tls: Option<&ServerTls>,
+    deadline: Deadline,
 ) -> Result<First, LoginError> {
     if let (Some(tls), Stream::Tcp(socket)) = (tls, &stream) {
         let mut byte = [0];
+        let Ok(peeked) = deadline.hold(socket.peek(&mut byte)).await else {
+            let packet = Err(NoPacket::Late);
+            return Ok(First { stream, packet });
+        };
         // PostgreSQL 17's direct TLS: no request beforehand.
-        if socket.peek(&mut byte).await? == 1 && byte[0] == TLS_HANDSHAKE {
-            stream = direct_tls(stream, tls).await?;
+        if peeked? == 1 && byte[0] == TLS_HANDSHAKE {
+            stream = deadline.hold(direct_tls(stream, tls)).await??;
         }
     }
     // Each request may be made once, as in PostgreSQL.
     let (mut asked_tls, mut asked_gss) = (stream.is_tls(), false);
     loop {
-        let packet = read_packet(&mut stream).await?;
+        let packet = match deadline.hold(read_packet(&mut stream)).await {
+            Ok(packet) => packet?.map_err(NoPacket::Malformed),
+            Err(_) => Err(NoPacket::Late),
+        };
         match packet {
             Ok(FirstPacket::SslRequest) if !asked_tls => {
                 asked_tls = true;
                 stream = match tls {
                     Some(tls) if matches!(stream, Stream::Tcp(_)) => {
                         answer(&mut stream, b'S').await?;
-                        switch_to_tls(stream, tls).await?
+                        deadline.hold(switch_to_tls(stream, tls)).await??
                     }
                     _ => {
                         answer(&mut stream, b'N').await?;

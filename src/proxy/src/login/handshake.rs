@@ -9,28 +9,32 @@ use helios_wire::{ErrorFields, SqlState};
 use tokio::io::AsyncWriteExt as _;
 
 use super::authenticate::authenticate;
-use super::first::{First, first_packet};
-use super::{Accepted, ClientLogin, EdgeContext, LoginError};
+use super::first::{First, NoPacket, first_packet};
+use super::{Accepted, ClientLogin, Deadline, EdgeContext, LoginError};
 use crate::backend::Login;
 use crate::framed::Framed;
 use crate::listener::{Admission, Incoming};
+use crate::stream::Stream;
 
 /// Newest minor version of protocol 3 that we speak.
 const NEWEST_MINOR: u16 = 2;
 /// How long, and for how many bytes, a refused client may take to hang up.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
+/// Longest name of a user or database in bytes (`NAMEDATALEN` - 1).
+const MAX_NAME: usize = 63;
 
 pub(super) async fn handshake(
     incoming: Incoming,
     ctx: &EdgeContext,
+    deadline: Deadline,
 ) -> Result<Accepted, LoginError> {
     let Incoming {
         stream,
         peer,
         admission,
     } = incoming;
-    let First { stream, packet } = first_packet(stream, ctx.tls.as_ref()).await?;
+    let First { stream, packet } = first_packet(stream, ctx.tls.as_ref(), deadline).await?;
     if let Ok(FirstPacket::Cancel(key)) = packet {
         return Ok(Accepted::Cancel { key, stream });
     }
@@ -43,12 +47,19 @@ pub(super) async fn handshake(
             let error = ErrorFields::fatal(SqlState::PROTOCOL_VIOLATION, why);
             return Err(refuse(&mut client, error).await);
         }
-        Err(error) => {
+        Err(NoPacket::Late) => return Err(too_late(&mut client, deadline).await),
+        Err(NoPacket::Malformed(error)) => {
             let error = ErrorFields::fatal(SqlState::PROTOCOL_VIOLATION, error.to_string())
                 .hint("this port speaks PostgreSQL's protocol, version 3");
             return Err(refuse(&mut client, error).await);
         }
     };
+    if ctx.tls_required && matches!(client.stream, Stream::Tcp(_)) {
+        let why = "connections without TLS are not allowed";
+        let error = ErrorFields::fatal(SqlState::INVALID_AUTHORIZATION, why)
+            .hint("connect with sslmode=require or a stronger one");
+        return Err(refuse(&mut client, error).await);
+    }
     let negotiated = match negotiate(startup) {
         Ok(negotiated) => negotiated,
         Err(error) => return Err(refuse(&mut client, *error).await),
@@ -68,7 +79,11 @@ pub(super) async fn handshake(
         let options: Vec<&str> = refused_options.iter().map(String::as_str).collect();
         back::negotiate_protocol_version(&mut client.out, minor, &options);
     }
-    login.credentials = authenticate(&mut client, &login.user, ctx).await?;
+    let proven = authenticate(&mut client, &login.user, ctx);
+    login.credentials = match deadline.hold(proven).await {
+        Ok(credentials) => credentials?,
+        Err(_) => return Err(too_late(&mut client, deadline).await),
+    };
     // Behind the proof: nobody can use up another user's places.
     let Some(user_place) = ctx.limits.user(&login.user) else {
         let why = format!("too many connections for role \"{}\"", login.user);
@@ -86,6 +101,15 @@ pub(super) async fn handshake(
         peer,
         permits: (place, user_place),
     })))
+}
+
+/// Tells the client that its time is up. PostgreSQL says so in its log only, because it interrupts
+/// itself with a signal there; the words are its own.
+async fn too_late(client: &mut Framed, deadline: Deadline) -> LoginError {
+    let why = "canceling authentication due to timeout";
+    let error = ErrorFields::fatal(SqlState::QUERY_CANCELED, why);
+    refuse(client, error).await;
+    LoginError::Timeout(deadline.limit)
 }
 
 /// Tells the client why it is refused.
@@ -136,7 +160,7 @@ fn negotiate(startup: Startup) -> Result<Negotiated, Box<ErrorFields>> {
         .hint("connect to the instance itself");
         return Err(Box::new(error));
     }
-    let user = startup.get("user").unwrap_or_default().to_owned();
+    let user = cut(startup.get("user").unwrap_or_default());
     if user.is_empty() {
         let why = "no PostgreSQL user name specified in startup packet".to_owned();
         return fatal(SqlState::INVALID_AUTHORIZATION, why);
@@ -144,7 +168,7 @@ fn negotiate(startup: Startup) -> Result<Negotiated, Box<ErrorFields>> {
     // As PostgreSQL: the database is called like the user when none is named.
     let database = match startup.get("database") {
         None | Some("") => user.clone(),
-        Some(name) => name.to_owned(),
+        Some(name) => cut(name),
     };
     let (options, params): (Vec<_>, Vec<_>) = startup
         .params
@@ -168,6 +192,12 @@ fn negotiate(startup: Startup) -> Result<Negotiated, Box<ErrorFields>> {
             credentials: Default::default(),
         },
     })
+}
+
+/// A name as PostgreSQL takes it at a login and stores it: what is too long is cut, without a word.
+/// PostgreSQL cuts it inside of a character too, and does not find such a role; we do.
+fn cut(name: &str) -> String {
+    name[..name.floor_char_boundary(MAX_NAME)].to_owned()
 }
 
 /// Everything but a false value: `database`, a true value, or something that the server would
@@ -222,6 +252,10 @@ mod tests {
         assert_eq!(got.refused_options, ["_pq_.magic"]);
         assert!(got.announce);
         assert!(negotiate(startup(0, &[("database", "d")])).is_err());
+        let (long, wide) = ("n".repeat(64), "ö".repeat(32));
+        let got = negotiate(startup(0, &[("user", &wide), ("database", &long)])).unwrap();
+        assert_eq!(got.login.database, "n".repeat(63));
+        assert_eq!(got.login.user, "ö".repeat(31));
         for value in ["database", "true", "1", "on"] {
             let asked = startup(0, &[("user", "u"), ("replication", value)]);
             let error = negotiate(asked).unwrap_err();

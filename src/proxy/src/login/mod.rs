@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use helios_wire::ErrorFields;
 use helios_wire::startup::CancelKey;
+use tokio::time::Instant;
 
 use crate::auth::{AuthMethod, VerifierCache};
 use crate::backend::Login;
@@ -29,6 +30,8 @@ pub struct EdgeContext {
     pub auth: AuthMethod,
     /// TLS towards clients, when there is a certificate.
     pub tls: Option<ServerTls>,
+    /// Clients that come over TCP without TLS are refused.
+    pub tls_required: bool,
     /// SCRAM verifiers.
     pub verifiers: Arc<VerifierCache>,
     /// Limits of connections.
@@ -97,9 +100,35 @@ pub enum LoginError {
 pub async fn accept(incoming: Incoming, ctx: &EdgeContext) -> Result<Accepted, LoginError> {
     // Boxed: a login's state (a TLS handshake, an exchange) is large, and its caller's future
     // lives as long as the session.
-    let login = Box::pin(handshake::handshake(incoming, ctx));
-    match tokio::time::timeout(ctx.login_timeout, login).await {
+    let deadline = Deadline::in_(ctx.login_timeout);
+    let login = Box::pin(handshake::handshake(incoming, ctx, deadline));
+    // The rest of it, for a client that does not even read why it is refused.
+    let limit = ctx.login_timeout + GRACE;
+    match tokio::time::timeout(limit, login).await {
         Ok(done) => done,
         Err(_) => Err(LoginError::Timeout(ctx.login_timeout)),
+    }
+}
+
+/// Time to be told why a login was refused, behind its time limit.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// Until when a login must be through.
+#[derive(Debug, Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    limit: Duration,
+}
+
+impl Deadline {
+    fn in_(limit: Duration) -> Self {
+        let at = Instant::now() + limit;
+        Self { at, limit }
+    }
+
+    /// Holds a step of the login to it.
+    async fn hold<F: Future>(&self, step: F) -> Result<F::Output, LoginError> {
+        let done = tokio::time::timeout_at(self.at, step).await;
+        done.map_err(|_| LoginError::Timeout(self.limit))
     }
 }

@@ -175,6 +175,120 @@ async fn logins_survive_the_absence_of_a_primary() {
 }
 
 #[tokio::test]
+async fn names_are_cut_where_postgresql_cuts_them() {
+    let server = scram_server().await;
+    let edge = Edge::start(Setup::new(&server)).await;
+    let (long, wide) = ("n".repeat(70), "ö".repeat(40));
+    let admin = server.connect().await.unwrap();
+    for (name, length) in [(&long, 63), (&wide, 31)] {
+        let role = format!("create role \"{name}\" login password 'long'");
+        admin.batch_execute(&role).await.unwrap();
+        let database = format!("create database \"{name}\" owner \"{name}\"");
+        admin.batch_execute(&database).await.unwrap();
+        let conninfo = edge
+            .conninfo(name, "long")
+            .replace("dbname=postgres", &format!("dbname={name}"));
+        let (client, connection) = tokio_postgres::connect(&conninfo, NoTls).await.unwrap();
+        tokio::spawn(connection);
+        let sql = "select current_user::text = current_database()::text, length(current_user)";
+        let row = client.query_one(sql, &[]).await.unwrap();
+        assert_eq!((row.get(0), row.get(1)), (true, length));
+    }
+    assert_eq!(code(&edge, &long, "wrong").await, "28P01");
+}
+
+/// What a client is asked for that wants to log in as `user` with a password.
+async fn challenge(edge: &Edge, user: &str) -> String {
+    use bytes::BytesMut;
+    use helios_wire::message::front;
+    use helios_wire::scram::{Binding, Client};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut socket = tokio::net::TcpStream::connect(("127.0.0.1", edge.port))
+        .await
+        .unwrap();
+    let mut out = BytesMut::new();
+    let params = [("user", user), ("database", "postgres")];
+    helios_wire::startup::startup_message(&mut out, 0, params).unwrap();
+    let client = Client::new(Secret::Password("x"), Binding::None);
+    let first = client.first();
+    front::sasl_initial_response(&mut out, client.mechanism(), first.as_bytes()).unwrap();
+    socket.write_all(&out).await.unwrap();
+    let mut body = Vec::new();
+    for _ in 0..2 {
+        let mut header = [0; 5];
+        socket.read_exact(&mut header).await.unwrap();
+        assert_eq!(header[0], b'R');
+        let length = u32::from_be_bytes(header[1..].try_into().unwrap());
+        body = vec![0; length as usize - 4];
+        socket.read_exact(&mut body).await.unwrap();
+    }
+    String::from_utf8(body[4..].to_vec()).unwrap()
+}
+
+#[tokio::test]
+async fn unknown_users_are_asked_like_known_ones() {
+    let server = scram_server().await;
+    let admin = server.connect().await.unwrap();
+    let version = "select current_setting('server_version_num')::int";
+    let version: i32 = admin.query_one(version, &[]).await.unwrap().get(0);
+    if version >= 160_000 {
+        let change = "alter system set scram_iterations = 1000";
+        admin.batch_execute(change).await.unwrap();
+        admin
+            .batch_execute("select pg_reload_conf()")
+            .await
+            .unwrap();
+        let deadline = tokio::time::Instant::now() + LIMIT;
+        let iterations = "show scram_iterations";
+        while admin
+            .query_one(iterations, &[])
+            .await
+            .unwrap()
+            .get::<_, &str>(0)
+            != "1000"
+        {
+            assert!(tokio::time::Instant::now() < deadline);
+        }
+    }
+    let role = "create role new login password 'new'";
+    admin.batch_execute(role).await.unwrap();
+    let edge = Edge::start(Setup::new(&server)).await;
+    let iterations = async |user: &str| {
+        let asked = challenge(&edge, user).await;
+        asked.rsplit(",i=").next().map(str::to_owned).unwrap()
+    };
+    let known = iterations("new").await;
+    assert_eq!(known, if version >= 160_000 { "1000" } else { "4096" });
+    assert_eq!(iterations("nobody").await, known);
+    assert_eq!(iterations("nopass").await, known);
+}
+
+#[tokio::test]
+async fn a_login_that_stops_halfway_is_told_so() {
+    let server = scram_server().await;
+    let mut setup = Setup::new(&server);
+    setup.login_timeout = Duration::from_millis(700);
+    let edge = Edge::start(setup).await;
+    let mut socket = tokio::net::TcpStream::connect(("127.0.0.1", edge.port))
+        .await
+        .unwrap();
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut out = bytes::BytesMut::new();
+    helios_wire::startup::startup_message(&mut out, 0, [("user", "ann")]).unwrap();
+    socket.write_all(&out).await.unwrap();
+    let mut answer = Vec::new();
+    let read = socket.read_to_end(&mut answer);
+    tokio::time::timeout(LIMIT, read).await.unwrap().unwrap();
+    let asked = 1 + u32::from_be_bytes(answer[1..5].try_into().unwrap()) as usize;
+    assert_eq!(answer[0], b'R');
+    let told = helios_wire::ErrorFields::parse(helios_wire::body(&answer[asked..])).unwrap();
+    assert_eq!(
+        told.to_string(),
+        "FATAL 57014: canceling authentication due to timeout"
+    );
+}
+
+#[tokio::test]
 async fn connections_are_limited() {
     let server = scram_server().await;
     let mut setup = Setup::new(&server);

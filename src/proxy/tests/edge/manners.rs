@@ -119,23 +119,25 @@ async fn a_trickle_ends_at_the_login_timeout() {
     let mut socket = TcpStream::connect(("127.0.0.1", edge.port)).await.unwrap();
     let begun = std::time::Instant::now();
     let packet = startup(0, &[("user", "postgres")]);
-    let mut closed = false;
+    let mut told = Vec::new();
     for byte in packet {
-        if socket.write_all(&[byte]).await.is_err() {
-            closed = true;
-            break;
-        }
-        let mut answer = [0];
+        let _ = socket.write_all(&[byte]).await;
+        let mut answer = [0; 512];
         let wait = Duration::from_millis(40);
-        match tokio::time::timeout(wait, socket.read(&mut answer)).await {
-            Err(_) => {}
-            Ok(_) => {
-                closed = true;
+        if let Ok(Ok(n)) = tokio::time::timeout(wait, socket.read(&mut answer)).await {
+            told.extend_from_slice(&answer[..n]);
+            if n == 0 {
                 break;
             }
         }
     }
-    assert!(closed && begun.elapsed() < Duration::from_secs(5));
+    let too_late = "FATAL 57014: canceling authentication due to timeout";
+    assert_eq!(error(&told), too_late);
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    // One that says nothing, and one that stops behind its request for encryption.
+    assert_eq!(error(&send(&edge, b"").await), too_late);
+    let answer = send(&edge, &[0, 0, 0, 8, 4, 210, 22, 47]).await;
+    assert_eq!((answer[0], error(&answer[1..]).as_str()), (b'N', too_late));
     // A slow one within the limit is served: byte by byte.
     let (_server, edge) = trusting_edge(Duration::from_secs(10)).await;
     let mut socket = TcpStream::connect(("127.0.0.1", edge.port)).await.unwrap();

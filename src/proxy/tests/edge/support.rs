@@ -24,6 +24,7 @@ pub(crate) const PASSWORD: &str = "pa'ss wörd";
 pub(crate) struct Setup {
     pub(crate) auth: AuthMethod,
     pub(crate) tls: Option<ServerTls>,
+    pub(crate) tls_required: bool,
     pub(crate) backend_tls: BackendTls,
     pub(crate) backend: Endpoint,
     pub(crate) login_timeout: Duration,
@@ -36,6 +37,7 @@ impl Setup {
         Self {
             auth: AuthMethod::ScramSha256,
             tls: None,
+            tls_required: false,
             backend_tls: BackendTls::disabled(),
             backend: tcp(server),
             login_timeout: LIMIT,
@@ -67,6 +69,7 @@ impl Edge {
         let context = Arc::new(EdgeContext {
             auth: setup.auth,
             tls: setup.tls,
+            tls_required: setup.tls_required,
             verifiers: Arc::new(verifiers),
             limits: setup.limits.clone(),
             login_timeout: setup.login_timeout,

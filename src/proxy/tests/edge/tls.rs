@@ -145,6 +145,59 @@ async fn tls_and_channel_binding_on_both_sides() {
 }
 
 #[tokio::test]
+async fn tls_can_be_made_a_duty() {
+    let authority = Authority::new();
+    let server = PgServer::start(PgOptions::default()).await.unwrap();
+    let mut setup = Setup::new(&server);
+    setup.auth = AuthMethod::Trust;
+    let files = authority.issue("proxy", &["127.0.0.1"]);
+    setup.tls = Some(ServerTls::new(&files, None).unwrap());
+    setup.tls_required = true;
+    setup.login_timeout = std::time::Duration::from_secs(2);
+    setup.unix_dir = Some(authority.dir.path().to_owned());
+    let edge = Edge::start(setup).await;
+    let psql = async |host: &str, sslmode: &str| {
+        let mut psql = as_server_user(Command::new("psql"));
+        psql.env("HOME", "/")
+            .args(["-XAtc", "select 42"])
+            .arg(format!(
+                "host={host} port={} user=postgres sslmode={sslmode}",
+                edge.port
+            ));
+        let done = tokio::task::spawn_blocking(move || psql.output().unwrap());
+        let done = done.await.unwrap();
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        if done.status.success() {
+            text(&done.stdout)
+        } else {
+            text(&done.stderr)
+        }
+    };
+    let refused = psql("127.0.0.1", "disable").await;
+    assert!(
+        refused.contains("FATAL:  connections without TLS are not allowed")
+            && refused.contains("HINT:  connect with sslmode=require or a stronger one"),
+        "{refused}"
+    );
+    for sslmode in ["allow", "prefer", "require"] {
+        assert_eq!(psql("127.0.0.1", sslmode).await, "42\n", "{sslmode}");
+    }
+    // There is no wire that somebody could listen to.
+    let dir = authority.dir.path().display().to_string();
+    assert_eq!(psql(&dir, "disable").await, "42\n");
+    // One that stops inside of its TLS handshake: no word in the clear would be understood.
+    let mut socket = tokio::net::TcpStream::connect(("127.0.0.1", edge.port))
+        .await
+        .unwrap();
+    socket.write_all(&[0x16, 3, 1]).await.unwrap();
+    let mut answer = Vec::new();
+    let _ = tokio::time::timeout(LIMIT, socket.read_to_end(&mut answer))
+        .await
+        .unwrap();
+    assert_eq!(answer, b"");
+}
+
+#[tokio::test]
 async fn certificates_of_clients() {
     let authority = Authority::new();
     let stranger = Authority::new();

@@ -6,8 +6,8 @@ use std::str::FromStr;
 use subtle::ConstantTimeEq as _;
 
 use super::{
-    BASE64, DEFAULT_ITERATIONS, Key, MAX_ITERATIONS, MECHANISM, MECHANISM_PLUS, ScramError,
-    ScramKeys, attribute, decode_key, hmac, is_nonce, new_nonce, sha256, utf8, xor_into,
+    BASE64, Key, MAX_ITERATIONS, MECHANISM, MECHANISM_PLUS, ScramError, ScramKeys, attribute,
+    decode_key, hmac, is_nonce, new_nonce, sha256, utf8, xor_into,
 };
 use base64::Engine as _;
 
@@ -25,12 +25,13 @@ pub struct Verifier {
 impl Verifier {
     /// A verifier that no password fits, for a user who does not exist or has no password. The
     /// same user gets the same salt every time, so that nothing tells him from others. `secret`
-    /// must be random and stay the same while the proxy runs.
+    /// must be random and stay the same while the proxy runs; `iterations` are those of the
+    /// verifiers that the server makes.
     #[must_use]
-    pub fn mock(user: &str, secret: &[u8; 32]) -> Self {
+    pub fn mock(user: &str, secret: &[u8; 32], iterations: u32) -> Self {
         let derive = |purpose: &[u8]| hmac(secret, &[purpose, user.as_bytes()]);
         Self {
-            iterations: DEFAULT_ITERATIONS,
+            iterations,
             salt: derive(b"salt")[..16].to_vec(),
             stored_key: derive(b"stored"),
             server_key: derive(b"server"),
