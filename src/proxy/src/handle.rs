@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use helios_api::control::{
-    Backend, DrainReport, DrainRequest, MigrationEvent, MoveReason, ProxyStatus, ResumeReport,
-    SessionInfo, Topology,
+    Backend, MigrationEvent, MoveReason, ProxyStatus, ResumeReport, SessionInfo, Topology,
 };
 use helios_api::{Endpoint, Epoch, Host};
 use helios_telemetry::metrics::Metrics;
@@ -31,12 +30,7 @@ use crate::options::ProxyOptions;
 use crate::tls::TlsError;
 use crate::workers::Workers;
 
-/// How long open transactions may go on by themselves once new ones are held, before they are
-/// frozen: long enough for short ones to end, short enough not to be noticed.
-const GRACE: Duration = Duration::from_millis(5);
-
-/// How long frozen sessions may take to finish the statement in flight before it is cut.
-const STATEMENT_GRACE: Duration = Duration::from_millis(10);
+mod draining;
 
 /// Why a proxy did not start.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +114,7 @@ impl Proxy {
         let edge = Arc::new(EdgeContext {
             auth: options.auth,
             tls: options.tls,
+            tls_required: options.tls_required,
             verifiers: Arc::clone(&verifiers),
             limits: Arc::clone(&limits),
             login_timeout: options.login_timeout,
@@ -281,51 +276,6 @@ impl ProxyHandle {
         });
         let limit = Duration::from_secs(30);
         let _ = tokio::time::timeout(limit, futures_util::future::join_all(open)).await;
-    }
-
-    /// Holds new transactions, lets open ones end within a short grace, freezes the rest between
-    /// statements. Sessions that cannot be moved get up to the request's limit to end by themselves
-    /// first, while everybody else goes on.
-    ///
-    /// # Errors
-    /// [`CommandError::Stale`].
-    pub async fn drain(&self, request: &DrainRequest) -> Result<DrainReport, CommandError> {
-        let _one = self.0.moving.lock().await;
-        self.check_epoch(request.epoch)?;
-        let limit = Duration::from_millis(request.timeout_ms);
-        let deadline = Instant::now() + limit;
-        self.wait_for_unprotected(deadline).await;
-        let began = Instant::now();
-        let gate = &self.0.shared.gate;
-        gate.publish(Phase::Hold, None, Some(MoveReason::Switchover));
-        if !gate.all_acknowledged(GRACE).await {
-            gate.publish(Phase::Freeze, None, None);
-            if !gate.all_acknowledged(STATEMENT_GRACE).await {
-                gate.publish(Phase::Cut, None, None);
-                let left = deadline.saturating_duration_since(Instant::now());
-                gate.all_acknowledged(left.max(Duration::from_millis(500)))
-                    .await;
-            }
-        }
-        let mut report = DrainReport {
-            micros: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
-            ..DrainReport::default()
-        };
-        for info in self.sessions() {
-            match (info.unprotected, info.transaction_age_ms) {
-                (Some(_), _) => report.unprotected += 1,
-                (None, Some(_)) => report.frozen += 1,
-                (None, None) => report.idle += 1,
-            }
-        }
-        Ok(report)
-    }
-
-    async fn wait_for_unprotected(&self, deadline: Instant) {
-        let hurts = |i: &SessionInfo| i.unprotected.is_some() && i.transaction_age_ms.is_some();
-        while Instant::now() < deadline && self.sessions().iter().any(hurts) {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
     }
 
     /// There is a new primary (or the same one again, after a restart): sessions are rebuilt behind

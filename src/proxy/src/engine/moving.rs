@@ -3,6 +3,7 @@
 //! The invariant: nothing is sent again before its outcome is known, and a client is told the truth
 //! or nothing.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -47,6 +48,7 @@ impl Session {
     /// The backend's connection ended.
     pub(super) fn server_lost(&mut self) {
         self.server = None;
+        self.entry().uncut.store(false, Ordering::Relaxed);
         self.held();
         self.lost_since.get_or_insert_with(Instant::now);
         self.retry_at = None;
@@ -66,12 +68,18 @@ impl Session {
         let current = self.gate.topology.epoch;
         match self.gate.phase {
             Phase::Open => self.opened(gate).await,
-            Phase::Hold | Phase::Freeze => {
+            Phase::Hold => {
                 self.held();
+                Ok(())
+            }
+            Phase::Freeze => {
+                self.held();
+                self.show_uncut();
                 Ok(())
             }
             Phase::Cut => {
                 self.held();
+                self.show_uncut();
                 self.cut_in_flight();
                 Ok(())
             }
@@ -94,10 +102,11 @@ impl Session {
 
     async fn opened(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {
         let current = self.gate.topology.epoch;
-        self.cut = false;
         if self.server.as_ref().is_some_and(|s| s.epoch < current) {
             self.leave_old_server()?;
         }
+        // A move that was given up may have sent a cancel request that is not answered yet.
+        self.cut &= self.server.is_some() && !self.tracker.is_between();
         self.send_in_flight();
         if self.server.is_some() {
             self.released();
@@ -165,6 +174,17 @@ impl Session {
             }
             _ => {}
         }
+    }
+
+    /// Shows whether what is in flight cannot be cut off, and has to be waited for.
+    fn show_uncut(&self) {
+        let runs = !self.tracker.is_between() && self.server.is_some();
+        let cut = || {
+            matches!(self.plan(), Plan::Replay | Plan::Resolve { at: 1.., .. })
+                || self.is_cancellable()
+        };
+        let uncut = runs && !cut();
+        self.entry().uncut.store(uncut, Ordering::Relaxed);
     }
 
     /// A server ignores a cancel request that it gets before it has begun the statement; one that

@@ -436,6 +436,7 @@ impl Session {
         self.charge();
         self.shared.metrics.exchanges.inc();
         self.cancelled_by_client = false;
+        self.cut = false;
         self.idle = false;
         if self.shared.options.idle_timeout.is_some() {
             self.last_activity = tokio::time::Instant::now();
@@ -457,6 +458,7 @@ impl Session {
         }
         if self.tracker.is_between() {
             self.entry().mark_floor.store(u64::MAX, Ordering::Relaxed);
+            self.entry().uncut.store(false, Ordering::Relaxed);
             self.entry()
                 .set_state(if status == TxnStatus::Idle { 1 } else { 3 });
         }

@@ -64,6 +64,8 @@ pub struct Entry {
     pub began: AtomicU64,
     /// Bytes of its journal.
     pub journal_bytes: AtomicU64,
+    /// A statement is in flight that a planned move cannot cut off.
+    pub uncut: AtomicBool,
     /// Log position before the mark of the statement in flight, `u64::MAX` for none.
     pub mark_floor: AtomicU64,
 }
@@ -166,6 +168,7 @@ impl Registry {
             state: AtomicU64::new(0),
             began: AtomicU64::new(0),
             journal_bytes: AtomicU64::new(0),
+            uncut: AtomicBool::new(false),
             mark_floor: AtomicU64::new(u64::MAX),
         });
         lock(&self.sessions).insert(id, Arc::clone(&entry));

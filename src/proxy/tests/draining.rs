@@ -1,0 +1,152 @@
+//! What is in flight when a planned move begins, and who waits for whom; judged by what clients
+//! received and by the data.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // helpers of tests are tests
+
+use std::time::{Duration, Instant};
+
+use helios_api::Epoch;
+use helios_api::control::DrainRequest;
+use helios_proxy::engine::shared::EngineOptions;
+use helios_testkit::bench::Bench;
+use tokio_postgres::Client;
+
+/// What a step may take on a machine that is busy with other things.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn bench() -> Bench {
+    let schema = "CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t VALUES (1, 0), (2, 0)";
+    let bench = Bench::start(EngineOptions::default(), schema)
+        .await
+        .unwrap();
+    bench.known().await.unwrap();
+    bench
+}
+
+/// A drain of the first epoch that may take as long as `limit`.
+async fn drain(bench: &Bench, limit: Duration) {
+    let request = DrainRequest {
+        epoch: Epoch(1),
+        timeout_ms: u64::try_from(limit.as_millis()).unwrap(),
+    };
+    let drained = tokio::time::timeout(PATIENCE, bench.proxy.drain(&request)).await;
+    drained.unwrap().unwrap();
+}
+
+/// Polls the server until `sql` counts something.
+async fn until(bench: &Bench, sql: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while bench.column(sql).await.unwrap() == ["0"] {
+        assert!(Instant::now() < deadline, "never: {sql}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+const SLEEPS: &str = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+
+/// Works until it is told to stop; the times at which its statements began and ended.
+async fn works(client: Client, stop: impl Future<Output = ()>) -> Vec<(Instant, Instant)> {
+    let mut times = Vec::new();
+    tokio::pin!(stop);
+    loop {
+        let began = Instant::now();
+        let change = "UPDATE t SET v = v + 1 WHERE id = 2";
+        assert_eq!(client.execute(change, &[]).await.unwrap(), 1);
+        times.push((began, Instant::now()));
+        let pause = tokio::time::sleep(Duration::from_millis(2));
+        tokio::select! {
+            () = &mut stop => return times,
+            () = pause => {}
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_cannot_be_cut_holds_nobody_else() {
+    let mut bench = bench().await;
+    let (slow, quick) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+    let calls = tokio::spawn(async move {
+        let sql = "DO $$ BEGIN PERFORM pg_sleep(2); UPDATE t SET v = v + 1 WHERE id = 1; END $$";
+        let done = slow.batch_execute(sql).await;
+        (done, Instant::now(), slow)
+    });
+    until(&bench, SLEEPS).await;
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let worker = tokio::spawn(works(quick, async { stopped.await.unwrap_or_default() }));
+    let began = Instant::now();
+    drain(&bench, PATIENCE).await;
+    bench.resume().await.unwrap();
+    let (done, ended, slow) = calls.await.unwrap();
+    done.unwrap();
+    stop.send(()).unwrap();
+    let times = worker.await.unwrap();
+    // Of what was begun once the drain was under way, much was done before the slow one ended.
+    let meanwhile = times
+        .iter()
+        .filter(|(b, e)| *b > began && *e < ended)
+        .count();
+    assert!(
+        meanwhile > 20,
+        "{meanwhile} statements in {:?}",
+        ended - began
+    );
+    slow.batch_execute("SELECT 1").await.unwrap();
+    let v = bench.column("SELECT v FROM t ORDER BY id").await.unwrap();
+    assert_eq!(v, ["1".to_owned(), times.len().to_string()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_that_never_ends_is_left_to_the_evidence() {
+    let mut bench = bench().await;
+    let (slow, quick) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+    let calls = tokio::spawn(async move {
+        let sql = "DO $$ BEGIN UPDATE t SET v = 9 WHERE id = 1; PERFORM pg_sleep(600); END $$";
+        (slow.batch_execute(sql).await, slow)
+    });
+    until(&bench, SLEEPS).await;
+    drain(&bench, Duration::from_millis(300)).await;
+    bench.resume().await.unwrap();
+    let (told, slow) = tokio::time::timeout(PATIENCE, calls)
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(told.unwrap_err().code().unwrap().code(), "08007");
+    slow.batch_execute("SELECT 1").await.unwrap();
+    let change = "UPDATE t SET v = v + 1 WHERE id = 2";
+    assert_eq!(quick.execute(change, &[]).await.unwrap(), 1);
+    let v = bench.column("SELECT v FROM t ORDER BY id").await.unwrap();
+    assert_eq!(v, ["0", "1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_pipelined_behind_a_lock_wait_is_cut_off_and_taken_up_again() {
+    let mut bench = bench().await;
+    let (holder, waiter) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+    let change = "BEGIN; UPDATE t SET v = v + 1 WHERE id = 1";
+    holder.batch_execute(change).await.unwrap();
+    // Its transaction's id is known before the COMMIT is sent, so the COMMIT is not held back.
+    waiter.batch_execute("BEGIN").await.unwrap();
+    let change = "INSERT INTO t VALUES (3, 0)";
+    waiter.batch_execute(change).await.unwrap();
+    let mut pipeline = tokio::spawn(async move {
+        let change = waiter.simple_query("UPDATE t SET v = v + 10 WHERE id = 1");
+        let commit = waiter.simple_query("COMMIT");
+        tokio::join!(change, commit)
+    });
+    let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+    until(&bench, waits).await;
+    // Should the pipeline not be cut off, the drain would last for its whole limit.
+    drain(&bench, 4 * PATIENCE).await;
+    bench.resume().await.unwrap();
+    tokio::select! {
+        () = until(&bench, waits) => {}
+        done = &mut pipeline => panic!("nobody waited: {done:?}"),
+    }
+    holder.batch_execute("COMMIT").await.unwrap();
+    let done = tokio::time::timeout(PATIENCE, pipeline).await.unwrap();
+    let (changed, committed) = done.unwrap();
+    changed.unwrap();
+    committed.unwrap();
+    let v = bench.column("SELECT v FROM t ORDER BY id").await.unwrap();
+    assert_eq!(v, ["11", "0", "0"]);
+}
