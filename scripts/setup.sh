@@ -22,16 +22,32 @@ die() {
     exit 1
 }
 
+# want WHAT-FOR PACKAGE...: notes what is missing, so that all of it is said and installed at once.
+purposes=()
+packages=()
+want() {
+    purposes+=("$1")
+    shift
+    packages+=("$@")
+}
+
+install_wanted() {
+    [ "${#packages[@]}" -gt 0 ] || return 0
+    local all
+    all="$(printf ', %s' "${purposes[@]}")"
+    apt_install "${all:2}" "${packages[@]}"
+}
+
 # apt_install WHAT-FOR PACKAGE...
 apt_install() {
     local purpose="$1"
     shift
-    command -v apt-get >/dev/null || die "$purpose is missing, and this system has no apt-get" \
+    command -v apt-get >/dev/null || die "missing: $purpose; and this system has no apt-get" \
         "install what Debian calls: $*" "then run the same command again"
     local root=()
     if [ "$(id -u)" != 0 ]; then
-        command -v sudo >/dev/null || die "$purpose is missing, and neither root nor sudo is at hand" \
-            "as root: apt-get install $*"
+        command -v sudo >/dev/null || die "missing: $purpose; and neither root nor sudo is at hand" \
+            "as root: apt-get install $*" "then run the same command again"
         root=(sudo)
     fi
     say "installing $purpose: $*"
@@ -75,7 +91,7 @@ need_rust() {
 }
 
 need_linker() {
-    command -v cc >/dev/null || apt_install "a C compiler for the linker" gcc libc6-dev
+    command -v cc >/dev/null || want "a C compiler for the linker" gcc libc6-dev
 }
 
 need_server() {
@@ -85,8 +101,11 @@ need_server() {
             mkdir -p /etc/postgresql-common
             echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
         fi
-        apt_install "a PostgreSQL server" postgresql
+        want "a PostgreSQL server" postgresql
     fi
+}
+
+check_server() {
     local bindir version
     bindir="$(pg_bindir)"
     [ -n "$bindir" ] || die "PostgreSQL was installed, but no server of version 15 to 18 was found" \
@@ -103,17 +122,17 @@ need_server() {
 
 need_python() {
     # Debian splits venv off; ensurepip tells whether it is there.
-    python3 -c 'import venv, ensurepip' 2>/dev/null || apt_install "Python for client programs" python3 python3-venv
+    python3 -c 'import venv, ensurepip' 2>/dev/null || want "Python for client programs" python3 python3-venv
 }
 
 need_jdbc() {
-    command -v javac >/dev/null || apt_install "a Java compiler for the JDBC client program" default-jdk-headless
-    [ -e /usr/share/java/postgresql.jar ] || apt_install "the JDBC driver" libpostgresql-jdbc-java
+    command -v javac >/dev/null || want "a Java compiler for the JDBC client program" default-jdk-headless
+    [ -e /usr/share/java/postgresql.jar ] || want "the JDBC driver" libpostgresql-jdbc-java
 }
 
 need_node() {
-    command -v node >/dev/null || apt_install "Node.js for the node-postgres client program" nodejs npm
-    command -v npm >/dev/null || apt_install "npm for the node-postgres client program" npm
+    command -v node >/dev/null || want "Node.js for the node-postgres client program" nodejs
+    command -v npm >/dev/null || want "npm for the node-postgres client program" npm
 }
 
 # Debian's wrapper scripts count too: psql and pgbench are taken from beside the server.
@@ -147,6 +166,8 @@ case "${1:-}" in
     demo)
         need_linker
         need_server
+        install_wanted
+        check_server
         ;;
     clients)
         need_linker
@@ -154,14 +175,18 @@ case "${1:-}" in
         need_python
         need_node
         need_jdbc
+        install_wanted
+        check_server
         client_directory
         ;;
     bench)
         need_linker
         need_server
-        command -v python3 >/dev/null || apt_install "Python for the benchmark's driver" python3
+        command -v python3 >/dev/null || want "Python for the benchmark's driver" python3
+        PATH="$PATH:/usr/sbin" command -v pgbouncer >/dev/null || want "PgBouncer" pgbouncer
+        install_wanted
+        check_server
         if [ ! -x "$(pg_bindir)/pgbench" ]; then apt_install "pgbench" postgresql-contrib; fi
-        PATH="$PATH:/usr/sbin" command -v pgbouncer >/dev/null || apt_install "PgBouncer" pgbouncer
         ;;
     *) die "usage: scripts/setup.sh demo | clients | bench" ;;
 esac
