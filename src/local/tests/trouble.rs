@@ -177,8 +177,12 @@ struct Small(PathBuf);
 
 impl Small {
     fn mount(folder: &Path) -> Option<Self> {
+        Self::mount_of(folder, "size=120m,mode=755")
+    }
+
+    fn mount_of(folder: &Path, options: &str) -> Option<Self> {
         let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=120m,mode=755", "none"])
+            .args(["-t", "tmpfs", "-o", options, "none"])
             .arg(folder)
             .status();
         if mounted.is_ok_and(|status| status.success()) {
@@ -189,6 +193,13 @@ impl Small {
             "skipped: mounting a small file system needs root"
         );
         None
+    }
+
+    fn resize(&self, options: &str) {
+        let options = format!("remount,{options}");
+        let mut mount = Command::new("mount");
+        mount.args(["-o", &options]).arg(&self.0);
+        assert!(mount.status().unwrap().success());
     }
 
     fn filler(&self) -> PathBuf {
@@ -206,6 +217,56 @@ impl Drop for Small {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_is_full_at_initdb_is_said_and_leaves_nothing_half_made() {
+    let dir = TempDir::new().unwrap();
+    let Some(small) = Small::mount_of(dir.path(), "size=12m,mode=755") else {
+        return;
+    };
+    let new = builder(dir.path()).instances(1);
+    let error = new.start().await.unwrap_err();
+    let text = error.to_string();
+    println!("{text}");
+    for part in ["\"pg-1\"", "initdb", "No space left on device"] {
+        assert!(text.contains(part), "{part} is missing in {text}");
+    }
+    assert!(
+        !text.contains("have passed"),
+        "waited for the limit: {text}"
+    );
+    assert!(!data(dir.path(), "pg-1").join("PG_VERSION").exists());
+    small.resize("size=300m");
+    let cluster = builder(dir.path()).instances(1).start().await.unwrap();
+    create_ledger(&cluster).await;
+    let notes = commits(&cluster).await;
+    let held = ledger(primary(&cluster.status().await)).await;
+    assert!(notes.acknowledged.iter().all(|id| held.contains(id)));
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_directory_of_another_version_is_refused_and_left_alone() {
+    let dir = TempDir::new().unwrap();
+    let cluster = builder(dir.path()).instances(1).start().await.unwrap();
+    create_ledger(&cluster).await;
+    let notes = commits(&cluster).await;
+    cluster.shutdown().await;
+    let version = data(dir.path(), "pg-1").join("PG_VERSION");
+    let own = std::fs::read_to_string(&version).unwrap();
+    std::fs::write(&version, "9.6\n").unwrap();
+    let error = builder(dir.path()).instances(1).start().await.unwrap_err();
+    let text = error.to_string();
+    println!("{text}");
+    for part in ["was created by PostgreSQL 9.6", "of version", "PG_BINDIR"] {
+        assert!(text.contains(part), "{part} is missing in {text}");
+    }
+    std::fs::write(&version, own).unwrap();
+    let cluster = builder(dir.path()).instances(1).start().await.unwrap();
+    let held = ledger(primary(&cluster.status().await)).await;
+    assert!(notes.acknowledged.iter().all(|id| held.contains(id)));
+    cluster.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
