@@ -90,6 +90,17 @@ pub fn custom_settings(sql: &str) -> Vec<String> {
     names
 }
 
+/// Whether a text may call `set_config` with a name that is bound to it.
+#[must_use]
+pub fn binds_setting(sql: &str) -> bool {
+    let word = b"set_config";
+    sql.contains('$')
+        && sql
+            .as_bytes()
+            .windows(word.len())
+            .any(|w| w.eq_ignore_ascii_case(word))
+}
+
 /// The argument of the only call of `nextval` in a text, when it is a plain literal.
 #[must_use]
 pub fn nextval_literal(sql: &str) -> Option<String> {

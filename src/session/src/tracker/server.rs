@@ -244,11 +244,15 @@ impl Tracker {
         let Some(front) = self.journal.in_flight().front().filter(|e| e.touches) else {
             return;
         };
-        let texts = self.texts_of(self.journal.exchange_bytes(front));
-        let names: Vec<_> = texts
+        let messages = self.journal.exchange_bytes(front);
+        let texts = self.texts_of(messages);
+        let mut names: Vec<_> = texts
             .iter()
             .flat_map(|t| grammar::custom_settings(t))
             .collect();
+        if texts.iter().any(|t| grammar::binds_setting(t)) {
+            names.extend(self.bound_names(messages));
+        }
         let room = MAX_CUSTOM.saturating_sub(self.custom.len());
         self.custom.extend(names.into_iter().take(room));
     }

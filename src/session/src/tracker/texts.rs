@@ -82,6 +82,25 @@ impl Tracker {
         texts
     }
 
+    /// Bound values of a sequence of client messages that could be the name of a custom setting
+    /// (`a.b`); text has the same bytes in both formats.
+    pub(super) fn bound_names(&self, messages: &[u8]) -> Vec<String> {
+        let mut names = Vec::new();
+        let mut rest = messages;
+        while let Ok(Some(header)) = helios_wire::peek_header(rest) {
+            let frame = rest.get(..header.len).unwrap_or(rest);
+            if header.tag == frontend::BIND
+                && let Ok(bind) = helios_wire::message::read::bind(helios_wire::body(frame))
+            {
+                let values = bind.params.iter().flatten();
+                let texts = values.filter_map(|v| std::str::from_utf8(v).ok());
+                names.extend(texts.filter(|t| is_custom_name(t)).map(str::to_owned));
+            }
+            rest = rest.get(header.len..).unwrap_or_default();
+        }
+        names
+    }
+
     /// The identifier, where the last statement of an exchange is PREPARE TRANSACTION.
     #[must_use]
     pub fn prepares_transaction(&self, exchange: &Exchange) -> Option<String> {
@@ -152,3 +171,15 @@ fn parse_text(frame: &[u8]) -> std::borrow::Cow<'_, str> {
     let name = until_zero(body);
     text(until_zero(body.get(name.len() + 1..).unwrap_or_default()))
 }
+
+/// Whether PostgreSQL would take it as the name of a custom setting (`valid_custom_variable_name`
+/// in guc.c): identifiers, and dots between them.
+fn is_custom_name(text: &str) -> bool {
+    let begins = |c: char| c.is_ascii_alphabetic() || c == '_' || !c.is_ascii();
+    let goes_on = |c: char| begins(c) || c.is_ascii_digit() || c == '$';
+    let identifier = |part: &str| part.starts_with(begins) && part.chars().all(goes_on);
+    text.len() <= MAX_NAME && text.contains('.') && text.split('.').all(identifier)
+}
+
+/// Longest name of a custom setting that is looked for.
+const MAX_NAME: usize = 256;
