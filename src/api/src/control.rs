@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::protection::Unprotected;
 use crate::{Endpoint, Epoch, InstanceName, Lsn, SessionId, Timeline, Xid};
 
 /// An instance as a proxy addresses it.
@@ -174,6 +175,9 @@ pub struct SessionInfo {
     pub migrations: u64,
     /// Why a failover now would cost it an error; `None` when it is protected.
     pub unprotected: Option<String>,
+    /// The reason's name.
+    #[serde(default)]
+    pub reason: Option<Unprotected>,
 }
 
 /// What a proxy reports of itself.
@@ -217,6 +221,8 @@ pub enum MigrationEvent {
         session: SessionId,
         /// Why it moves.
         reason: MoveReason,
+        /// Bytes of journal and state that it has.
+        state_bytes: u64,
     },
     /// It goes on where it is now.
     Completed {
@@ -229,7 +235,7 @@ pub enum MigrationEvent {
         /// Bytes of journal and state that were replayed.
         state_bytes: u64,
     },
-    /// Its client got an error.
+    /// Its client got an error, or left before it was through.
     Failed {
         /// The session.
         session: SessionId,
@@ -237,7 +243,9 @@ pub enum MigrationEvent {
         reason: MoveReason,
         /// From the hold to the error, in microseconds.
         micros: u64,
-        /// SQLSTATE that the client got.
+        /// Bytes of journal and state that it had.
+        state_bytes: u64,
+        /// SQLSTATE that the client got; empty when it had left.
         sqlstate: String,
         /// What stood in the way.
         error: String,

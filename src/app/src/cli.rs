@@ -90,7 +90,7 @@ pub(crate) enum Command {
     /// Show instances, primary and last moves of a local cluster
     Status(ShowArgs),
     /// List the client sessions of a local cluster: what they do, and what protects them
-    Sessions(ShowArgs),
+    Sessions(SessionsArgs),
     /// Move the primary of a local cluster without its clients noticing
     Switchover(SwitchoverArgs),
     /// Print the completions of a shell
@@ -129,7 +129,7 @@ pub(crate) enum LocalCommand {
     /// Open psql through the proxy
     Psql(PsqlArgs),
     /// List the client sessions
-    Sessions(ShowArgs),
+    Sessions(SessionsArgs),
 }
 
 /// Which cluster.
@@ -153,6 +153,19 @@ pub(crate) struct ShowArgs {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `sessions`.
+#[derive(Debug, Args)]
+pub(crate) struct SessionsArgs {
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+    /// Show what would not have survived a failover since the proxy started, and why
+    ///
+    /// Transactions, statements outside of one, and time: how much of it was protected, and the
+    /// reasons of the rest by database, user and application name.
+    #[arg(long)]
+    pub(crate) protection: bool,
 }
 
 /// A command about one instance.

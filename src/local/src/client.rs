@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use helios_api::InstanceName;
 use helios_api::control::{MigrationEvent, SessionInfo};
+use helios_api::protection::ProtectionReport;
 use helios_cluster::OperationRecord;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
@@ -65,6 +66,14 @@ impl LocalClient {
     /// As [`Self::status`].
     pub async fn sessions(&self) -> Result<Vec<SessionInfo>, LocalError> {
         self.get("/v1/sessions").await
+    }
+
+    /// What was protected, and what was not and why, since the proxy started.
+    ///
+    /// # Errors
+    /// As [`Self::status`].
+    pub async fn protection(&self) -> Result<ProtectionReport, LocalError> {
+        self.get("/v1/protection").await
     }
 
     /// Moves the primary, to `to` or to the best standby; `progress` is called as it goes on.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use helios_api::InstanceName;
 use helios_api::agent::InstanceState;
 use helios_api::control::{MigrationEvent, SessionInfo};
+use helios_api::protection::ProtectionReport;
 use helios_cluster::{ClusterState, Member, Mode, OperationRecord, Outcome, Request};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -139,6 +140,11 @@ impl LocalCluster {
     /// The proxy's sessions.
     pub async fn sessions(&self) -> Vec<SessionInfo> {
         self.inner.sessions().await
+    }
+
+    /// What was protected, and what was not and why, since the proxy started.
+    pub async fn protection(&self) -> ProtectionReport {
+        self.inner.protection().await
     }
 
     /// Moves the primary, to `to` or to the best standby.
@@ -358,6 +364,13 @@ impl Inner {
         match self.proxy.get() {
             Some(proxy) => proxy.sessions().await,
             None => Vec::new(),
+        }
+    }
+
+    pub(crate) async fn protection(&self) -> ProtectionReport {
+        match self.proxy.get() {
+            Some(proxy) => proxy.protection().await,
+            None => ProtectionReport::default(),
         }
     }
 

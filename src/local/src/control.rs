@@ -1,6 +1,6 @@
 //! The control socket: HTTP/JSON for the command line, on a Unix socket that only its owner opens.
 //!
-//! `GET /v1/status`, `/v1/sessions`, `/v1/events` (a line per event); `POST /v1/switchover[?to=]`
+//! `GET /v1/status`, `/v1/sessions`, `/v1/protection`, `/v1/events` (a line per event); `POST /v1/switchover[?to=]`
 //! and `/v1/failover` (a line per step), `/v1/fence/{name}`, `/v1/unfence/{name}`, `/v1/stop`.
 
 use std::os::unix::fs::PermissionsExt as _;
@@ -68,6 +68,7 @@ pub(crate) fn serve(inner: Arc<Inner>) -> Result<Server, LocalError> {
     let router = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/sessions", get(sessions))
+        .route("/v1/protection", get(protection))
         .route("/v1/events", get(events))
         .route("/v1/switchover", post(switchover))
         .route("/v1/failover", post(failover))
@@ -103,6 +104,10 @@ async fn status(State(inner): Shared) -> Response {
 
 async fn sessions(State(inner): Shared) -> Response {
     Json(inner.sessions().await).into_response()
+}
+
+async fn protection(State(inner): Shared) -> Response {
+    Json(inner.protection().await).into_response()
 }
 
 async fn fence(State(inner): Shared, Path(name): Path<String>) -> Response {

@@ -10,6 +10,7 @@ use helios_api::control::{
     Backend, DrainReport, DrainRequest, MigrationEvent, ProxyStatus, ResumeReport, SessionInfo,
     Topology,
 };
+use helios_api::protection::ProtectionReport;
 use helios_api::{Epoch, InstanceName};
 use helios_proxy::config::ProxyConfig;
 use helios_proxy::{Proxy, ProxyHandle, ProxyOptions};
@@ -188,6 +189,10 @@ impl MoveSessions for LocalProxy {
 
     fn sessions(&self) -> BoxFuture<'_, Vec<SessionInfo>> {
         Box::pin(async move { self.handle.sessions() })
+    }
+
+    fn protection(&self) -> BoxFuture<'_, ProtectionReport> {
+        Box::pin(async move { self.handle.protection(None) })
     }
 
     fn subscribe(&self) -> broadcast::Receiver<MigrationEvent> {

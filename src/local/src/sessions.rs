@@ -11,6 +11,7 @@ use helios_api::control::{
     Backend, DrainReport, DrainRequest, MigrationEvent, ProxyStatus, ResumeReport, SessionInfo,
     Topology,
 };
+use helios_api::protection::ProtectionReport;
 use tokio::sync::broadcast;
 
 /// A future that a trait object can return.
@@ -30,6 +31,8 @@ pub trait MoveSessions: Send + Sync + std::fmt::Debug {
     fn status(&self) -> BoxFuture<'_, ProxyStatus>;
     /// Its sessions.
     fn sessions(&self) -> BoxFuture<'_, Vec<SessionInfo>>;
+    /// What was protected, and what was not and why.
+    fn protection(&self) -> BoxFuture<'_, ProtectionReport>;
     /// Migration events from now on.
     fn subscribe(&self) -> broadcast::Receiver<MigrationEvent>;
     /// Ends all sessions, those in a transaction after `grace` at the latest.

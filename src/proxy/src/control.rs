@@ -9,10 +9,11 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use helios_api::control::{ProxyStatus, SessionInfo};
+use helios_api::protection::ProtectionReport;
 
 use crate::ProxyHandle;
 
-/// `/metrics`, `/healthz`, `/readyz`, `/v1/status`, `/v1/sessions`.
+/// `/metrics`, `/healthz`, `/readyz`, `/v1/status`, `/v1/sessions`, `/v1/protection`.
 pub fn router(handle: ProxyHandle) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
@@ -20,6 +21,7 @@ pub fn router(handle: ProxyHandle) -> Router {
         .route("/readyz", get(ready))
         .route("/v1/status", get(status))
         .route("/v1/sessions", get(sessions))
+        .route("/v1/protection", get(protection))
         .with_state(handle)
 }
 
@@ -45,4 +47,8 @@ async fn status(State(handle): State<ProxyHandle>) -> Json<ProxyStatus> {
 
 async fn sessions(State(handle): State<ProxyHandle>) -> Json<Vec<SessionInfo>> {
     Json(handle.sessions())
+}
+
+async fn protection(State(handle): State<ProxyHandle>) -> Json<ProtectionReport> {
+    Json(handle.protection(None))
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use helios_api::control::{
     Backend, MigrationEvent, MoveReason, ProxyStatus, ResumeReport, SessionInfo, Topology,
 };
+use helios_api::protection::{ProtectionReport, Unprotected};
 use helios_api::{Endpoint, Epoch, Host};
 use helios_telemetry::metrics::Metrics;
 use tokio::sync::{Mutex, broadcast};
@@ -368,6 +369,13 @@ impl ProxyHandle {
             .collect()
     }
 
+    /// What was protected and what was not since the proxy started, of one role's sessions where
+    /// one is given.
+    #[must_use]
+    pub fn protection(&self, of: Option<&str>) -> ProtectionReport {
+        self.0.shared.protection(of)
+    }
+
     /// Migration events from now on. A subscriber that falls far behind misses the oldest.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<MigrationEvent> {
@@ -401,6 +409,14 @@ impl ProxyHandle {
         let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         metrics.journal_bytes.set(gauge(status.journal_bytes));
         metrics.protected_sessions.set(gauge(status.protected));
+        self.0.shared.read_meters();
+        let sessions = self.sessions();
+        for reason in Unprotected::ALL {
+            let with = sessions.iter().filter(|s| s.reason == Some(reason));
+            metrics
+                .unprotected_sessions(reason.name())
+                .set(gauge(with.count() as u64));
+        }
         metrics.render()
     }
 }

@@ -17,6 +17,7 @@ use helios_api::control::{
     AbortRequest, DrainRequest, PrepareRequest, ProxyError, ProxyStatus, ResumeReport, SessionInfo,
     Topology,
 };
+use helios_api::protection::ProtectionReport;
 use serde::Serialize;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -61,6 +62,7 @@ impl Managed {
         Router::new()
             .route("/v1/status", get(status))
             .route("/v1/sessions", get(sessions))
+            .route("/v1/protection", get(protection))
             .route("/v1/prepare", post(prepare))
             .route("/v1/drain", post(drain))
             .route("/v1/resume", post(resume))
@@ -162,6 +164,11 @@ async fn sessions(State(this): State<Managed>) -> Json<Vec<SessionInfo>> {
             .map(ProxyHandle::sessions)
             .unwrap_or_default(),
     )
+}
+
+async fn protection(State(this): State<Managed>) -> Json<ProtectionReport> {
+    let handle = this.0.handle.get();
+    Json(handle.map(|h| h.protection(None)).unwrap_or_default())
 }
 
 async fn prepare(State(this): State<Managed>, Json(order): Json<PrepareRequest>) -> Response {

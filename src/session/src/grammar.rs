@@ -163,7 +163,7 @@ pub fn prepared_transaction(sql: &str) -> Option<String> {
     Some(quoted.replace("''", "'"))
 }
 
-fn bare(identifier: &str) -> String {
+pub(crate) fn bare(identifier: &str) -> String {
     match identifier
         .strip_prefix('"')
         .and_then(|i| i.strip_suffix('"'))

@@ -9,10 +9,12 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use helios_api::Lsn;
+use helios_api::protection::Unprotected;
 
 use crate::TxnStatus;
 use crate::evidence::{Fate, Mark};
 use crate::reply::Reply;
+use crate::tracker::Alone;
 
 /// Bytes of one exchange in flight that are kept although its transaction's journal is lost.
 const KEEP_IN_FLIGHT: usize = 16 * 1024;
@@ -72,6 +74,10 @@ pub struct Exchange {
     /// Outside a transaction block and without a mark: whether it is proven that it cannot have
     /// written, once that was asked.
     pub only_reads: Option<bool>,
+    /// It runs something.
+    pub runs: bool,
+    /// It runs something that reads only if it is marked, or proven to: its outcome rests on that.
+    pub doubtful: bool,
     /// Something in it may begin or end a transaction: the mark does not speak for all of it.
     pub mixed: bool,
     /// What has been delivered to the client.
@@ -86,6 +92,21 @@ impl Exchange {
     pub fn is_copying(&self) -> bool {
         self.copies > self.copies_ended
     }
+
+    /// What it ran outside a transaction block, when it took the session from one status to the
+    /// other.
+    #[must_use]
+    pub fn alone(&self, before: TxnStatus, after: TxnStatus) -> Alone {
+        if !self.runs || before != TxnStatus::Idle || after != TxnStatus::Idle {
+            return Alone::Nothing;
+        }
+        let marked = self.mark.is_some() && !self.mixed;
+        if marked || !(self.doubtful || self.mark.is_some()) {
+            Alone::Provable
+        } else {
+            Alone::InDoubt
+        }
+    }
 }
 
 /// The journal.
@@ -96,7 +117,7 @@ pub struct Journal {
     in_flight: VecDeque<Exchange>,
     heap: usize,
     /// Messages of the transaction or exchange are not kept any more, and why.
-    lost: Option<String>,
+    lost: Option<(Unprotected, String)>,
 }
 
 impl Journal {
@@ -180,8 +201,8 @@ impl Journal {
 
     /// Gives up keeping records: frees their memory, remembers why until the transaction is over.
     /// Small exchanges in flight stay, so that a COMMIT among them can still be recognised.
-    pub fn lose(&mut self, why: String) {
-        self.lost.get_or_insert(why);
+    pub fn lose(&mut self, reason: Unprotected, why: String) {
+        self.lost.get_or_insert((reason, why));
         self.records = Vec::new();
         self.heap = 0;
         let front = self.in_flight.front().map_or(self.log.len(), |e| e.start);
@@ -211,7 +232,13 @@ impl Journal {
     /// Why messages are not kept, if so.
     #[must_use]
     pub fn lost(&self) -> Option<&str> {
-        self.lost.as_deref()
+        self.lost.as_ref().map(|(_, why)| why.as_str())
+    }
+
+    /// The reason's name.
+    #[must_use]
+    pub fn lost_reason(&self) -> Option<Unprotected> {
+        self.lost.as_ref().map(|(reason, _)| *reason)
     }
 
     /// Answered exchanges of the open transaction.
@@ -298,7 +325,7 @@ mod tests {
         j.open(1, 0, 0);
         j.append(b"begin");
         j.complete(TxnStatus::Open);
-        j.lose("full".into());
+        j.lose(Unprotected::JournalLimit, "full".into());
         assert_eq!(j.bytes(), 0);
         j.open(2, 0, 0);
         j.append(b"write");

@@ -167,7 +167,7 @@ fn next_word<'a>(sql: &'a [u8], word: &[u8]) -> &'a [u8] {
 }
 
 /// The first identifier, past white space, comments, opening parentheses and semicolons.
-fn first_word(sql: &[u8]) -> &[u8] {
+pub(crate) fn first_word(sql: &[u8]) -> &[u8] {
     let mut rest = sql;
     loop {
         match rest {
@@ -248,6 +248,13 @@ pub fn tag_touches_session(tag: &[u8]) -> bool {
         b"SET" | b"RESET" | b"PREPARE" | b"LISTEN" | b"UNLISTEN" => true,
         _ => tag.starts_with(b"DISCARD") || tag.starts_with(b"DEALLOCATE"),
     }
+}
+
+/// Whether a command tag says that something may be gone that a session held: a temporary object,
+/// a WITH HOLD cursor.
+#[must_use]
+pub fn tag_lets_go(tag: &[u8]) -> bool {
+    tag.starts_with(b"DROP") || tag.starts_with(b"CLOSE CURSOR")
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ pub mod reads;
 pub mod reply;
 pub mod sequences;
 pub mod state;
+pub mod tables;
 pub mod tracker;
 pub mod verify;
 

@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use helios_api::protection::Unprotected;
+
 use crate::grammar;
 use crate::kept::COLUMN_BYTES;
 use crate::keyword::{Hint, Unit};
@@ -131,8 +133,8 @@ pub struct Snapshot {
     pub prepared: Vec<(String, String)>,
     /// Names of the protocol's prepared statements.
     pub protocol_prepared: Vec<String>,
-    /// State that cannot be moved yet, each as a reason.
-    pub immovable: Vec<String>,
+    /// State that cannot be moved yet: the reason, and which.
+    pub immovable: Vec<(Unprotected, String)>,
 }
 
 /// The question whose rows [`Snapshot::add_row`] takes: kind, name, value, all text.
@@ -179,7 +181,11 @@ impl Snapshot {
             "u" if value != login => self.session_authorization = Some(value.to_owned()),
             "p" => self.prepared.push((name.to_owned(), value.to_owned())),
             "q" => self.protocol_prepared.push(name.to_owned()),
-            "x" => self.immovable.push(format!("{name} \"{value}\"")),
+            "x" => {
+                let reason = immovable(name);
+                let which = format!("{} \"{value}\"", reason.text());
+                self.immovable.push((reason, which));
+            }
             _ => {}
         }
     }
@@ -223,6 +229,16 @@ impl Snapshot {
             && self.role.is_none()
             && self.session_authorization.is_none()
             && self.prepared.is_empty()
+    }
+}
+
+/// The reason behind the second column of [`SNAPSHOT_QUERY`] where the first is `x`.
+fn immovable(name: &str) -> Unprotected {
+    match name {
+        "cursor WITH HOLD" => Unprotected::CursorWithHold,
+        "LISTEN" => Unprotected::Listen,
+        "session advisory lock" => Unprotected::AdvisoryLock,
+        _ => Unprotected::TemporaryObject,
     }
 }
 

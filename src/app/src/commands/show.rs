@@ -10,7 +10,8 @@ use helios_local::{InstanceStatus, LocalStatus, OperationRecord, Outcome, Progre
 use serde::Serialize;
 
 use super::local::absolute;
-use crate::cli::{FailoverArgs, ShowArgs, SwitchoverArgs};
+use super::protection;
+use crate::cli::{FailoverArgs, SessionsArgs, ShowArgs, SwitchoverArgs};
 use crate::failure::Failure;
 use crate::{out, table};
 
@@ -25,8 +26,18 @@ pub(crate) async fn status(args: &ShowArgs) -> Result<(), Failure> {
 }
 
 /// `helios sessions`.
-pub(crate) async fn sessions(args: &ShowArgs) -> Result<(), Failure> {
-    let mut sessions = LocalClient::new(absolute(&args.dir)?).sessions().await?;
+pub(crate) async fn sessions(args: &SessionsArgs) -> Result<(), Failure> {
+    let (protection, args) = (args.protection, &args.show);
+    let client = LocalClient::new(absolute(&args.dir)?);
+    if protection {
+        let report = client.protection().await?;
+        if args.json {
+            return json(&report);
+        }
+        out::print(&protection::describe(&report));
+        return Ok(());
+    }
+    let mut sessions = client.sessions().await?;
     sessions.sort_by_key(|s| s.id);
     if args.json {
         return json(&sessions);

@@ -3,10 +3,10 @@
 //! The invariant: the truth, once; afterwards the session is usable.
 
 use bytes::BytesMut;
-use helios_api::control::MigrationEvent;
 use helios_session::TxnStatus;
 use helios_session::grammar::Kind;
 use helios_session::journal::Exchange;
+use helios_session::tracker::Alone;
 use helios_telemetry::metrics::CommitOutcome;
 use helios_wire::message::back;
 use helios_wire::{ErrorFields, SqlState, frontend};
@@ -65,6 +65,7 @@ impl Session {
     /// The transaction of the exchange in front has ended on the backend that is gone.
     fn resolved_front(&mut self) {
         self.tracker.committed_front();
+        self.ended_by_us();
         if self.tracker.take_touched() {
             // What it changed in the session went with its backend.
             let fields = retryable("the session's new state was not known yet");
@@ -126,36 +127,22 @@ impl Session {
         self.discarding = unfinished;
         self.dropping_rest = self.client.passing > 0;
         self.tracker.abandon(TxnStatus::Idle);
+        self.ended_by_us();
         self.charge();
         Ok(())
     }
 
-    pub(super) fn failed(&self, fields: &ErrorFields, reason: &str) {
-        self.shared.count_failed(reason);
-        self.shared.metrics.migration(false, reason);
-        let micros = self.held_since.map_or(0, |at| at.elapsed().as_micros());
-        self.shared.event(MigrationEvent::Failed {
-            session: self.entry().id,
-            reason: self.gate.reason,
-            micros: u64::try_from(micros).unwrap_or(u64::MAX),
-            sqlstate: fields.sqlstate.as_str().to_owned(),
-            error: fields
-                .detail
-                .clone()
-                .unwrap_or_else(|| fields.message.clone()),
-        });
-        tracing::info!(
-            session = %self.entry().id,
-            sqlstate = fields.sqlstate.as_str(),
-            detail = fields.detail.as_deref().unwrap_or(""),
-            "session could not be moved without an error"
-        );
+    /// The transaction that was open is over, and no server says so.
+    fn ended_by_us(&mut self) {
+        self.note_age(TxnStatus::Idle);
+        self.count_ended(TxnStatus::Idle, Alone::Nothing);
     }
 
     pub(super) fn state_lost(&mut self) {
         // The exchange itself was answered; only ReadyForQuery had been held back.
         back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
         self.tracker.abandon(TxnStatus::Idle);
+        self.ended_by_us();
         let fields = retryable("the session's new state was not known yet");
         self.failed(&fields, "state unknown");
         self.refuse = Some(fields);

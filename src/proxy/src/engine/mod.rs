@@ -6,8 +6,10 @@
 
 mod answers;
 pub mod bell;
+mod events;
 pub mod evidence;
 pub mod gate;
+pub mod history;
 mod io;
 pub(crate) mod leaving;
 pub mod link;
@@ -16,6 +18,7 @@ mod moving;
 mod opening;
 mod own;
 mod own_answers;
+pub mod protection;
 mod pump;
 mod reads;
 mod rebuild;
@@ -25,5 +28,6 @@ mod resolve;
 mod sequences;
 pub mod session;
 pub mod shared;
+mod tables;
 mod turn;
 mod verify;

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use helios_api::control::{MigrationEvent, MoveReason, Topology};
+use helios_api::control::Topology;
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, decide};
 use helios_session::grammar::Kind;
@@ -56,10 +56,6 @@ impl Session {
         tracing::debug!(session = %self.entry().id, phase = ?self.gate.phase, "backend lost");
     }
 
-    fn held(&mut self) {
-        self.held_since.get_or_insert_with(Instant::now);
-    }
-
     /// The gate has changed.
     pub(super) async fn gate_changed(
         &mut self,
@@ -85,6 +81,7 @@ impl Session {
             }
             Phase::Replay | Phase::Send => {
                 self.held();
+                self.begin_if_moved();
                 if self.server.as_ref().is_some_and(|s| s.epoch < current) {
                     self.leave_old_server()?;
                 }
@@ -113,10 +110,12 @@ impl Session {
         } else if self.must_rebuild() {
             self.retry_at = None;
             return self.find_server(gate).await;
-        } else if self.last_words.is_some() || self.held_since.is_some() {
+        } else if self.moved_by_gate() {
             // Idle: it needs a backend when its client says something.
             self.last_words = None;
             self.lost_since = None;
+            self.released();
+        } else if self.held_since.is_some() {
             self.released();
         }
         Ok(())
@@ -277,6 +276,7 @@ impl Session {
         gate: &mut watch::Receiver<GateState>,
     ) -> Result<(), End> {
         if self.tracker.mode() == helios_session::ReplayMode::None && self.lost_since.is_some() {
+            self.begin_migration();
             return Err(self.disconnect());
         }
         match self.attempt(gate).await {
@@ -294,6 +294,7 @@ impl Session {
                 self.attempts += 1;
                 self.retry_at = Some(Instant::now() + pause);
                 if self.too_long() {
+                    self.begin_migration();
                     return Err(End::Fatal(no_primary(&why)));
                 }
                 Ok(())
@@ -337,6 +338,9 @@ impl Session {
         let conn = self.connect(topology).await?;
         let mut server = Server::new(conn, topology.epoch);
         self.check_last_words(&mut server, topology).await?;
+        if self.held_since.is_some() {
+            self.begin_migration();
+        }
         if self.epoch == topology.epoch && self.must_rebuild() {
             if !self.shared.options.replay_on_connection_loss {
                 self.forced = Some("replay after a lost connection is switched off".into());
@@ -442,43 +446,5 @@ impl Session {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Err(Attempt::Retry("the old backend does not end".into()))
-    }
-
-    /// The session goes on: events and figures.
-    fn released(&mut self) {
-        self.lost_since = None;
-        let Some(since) = self.held_since.take() else {
-            return;
-        };
-        let took = since.elapsed();
-        let reason = if self.moved_by_gate() {
-            self.gate.reason
-        } else {
-            MoveReason::ConnectionLoss
-        };
-        let kind = match reason {
-            MoveReason::Switchover => "switchover",
-            MoveReason::Failover => "failover",
-            MoveReason::ConnectionLoss => "connection_loss",
-        };
-        self.shared.metrics.pause(kind, took);
-        self.shared.metrics.migration(true, kind);
-        lock(&self.entry().shown).migrations += 1;
-        let session = self.entry().id;
-        self.shared.event(MigrationEvent::Completed {
-            session,
-            reason,
-            micros: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
-            state_bytes: self.account.used() as u64,
-        });
-        if self.shared.options.log_migrations {
-            let (instance, state_bytes) = (&self.primary().name, self.account.used());
-            tracing::info!(%session, reason = kind, ?took, %instance, state_bytes, "session moved");
-        }
-        self.shown_epoch = self.gate.topology.epoch;
-    }
-
-    fn moved_by_gate(&self) -> bool {
-        self.gate.topology.epoch != self.shown_epoch
     }
 }

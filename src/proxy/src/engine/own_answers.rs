@@ -2,6 +2,7 @@
 //!
 //! The invariant: a client gets its ReadyForQuery only when the state behind it is known.
 
+use helios_api::protection::Unprotected;
 use helios_session::TxnStatus;
 use helios_session::state::Snapshot;
 use helios_wire::frontend;
@@ -50,6 +51,7 @@ impl Session {
         self.tracker
             .prepared_mut()
             .reconcile(|name| std::str::from_utf8(name).is_ok_and(|n| names.contains(n)));
+        self.tracker.set_holds(!state.immovable.is_empty());
         self.state = state;
         self.show_protection();
     }
@@ -61,18 +63,13 @@ impl Session {
             return Some(lost.to_owned());
         }
         if !options.capture_settings && !self.state.settings.is_empty() {
-            return Some("settings, which are not captured".into());
+            return Some(Unprotected::SettingsNotCaptured.text().into());
         }
         let statements = !self.tracker.prepared().is_empty() || !self.state.prepared.is_empty();
         if !options.capture_prepared && statements {
-            return Some("prepared statements, which are not captured".into());
+            return Some(Unprotected::StatementsNotCaptured.text().into());
         }
-        self.state.immovable.first().cloned()
-    }
-
-    /// Shows it in the list of sessions.
-    pub(super) fn show_protection(&self) {
-        super::registry::lock(&self.entry().shown).unprotected = self.unprotected();
+        self.state.immovable.first().map(|(_, which)| which.clone())
     }
 
     /// Answers the client's message without a server, where the session owes it an error.
@@ -108,6 +105,7 @@ impl Session {
     }
 
     pub(super) fn drop_client_message(&mut self, len: usize, whole: bool) {
+        self.rows_taken();
         if whole {
             self.client.skip(len);
         } else {

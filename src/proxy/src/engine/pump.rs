@@ -7,10 +7,11 @@ use std::sync::atomic::Ordering;
 
 use helios_session::TxnStatus;
 use helios_session::expect::{Expect, ExpectQueue, MAX_EXPECTED};
-use helios_session::tracker::{Before, Form, ServerStep, until_zero};
+use helios_session::tracker::{Alone, Before, Form, ServerStep, until_zero};
 use helios_wire::message::read;
 use helios_wire::{ErrorFields, SqlState, backend, frontend, peek_header};
 
+use super::events::why;
 use super::gate::Phase;
 use super::link::{HIGH_WATER, WHOLE};
 use super::moving::LastWords;
@@ -33,6 +34,7 @@ enum Verdict {
     Pass,
     Drop,
     Replace(ErrorFields),
+    Instead(Vec<u8>),
     /// Leave the server, with what it sent before.
     Leave,
 }
@@ -83,7 +85,10 @@ impl Session {
             if self.corked() || self.tracker.expect().len() >= MAX_EXPECTED {
                 return Ok(());
             }
-            let have = header.len.min(self.client.input.len());
+            let Some(len) = self.bring_rows(header.tag, header.len, whole) else {
+                return Ok(());
+            };
+            let have = len.min(self.client.input.len());
             let floor = self.floor_for(header.tag);
             let frame = &self.client.input[..have];
             let mut form = Form::AsIs;
@@ -106,7 +111,7 @@ impl Session {
                     return Ok(());
                 }
             }
-            self.client_frame(header.tag, have, header.len, form)?;
+            self.client_frame(header.tag, have, len, form)?;
         }
     }
 
@@ -187,6 +192,7 @@ impl Session {
         if began {
             self.entry().set_state(2);
         }
+        self.rows_taken();
         let Some(server) = self.server.as_mut() else {
             return Ok(());
         };
@@ -238,7 +244,9 @@ impl Session {
             return;
         }
         if let Err(overflow) = self.account.set(bytes) {
-            self.tracker.journal_mut().lose(overflow.to_string());
+            self.tracker
+                .journal_mut()
+                .lose(why(&overflow), overflow.to_string());
             let _ = self.account.set(self.tracker.journal().bytes());
             self.shared.metrics.journal_overflows.inc();
             self.show_protection();
@@ -297,6 +305,7 @@ impl Session {
                     run = 0;
                     match other {
                         Verdict::Replace(fields) => fields.write_error(&mut self.client.output),
+                        Verdict::Instead(frame) => self.client.output.extend_from_slice(&frame),
                         Verdict::Leave => self.server = None,
                         Verdict::Pass | Verdict::Drop => {}
                     }
@@ -361,7 +370,11 @@ impl Session {
                 self.last_words = frame.map(|f| LastWords::new(f, &self.shared));
                 Ok(Verdict::Drop)
             }
-            ServerStep::Completed { status, touched } => Ok(self.completed(status, touched)),
+            ServerStep::Completed {
+                status,
+                touched,
+                alone,
+            } => Ok(self.completed(status, touched, alone)),
         }
     }
 
@@ -388,6 +401,11 @@ impl Session {
         }
         if self.instead.is_some() {
             return self.replaced(tag, at, len);
+        }
+        if tag == backend::PARAMETER_DESCRIPTION
+            && let Some(described) = self.described(frame)
+        {
+            return Verdict::Instead(described);
         }
         Verdict::Pass
     }
@@ -432,7 +450,7 @@ impl Session {
     }
 
     /// An exchange of the client's is answered.
-    fn completed(&mut self, status: TxnStatus, touched: bool) -> Verdict {
+    fn completed(&mut self, status: TxnStatus, touched: bool, alone: Alone) -> Verdict {
         self.charge();
         self.shared.metrics.exchanges.inc();
         self.cancelled_by_client = false;
@@ -441,20 +459,10 @@ impl Session {
         if self.shared.options.idle_timeout.is_some() {
             self.last_activity = tokio::time::Instant::now();
         }
-        let entry = self.entry();
-        match status {
-            TxnStatus::Idle => {
-                entry.began.store(0, Ordering::Relaxed);
-                self.instead = None;
-            }
-            TxnStatus::Open | TxnStatus::Failed => {
-                // Nobody else writes it.
-                if entry.began.load(Ordering::Relaxed) == 0 {
-                    entry
-                        .began
-                        .store(self.shared.now_micros(), Ordering::Relaxed);
-                }
-            }
+        self.note_age(status);
+        self.count_ended(status, alone);
+        if status == TxnStatus::Idle {
+            self.instead = None;
         }
         if self.tracker.is_between() {
             self.entry().mark_floor.store(u64::MAX, Ordering::Relaxed);

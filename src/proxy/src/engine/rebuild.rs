@@ -172,6 +172,7 @@ impl Session {
         let result = self.run_again(&mut server, &prepared, &mut next).await;
         match result {
             Ok(()) => {
+                self.replayed = self.tracker.journal().records().len() as u64;
                 self.remember_in_flight()?;
                 self.install(server, next);
                 Ok(())

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use helios_api::control::SessionInfo;
 use helios_api::{InstanceName, Lsn, SessionId};
@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use super::bell::Bell;
+use super::protection::{Meter, Who};
 use crate::backend::{BackendConn, Login};
 use crate::stream::Stream;
 
@@ -37,6 +38,10 @@ pub struct Entry {
     pub id: SessionId,
     /// How it logged in, to open further backends for it.
     pub login: Login,
+    /// Whose session it is, for what is counted.
+    pub who: Arc<Who>,
+    /// Its clock, once it has begun.
+    pub meter: OnceLock<Meter>,
     /// The client's address.
     pub peer: String,
     /// Key of cancel requests.
@@ -109,23 +114,20 @@ impl Entry {
         let shown = lock(&self.shown).clone();
         let began = self.began.load(Ordering::Relaxed);
         let state = usize::try_from(self.state.load(Ordering::Relaxed)).unwrap_or(0);
-        let application = self
-            .login
-            .params
-            .iter()
-            .find(|(k, _)| k == "application_name");
+        let reason = self.meter.get().and_then(Meter::reason);
         SessionInfo {
             id: self.id,
             state: STATES.get(state).copied().unwrap_or("idle").to_owned(),
             user: self.login.user.clone(),
             database: self.login.database.clone(),
-            application: application.map(|(_, v)| v.clone()).unwrap_or_default(),
+            application: self.who.application.clone(),
             client: self.peer.clone(),
             instance: shown.instance,
             transaction_age_ms: (began > 0).then(|| now.saturating_sub(began) / 1000),
             journal_bytes: self.journal_bytes.load(Ordering::Relaxed),
             migrations: shown.migrations,
-            unprotected: shown.unprotected,
+            unprotected: reason.map(|r| shown.unprotected.unwrap_or_else(|| r.text().into())),
+            reason,
         }
     }
 }
@@ -152,8 +154,16 @@ impl Registry {
         let pid = i32::try_from(id.0 % 0x7FFF_FFFF).unwrap_or(0) + 1;
         let mut secret = vec![0; secret_len];
         rand::fill(&mut secret[..]);
+        let application = login.params.iter().find(|(k, _)| k == "application_name");
+        let who = Who {
+            database: login.database.clone(),
+            user: login.user.clone(),
+            application: application.map(|(_, v)| v.clone()).unwrap_or_default(),
+        };
         let entry = Arc::new(Entry {
             id,
+            who: Arc::new(who.cut()),
+            meter: OnceLock::new(),
             login,
             peer,
             key: CancelKey { pid, secret },

@@ -22,12 +22,14 @@ use helios_wire::{ErrorFields, SqlState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::events::{Moving, Noted};
 use super::gate::{GateState, Member, Phase};
 use super::link::Link;
 use super::moving::LastWords;
 use super::opening::open_first;
 use super::registry::{Entry, Registered, lock};
 use super::shared::Shared;
+use super::tables::Rows;
 use crate::backend::{self, BackendConn};
 use crate::login::ClientLogin;
 
@@ -151,6 +153,11 @@ pub struct Session {
     pub(super) old_pid: Option<i32>,
     /// Epoch of the last move that was reported.
     pub(super) shown_epoch: Epoch,
+    pub(super) noted: Noted,
+    pub(super) moving: Moving,
+    pub(super) rows: Rows,
+    /// Requests of the client's that the migration has run again.
+    pub(super) replayed: u64,
     _permits: (
         crate::listener::ConnectionPermit,
         crate::listener::UserPermit,
@@ -226,6 +233,10 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         last_activity: Instant::now(),
         old_pid: Some(pid),
         shown_epoch: epoch,
+        noted: Noted::default(),
+        moving: Moving::No,
+        rows: Rows::default(),
+        replayed: 0,
         _permits: client.permits,
     });
     tracing::debug!(session = %id, "session started");
@@ -273,6 +284,7 @@ impl Session {
 
     async fn run(mut self: Box<Self>, mut gate: watch::Receiver<GateState>) {
         self.show_instance();
+        self.begin_meter();
         let end = loop {
             match self.until_event(&gate).await {
                 Event::End(end) => break end,
@@ -414,6 +426,7 @@ impl Session {
     }
 
     async fn end(mut self: Box<Self>, end: End) {
+        self.end_migration(&end);
         let frame = match end {
             End::ClientLeft => None,
             End::Fatal(fields) => Some(frame_of(&fields)),

@@ -1,10 +1,11 @@
 //! What all sessions of a proxy share.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use helios_api::control::{MigrationEvent, ResumeReport};
+use helios_api::protection::ProtectionReport;
 use helios_journal::Pool;
 use helios_session::ReplayMode;
 use helios_telemetry::metrics::Metrics;
@@ -12,6 +13,8 @@ use tokio::sync::{Semaphore, broadcast, watch};
 
 use super::evidence::{Floor, Found};
 use super::gate::Gate;
+use super::history::History;
+use super::protection::Ledger;
 use super::reads::Proofs;
 use super::registry::{Registry, lock};
 use super::sequences::ReplayLock;
@@ -131,6 +134,12 @@ pub struct Shared {
     pub(super) proofs: tokio::sync::Mutex<Option<Proofs>>,
     /// Marks found for the move under way: one reading of the log serves all sessions.
     pub(super) found: tokio::sync::Mutex<Option<Found>>,
+    /// What is counted of protection.
+    pub ledger: Ledger,
+    /// The last migrations.
+    pub history: History,
+    /// Roles that may see other roles' sessions, or not, as of then.
+    pub(super) rights: Mutex<HashMap<String, (bool, Instant)>>,
     /// Migration events.
     pub events: broadcast::Sender<MigrationEvent>,
     /// What the move under way has come to.
@@ -153,6 +162,9 @@ impl Shared {
             gate: Arc::new(gate),
             registry: Arc::default(),
             pool: Pool::new(options.max_total_journal_bytes),
+            ledger: Ledger::new(metrics.clone()),
+            history: History::default(),
+            rights: Mutex::default(),
             metrics,
             options,
             tls,
@@ -191,6 +203,22 @@ impl Shared {
         if settled.is_err() {
             tracing::error!("sequences are still set back, and new work is let in");
         }
+    }
+
+    /// Counts the time of all sessions up to now.
+    pub fn read_meters(&self) {
+        for entry in self.registry.all() {
+            if let Some(meter) = entry.meter.get() {
+                meter.read();
+            }
+        }
+    }
+
+    /// What was protected and what was not, of one role's sessions where one is given.
+    #[must_use]
+    pub fn protection(&self, of: Option<&str>) -> ProtectionReport {
+        self.read_meters();
+        self.ledger.report(of)
     }
 
     /// Tells subscribers; nobody listening is fine.

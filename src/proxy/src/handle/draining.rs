@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use helios_api::control::{DrainReport, DrainRequest, MoveReason, SessionInfo};
+use helios_api::protection::Unprotected;
 
 use super::{CommandError, ProxyHandle};
 use crate::engine::gate::Phase;
@@ -112,7 +113,15 @@ impl ProxyHandle {
     }
 
     async fn wait_for_unprotected(&self, deadline: Instant) {
-        let hurts = |i: &SessionInfo| i.unprotected.is_some() && i.transaction_age_ms.is_some();
+        // Where replay is switched off nobody is better off for waiting: there is always one.
+        let may_end = |r: Unprotected| {
+            !matches!(
+                r,
+                Unprotected::ReplayOff | Unprotected::TransactionsNotReplayed
+            )
+        };
+        let hurts =
+            |i: &SessionInfo| i.reason.is_some_and(may_end) && i.transaction_age_ms.is_some();
         while Instant::now() < deadline && self.sessions().iter().any(hurts) {
             tokio::time::sleep(LOOK).await;
         }

@@ -81,16 +81,17 @@ impl Tracker {
             _ => {}
         }
         // Its first word does not speak for the others.
-        if tag == frontend::QUERY
-            && several(frame)
-            && let Some(last) = self.xids.back_mut()
-        {
+        let several = tag == frontend::QUERY && several(frame);
+        if several && let Some(last) = self.xids.back_mut() {
             last.dirty = true;
         }
         let Some(exchange) = self.journal.in_flight_mut().back_mut() else {
             return;
         };
         exchange.writes |= hint == Some(Hint::Write) || tag == frontend::FUNCTION_CALL;
+        let runs = tag == frontend::FUNCTION_CALL;
+        exchange.runs |= runs || hint.is_some_and(|h| h != Hint::Empty);
+        exchange.doubtful |= runs || several || matches!(hint, Some(Hint::Write | Hint::Copy));
         exchange.touches |= touches;
         exchange.mixed |= unit == Some(Unit::Other) || tag == frontend::FUNCTION_CALL;
         match tag {
@@ -163,6 +164,24 @@ impl Tracker {
                 }
             }
             _ => Looked::default(),
+        }
+    }
+
+    /// The text of the protocol's prepared statement of this name, when everything sent has been
+    /// run.
+    #[must_use]
+    pub fn prepared_text(&self, name: &[u8]) -> Option<&[u8]> {
+        let parse = &self.statement(name)?.parse;
+        let body = parse.get(5..)?;
+        Some(until_zero(body.get(until_zero(body).len() + 1..)?))
+    }
+
+    /// The prepared statement that the server is describing.
+    #[must_use]
+    pub fn describing(&self) -> Option<&[u8]> {
+        match self.named.front() {
+            Some(Named::Describe(name)) => Some(name),
+            _ => None,
         }
     }
 

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use helios_api::protection::Unprotected;
 use helios_api::{Lsn, Xid};
 use helios_wire::frontend;
 
@@ -100,12 +101,25 @@ pub enum ServerStep {
         status: TxnStatus,
         /// The session's state may have changed and has to be asked for before the client goes on.
         touched: bool,
+        /// What ran outside a transaction block.
+        alone: Alone,
     },
     /// An error outside any exchange: the server ends the connection.
     Unsolicited,
     /// The server refused a mark, and skips what came behind it: nothing of the exchange in front
     /// was done. No more marks are set.
     MarkRefused,
+}
+
+/// What an exchange ran outside a transaction block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alone {
+    /// Nothing.
+    Nothing,
+    /// What a crash leaves evidence of, or can be run again.
+    Provable,
+    /// What may have taken effect, and a crash would leave nobody who knows.
+    InDoubt,
 }
 
 /// Most custom settings that one session is followed for.
@@ -158,6 +172,8 @@ pub struct Tracker {
     /// What goes in front of the client's next frame.
     lead: Option<Lead>,
     marks_refused: bool,
+    /// The session holds state that cannot be moved.
+    holds: bool,
 }
 
 impl Tracker {
@@ -183,6 +199,7 @@ impl Tracker {
             gtids: GtidSource::default(),
             lead: None,
             marks_refused: false,
+            holds: false,
         }
     }
 
@@ -296,6 +313,7 @@ impl Tracker {
         next.custom.clone_from(&self.custom);
         next.gtids = self.gtids;
         next.marks_refused = self.marks_refused;
+        next.holds = self.holds;
         next
     }
 
@@ -331,8 +349,8 @@ impl Tracker {
         self.prepared.settle();
         if self.projected_open {
             self.project(true);
-            self.journal
-                .lose("the transaction was aborted by an earlier failover".into());
+            let reason = Unprotected::AbortedByMove;
+            self.journal.lose(reason, reason.text().into());
         }
     }
 

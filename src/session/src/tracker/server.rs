@@ -1,12 +1,13 @@
 //! What a server's message means: whose it is, what it ends, what it tells of ids and state.
 
+use helios_api::protection::Unprotected;
 use helios_api::{Lsn, Xid};
 use helios_wire::backend;
 
 use super::{MAX_CUSTOM, Named, ServerStep, Tracker};
 use crate::expect::{Expect, Explained, Owner, Violation};
 use crate::grammar::{self, Kind};
-use crate::keyword::tag_touches_session;
+use crate::keyword::{tag_lets_go, tag_touches_session};
 use crate::{ReplayMode, TxnStatus};
 
 impl Tracker {
@@ -131,7 +132,7 @@ impl Tracker {
             let text = frame
                 .get(5..frame.len().saturating_sub(1))
                 .unwrap_or_default();
-            exchange.touches |= tag_touches_session(text);
+            exchange.touches |= tag_touches_session(text) || (self.holds && tag_lets_go(text));
         }
         if open && self.mode.replays() {
             exchange.reply.keep(tag, frame);
@@ -234,9 +235,14 @@ impl Tracker {
             return Ok(ServerStep::Forward);
         }
         front.reply.status = Some(status);
+        let alone = front.alone(self.status, status);
         self.finish(status);
         let touched = status == TxnStatus::Idle && std::mem::take(&mut self.touched);
-        Ok(ServerStep::Completed { status, touched })
+        Ok(ServerStep::Completed {
+            status,
+            touched,
+            alone,
+        })
     }
 
     /// Remembers the custom settings that the exchange in front names.
@@ -255,6 +261,11 @@ impl Tracker {
         }
         let room = MAX_CUSTOM.saturating_sub(self.custom.len());
         self.custom.extend(names.into_iter().take(room));
+    }
+
+    /// Whether the session holds state that cannot be moved: it is then watched for letting go.
+    pub fn set_holds(&mut self, holds: bool) {
+        self.holds = holds;
     }
 
     /// Custom settings that statements of this session may have set.
@@ -320,8 +331,8 @@ impl Tracker {
             }
         }
         self.chained = true;
-        self.journal
-            .lose("the transaction was begun by AND CHAIN or inside one query".into());
+        let reason = Unprotected::Chained;
+        self.journal.lose(reason, reason.text().into());
         self.xids.clear();
         self.project(true);
     }

@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::core::Collector;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    Counter, CounterVec, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
+    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 /// What a session is doing, as [`names::SESSIONS`] counts it.
@@ -142,6 +142,10 @@ pub struct Handles {
     pub protected_sessions: IntGauge,
     unprotected_sessions: IntGaugeVec,
     backend_up: IntGaugeVec,
+    protection_transactions: IntCounterVec,
+    protection_seconds: CounterVec,
+    migrations_started: IntCounterVec,
+    migrations_state_bytes: Histogram,
 }
 
 impl Deref for Metrics {
@@ -162,6 +166,18 @@ impl Default for Metrics {
 const PAUSE_BUCKETS: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75, 1.0,
     2.0, 5.0, 10.0, 30.0,
+];
+
+/// From 1 KiB to 1 GiB.
+const STATE_BUCKETS: &[f64] = &[
+    1024.0,
+    16_384.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    16_777_216.0,
+    268_435_456.0,
+    1_073_741_824.0,
 ];
 
 impl Metrics {
@@ -208,6 +224,25 @@ impl Metrics {
             protected_sessions: gauge(&r, n::PROTECTED_SESSIONS)?,
             unprotected_sessions: gauges(&r, n::UNPROTECTED_SESSIONS, "reason")?,
             backend_up: gauges(&r, n::BACKEND_UP, "instance")?,
+            protection_transactions: counters(
+                &r,
+                n::PROTECTION_TRANSACTIONS,
+                &["database", "user", "application", "kind", "protection"],
+            )?,
+            protection_seconds: register(
+                &r,
+                CounterVec::new(
+                    Opts::new(n::PROTECTION_SECONDS, n::help(n::PROTECTION_SECONDS)),
+                    &["database", "user", "application", "state", "protection"],
+                )?,
+            )?,
+            migrations_started: counters(&r, n::SESSION_MIGRATIONS_STARTED, &["reason"])?,
+            migrations_state_bytes: register(
+                &r,
+                Histogram::with_opts(
+                    buckets(n::SESSION_MIGRATIONS_STATE_BYTES).buckets(STATE_BUCKETS.to_vec()),
+                )?,
+            )?,
             registry: r,
         })))
     }
@@ -236,6 +271,26 @@ impl Metrics {
         } else {
             self.migrations_failed.inc();
         }
+    }
+
+    /// A session's migration began, with this much of journal and state.
+    pub fn migration_started(&self, reason: &str, state_bytes: u64) {
+        self.migrations_started.with_label_values(&[reason]).inc();
+        #[expect(clippy::cast_precision_loss, reason = "a bucket is coarser")]
+        self.migrations_state_bytes.observe(state_bytes as f64);
+    }
+
+    /// The counter of [`names::PROTECTION_TRANSACTIONS`] with these labels, to be kept: the caller
+    /// bounds how many there are.
+    #[must_use]
+    pub fn protection_transactions(&self, labels: &[&str; 5]) -> IntCounter {
+        self.protection_transactions.with_label_values(labels)
+    }
+
+    /// The counter of [`names::PROTECTION_SECONDS`] with these labels, likewise.
+    #[must_use]
+    pub fn protection_seconds(&self, labels: &[&str; 5]) -> Counter {
+        self.protection_seconds.with_label_values(labels)
     }
 
     /// The replay of an open transaction ended after `took`. A successful one counts as a loss
@@ -360,6 +415,10 @@ mod tests {
         m.phase("drain", Duration::from_millis(7));
         m.unprotected_sessions("temporary table").inc();
         m.backend_up("pg-1", true);
+        m.migration_started("switchover", 2048);
+        let who = ["shop", "app", "till", "transaction", "protected"];
+        m.protection_transactions(&who).inc();
+        m.protection_seconds(&who).inc_by(1.5);
         m.bytes_to_client.inc_by(12);
         let text = m.render();
         for line in [
@@ -383,12 +442,18 @@ mod tests {
             "helios_protected_sessions 0",
             "helios_unprotected_sessions{reason=\"temporary table\"} 1",
             "helios_backend_up{instance=\"pg-1\"} 1",
+            "helios_session_migrations_started_total{reason=\"switchover\"} 1",
+            "helios_session_migrations_state_bytes_sum 2048",
+            "helios_protection_transactions_total{application=\"till\",database=\"shop\",\
+             kind=\"transaction\",protection=\"protected\",user=\"app\"} 1",
+            "helios_protection_seconds_total{application=\"till\",database=\"shop\",\
+             protection=\"protected\",state=\"transaction\",user=\"app\"} 1.5",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} not in:\n{text}");
         }
         assert!(text.contains(names::LAST_REPLAY_TIMESTAMP));
         let helped = text.lines().filter(|l| l.starts_with("# HELP"));
-        assert!(helped.clone().count() == 20 && !text.contains(names::NO_HELP));
+        assert!(helped.clone().count() == 24 && !text.contains(names::NO_HELP));
         m.backend_gone("pg-1");
         m.backend_gone("never there");
         assert!(!m.render().contains("pg-1"));

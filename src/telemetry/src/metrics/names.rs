@@ -49,6 +49,18 @@ pub const BYTES: &str = "helios_bytes_total";
 pub const PROTECTED_SESSIONS: &str = "helios_protected_sessions";
 /// Gauge: sessions that a failover now would cost an error, by `reason`.
 pub const UNPROTECTED_SESSIONS: &str = "helios_unprotected_sessions";
+/// Counter: transactions that ended, by `database`, `user`, `application`, `kind` (`transaction`: a
+/// block, `statement`: outside of one) and `protection`: `protected` through its whole life, or the
+/// first reason why a failover would have cost it an error.
+pub const PROTECTION_TRANSACTIONS: &str = "helios_protection_transactions_total";
+/// Counter, seconds: what sessions spent by `database`, `user`, `application`, `state`
+/// (`in_transaction`, `idle`: outside of one) and `protection`, as above.
+pub const PROTECTION_SECONDS: &str = "helios_protection_seconds_total";
+/// Counter: session migrations that began, by `reason` (`switchover`, `failover`,
+/// `connection_loss`).
+pub const SESSION_MIGRATIONS_STARTED: &str = "helios_session_migrations_started_total";
+/// Histogram, bytes: journal and state of the sessions that moved.
+pub const SESSION_MIGRATIONS_STATE_BYTES: &str = "helios_session_migrations_state_bytes";
 /// Gauge: 1 when the `instance` answered its last health check, else 0.
 pub const BACKEND_UP: &str = "helios_backend_up";
 
@@ -77,6 +89,10 @@ pub(super) fn help(name: &str) -> &'static str {
         EXCHANGES => "requests answered up to ReadyForQuery",
         PROTECTED_SESSIONS => "sessions that a failover now would not cost an error",
         UNPROTECTED_SESSIONS => "sessions that a failover now would cost an error by reason",
+        PROTECTION_TRANSACTIONS => "transactions by whether a failover would have cost an error",
+        PROTECTION_SECONDS => "seconds of sessions by whether a failover would have cost an error",
+        SESSION_MIGRATIONS_STARTED => "session migrations that began by reason",
+        SESSION_MIGRATIONS_STATE_BYTES => "bytes of journal and state of sessions that moved",
         BACKEND_UP => "1 when the instance answered its last health check",
         _ => NO_HELP,
     }
