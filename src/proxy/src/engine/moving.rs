@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::gate::{GateState, Phase};
+use super::monitor::STARTED;
 use super::rebuild::Attempt;
 use super::registry::lock;
 use super::replay;
@@ -431,10 +432,18 @@ impl Session {
             .map_err(|e| Attempt::Retry(e.to_string()))?;
         let mut service = Server::new(conn, topology.epoch);
         let user = helios_session::state::literal(&self.entry().login.user);
-        let sql = format!(
+        let mut sql = format!(
             "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
              WHERE pid = {pid} AND usename = {user}"
         );
+        // Another one with the same process id is none of ours.
+        let identity = lock(&self.entry().identity).clone();
+        if identity.pid == pid
+            && let Some(started) = identity.started
+        {
+            let started = helios_session::state::literal(&started);
+            sql.push_str(&format!(" AND {STARTED} = {started}"));
+        }
         for _ in 0..500 {
             let rows = replay::simple(&mut service.link, &sql)
                 .await

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::gate::{GateState, Phase};
-use super::registry::Entry;
+use super::registry::{Entry, Identity, lock};
 use super::session::{frame_of, is_away, is_primary, no_primary};
 use super::shared::Shared;
 use crate::backend::{self, BackendConn};
@@ -34,7 +34,11 @@ pub(super) async fn open_first(
             let result = backend::connect(at, &shared.tls, &entry.login, limit).await;
             drop(permit);
             match result {
-                Ok(conn) if is_primary(&conn) => return Ok((conn, state.topology.epoch)),
+                Ok(conn) if is_primary(&conn) => {
+                    let epoch = state.topology.epoch;
+                    *lock(&entry.identity) = Identity::new(conn.pid, epoch);
+                    return Ok((conn, epoch));
+                }
                 Ok(_) => "the server is in recovery".clone_into(&mut problem),
                 Err(backend::BackendError::Refused { fields, frame, .. })
                     if !is_away(&fields.sqlstate) =>

@@ -19,6 +19,7 @@ use super::answers::retryable;
 use super::evidence;
 use super::gate::Phase;
 use super::reads;
+use super::registry::{Identity, lock};
 use super::replay::{self, ReplayError};
 use super::resolve::{Outcome, resolve};
 use super::session::{End, Server, Session, Skip};
@@ -267,6 +268,7 @@ impl Session {
         self.epoch = server.epoch;
         self.timeline = self.gate.topology.timeline;
         self.old_pid = Some(server.pid);
+        *lock(&self.entry().identity) = Identity::new(server.pid, server.epoch);
         for (name, value) in &server.link.parameters {
             if self.known.get(name) != Some(value) {
                 back::parameter_status(&mut self.client.output, name, value);

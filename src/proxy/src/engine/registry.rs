@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use helios_api::control::SessionInfo;
-use helios_api::{InstanceName, Lsn, SessionId};
+use helios_api::{Epoch, InstanceName, Lsn, SessionId};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
@@ -61,6 +61,8 @@ pub struct Entry {
     pub leave: Mutex<Option<Leave>>,
     /// A backend opened ahead of time on the next primary.
     pub warm: Mutex<Option<BackendConn>>,
+    /// Its last backend, as the server knows it.
+    pub identity: Mutex<Identity>,
     /// What it shows; changed at most once an exchange that matters.
     pub shown: Mutex<Shown>,
     /// 0 connecting, 1 idle, 2 active, 3 in transaction, 4 held, 5 migrating.
@@ -73,6 +75,30 @@ pub struct Entry {
     pub uncut: AtomicBool,
     /// Log position before the mark of the statement in flight, `u64::MAX` for none.
     pub mark_floor: AtomicU64,
+}
+
+/// A backend as its server knows it. A process id alone may be given out again.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Identity {
+    /// Process id; 0 before there is one.
+    pub pid: i32,
+    /// Of the server.
+    pub epoch: Epoch,
+    /// When it began, as the server writes it; asked for beside the health checks.
+    pub started: Option<String>,
+}
+
+impl Identity {
+    /// A new backend, of which no more is known.
+    #[must_use]
+    pub fn new(pid: i32, epoch: Epoch) -> Self {
+        let started = None;
+        Self {
+            pid,
+            epoch,
+            started,
+        }
+    }
 }
 
 /// Key that a client cancels with.
@@ -174,6 +200,7 @@ impl Registry {
             home: Handle::current(),
             leave: Mutex::new(None),
             warm: Mutex::new(None),
+            identity: Mutex::default(),
             shown: Mutex::default(),
             state: AtomicU64::new(0),
             began: AtomicU64::new(0),
