@@ -336,7 +336,11 @@ fn framed(tag: u8, parts: &[&[u8]]) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::cast_possible_truncation, reason = "small numbers")]
     use super::*;
+
+    /// Formats, their codes, values; codes that are added.
+    type Case<'a> = (u16, &'a [u8], &'a [&'a [u8]], &'a [u8]);
 
     /// With the sources cut down to what they are for.
     fn replaced(sql: &str) -> Option<String> {
@@ -427,8 +431,7 @@ mod tests {
 
     #[test]
     fn values_follow_the_clients_own() {
-        // (formats, their codes, values; codes that are added)
-        let cases: [(u16, &[u8], &[&[u8]], &[u8]); 4] = [
+        let cases: [Case<'_>; 4] = [
             (0, &[], &[b"x"], &[]),
             (1, &[0, 1], &[b"x", b"yy"], &[]),
             (2, &[0, 1, 0, 0], &[b"x", b"yy"], &[0, 0]),

@@ -145,7 +145,7 @@ mod tests {
             session: SessionId(session),
             who: Arc::new(Who {
                 database: "shop".into(),
-                user: if session % 2 == 0 { "even" } else { "odd" }.into(),
+                user: ["even", "odd"][usize::from(session & 1 == 1)].into(),
                 application: String::new(),
             }),
             at: SystemTime::UNIX_EPOCH,
