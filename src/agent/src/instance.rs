@@ -33,6 +33,8 @@ pub(crate) struct Instance {
     pub(crate) postmaster: Option<Postmaster>,
     /// Since when the running standby has had no stream.
     pub(crate) alone_since: Option<Instant>,
+    /// Processes that a fence has killed may not have gone yet.
+    pub(crate) dying: bool,
     /// Major version of `bin_dir`.
     major: String,
     runs: u64,
@@ -62,6 +64,7 @@ impl Instance {
             hub,
             postmaster: None,
             alone_since: None,
+            dying: false,
             major,
             runs: 0,
         };
@@ -109,6 +112,9 @@ impl Instance {
             Pending::default()
         };
         let AgentRequest { epoch, command } = request;
+        if !matches!(command, AgentCommand::Fence { .. }) {
+            self.bury().await?;
+        }
         tracing::debug!(%epoch, ?command, "command");
         // Each is boxed: the largest of these futures would otherwise sit in all callers.
         let result = match command {
@@ -212,14 +218,9 @@ impl Instance {
             Ok(killed) => tracing::debug!(killed, "killed what a dead postmaster left"),
             Err(error) => tracing::error!(%error, "could not kill what a dead postmaster left"),
         }
-        let timeline = match self.hub.state().instance {
-            InstanceState::Primary { timeline, .. } | InstanceState::Standby { timeline, .. } => {
-                timeline
-            }
-            _ => Timeline(0),
-        };
-        if timeline != Timeline(0) {
-            // Said at once; pg_control is read after it.
+        let timeline = self.last_timeline();
+        if let Some(timeline) = timeline {
+            // Without a look into pg_control: a failover waits for this.
             self.hub.set(InstanceState::Stopped {
                 crashed: true,
                 clean: false,
@@ -230,7 +231,9 @@ impl Instance {
             log = postmaster.log_tail(&self.config),
             "postmaster ended by itself"
         );
-        self.publish_stopped(true).await;
+        if timeline.is_none() {
+            self.publish_stopped(true).await;
+        }
     }
 
     /// Says what the directory is while no postmaster runs; returns its `pg_control`.
@@ -328,6 +331,18 @@ impl Instance {
             } => received.max(replayed),
             _ => Lsn(0),
         }
+    }
+
+    /// The timeline that the instance was last seen to write or follow, while it runs or right
+    /// after it has stopped.
+    pub(crate) fn last_timeline(&self) -> Option<Timeline> {
+        match self.hub.state().instance {
+            InstanceState::Primary { timeline, .. }
+            | InstanceState::Standby { timeline, .. }
+            | InstanceState::Stopped { timeline, .. } => Some(timeline),
+            _ => None,
+        }
+        .filter(|timeline| *timeline != Timeline(0))
     }
 
     /// Finds out before the start whether somebody else has the addresses: PostgreSQL itself goes

@@ -129,6 +129,10 @@ impl Postmaster {
         }
     }
 
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
     /// Whether it has ended.
     pub(crate) fn has_exited(&self) -> bool {
         self.exited.is_cancelled()

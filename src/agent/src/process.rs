@@ -3,6 +3,7 @@
 //!
 //! Invariant: after [`kill_all`] has returned, no process of the instance runs.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,8 +19,17 @@ use crate::files::remove_if_exists;
 /// How long killed processes may take to vanish (one in uninterruptible sleep stays).
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
+/// Searches for processes that nobody forks any more.
+const MAX_SEARCHES: usize = 100;
+
 /// All live PostgreSQL processes of a data directory.
 pub(crate) fn of_instance(data_dir: &Path) -> Vec<Pid> {
+    of_instance_but(data_dir, &HashSet::new())
+}
+
+/// The same without those that are known already: looking at each takes some microseconds, and
+/// there may be thousands.
+fn of_instance_but(data_dir: &Path, known: &HashSet<Pid>) -> Vec<Pid> {
     let Ok(data_dir) = data_dir.canonicalize() else {
         return Vec::new();
     };
@@ -30,7 +40,7 @@ pub(crate) fn of_instance(data_dir: &Path) -> Vec<Pid> {
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .map(Pid::from_raw)
-        .filter(|pid| belongs(*pid, &data_dir))
+        .filter(|pid| !known.contains(pid) && belongs(*pid, &data_dir))
         .collect()
 }
 
@@ -102,6 +112,29 @@ pub(crate) fn signal(pid: Pid, signal: Signal) -> Result<(), AgentError> {
             "could not send {signal} to process {pid}: {error}"
         ))),
     }
+}
+
+/// Sends SIGKILL to whatever of the instance runs, and returns when a search finds nobody that has
+/// not been sent it. None of them gets back from the kernel then: what it was writing may still be
+/// written, but it answers nobody. The postmaster comes first; a fork that it was in the middle of
+/// is given up, or its child is found by the next search.
+pub(crate) fn kill_at_once(postmaster: Option<Pid>, data_dir: &Path) -> Result<(), AgentError> {
+    let mut killed = HashSet::new();
+    if let Some(pid) = postmaster {
+        signal(pid, Signal::SIGKILL)?;
+        killed.insert(pid);
+    }
+    for _ in 0..MAX_SEARCHES {
+        let found = of_instance_but(data_dir, &killed);
+        if found.is_empty() {
+            return Ok(());
+        }
+        for pid in found {
+            signal(pid, Signal::SIGKILL)?;
+            killed.insert(pid);
+        }
+    }
+    Err(failed("processes of the instance go on multiplying"))
 }
 
 /// Kills whatever of the instance still runs and waits until it is gone. Says how many there were.

@@ -160,17 +160,20 @@ impl Instance {
         if !gather(&client, &mut seen).await? {
             return Err(failed("recovery ended before the promotion"));
         }
-        // The epoch is durable before the step that cannot be undone.
-        record.done().await?;
-        let recorded = began.elapsed();
         sql::rows(&client, "select pg_promote(false)", sql::LIMIT).await?;
-        // Written while the server is busy, and not waited for: the caller has the answer. If the
-        // agent dies before both, the outcome of open commits is unknown, which is honest.
+        // The epoch is durable before anybody hears of the new primary, and written while the server
+        // is busy. Until then a command of an earlier epoch could reach an agent that has died in
+        // this very moment, but none of them does harm: the primary of that epoch has been fenced
+        // durably, so there is nobody to follow, and whoever promotes gives this command again.
+        // The evidence is not waited for: the caller has the answer. If the agent dies before both,
+        // the outcome of open commits is unknown, which is honest.
         let best = seen.last().copied();
         self.remember(epoch, best);
         let ended = self.await_end_of_recovery(&client, &mut seen).await;
         let recovered = began.elapsed();
         ended?;
+        record.done().await?;
+        let recorded = began.elapsed();
         let (timeline, fork) = fork(&client).await?;
         let proof = seen.iter().find(|e| e.replayed == fork).copied();
         if proof != best {
@@ -184,7 +187,7 @@ impl Instance {
             lost: LostCommits::default(),
         };
         self.report_promoted(&fence);
-        tracing::debug!(?replayed, ?recorded, ?recovered, "phases of the promotion");
+        tracing::debug!(?replayed, ?recovered, ?recorded, "phases of the promotion");
         Ok(reply(fence, began))
     }
 

@@ -1,16 +1,20 @@
 //! Stopping: the fence, the orderly end of the agent, and the checkpoint that makes a stop short.
 //!
-//! Invariant: a fence is answered only when no process of the instance is left, whoever started it.
+//! Invariant: a fence is answered only when no process of the instance executes another
+//! instruction, whoever started it: it has gone, or SIGKILL is pending for it and it never comes
+//! back from the kernel. Whoever touches the data directory afterwards waits for the last of them
+//! ([`Instance::bury`]).
 
 use std::time::Duration;
 
-use helios_api::agent::{AgentError, AgentReply};
+use helios_api::agent::{AgentError, AgentReply, InstanceState};
 use helios_api::{Lsn, Timeline};
 
 use crate::durable::Pending;
 use crate::error::refused;
 use crate::files::Directory;
 use crate::instance::Instance;
+use crate::postmaster::Postmaster;
 use crate::wal::{self, Control};
 use crate::{process, sql};
 
@@ -28,11 +32,42 @@ impl Instance {
         record: Pending,
     ) -> Result<AgentReply, AgentError> {
         let last = self.last_position();
+        if !clean && let Some(timeline) = self.last_timeline() {
+            // Everybody waits: for what a clean stop would tell, and for the end of hundreds of
+            // processes that can do nothing any more, nobody needs to.
+            self.kill()?;
+            record.done().await?;
+            self.hub.set(InstanceState::Stopped {
+                crashed: false,
+                clean: false,
+                timeline,
+            });
+            let end = last;
+            return Ok(AgentReply::Positions { end, timeline });
+        }
         self.stop(clean.then_some(FAST_LIMIT)).await?;
         record.done().await?;
         let control = self.publish_stopped(false).await;
         let (end, timeline) = self.held_end(last, control)?;
         Ok(AgentReply::Positions { end, timeline })
+    }
+
+    /// Kills whatever runs, without waiting for its end.
+    fn kill(&mut self) -> Result<(), AgentError> {
+        self.dying = true;
+        let postmaster = self.postmaster.as_ref().map(Postmaster::pid);
+        process::kill_at_once(postmaster, &self.config.data_dir)?;
+        self.postmaster = None;
+        Ok(())
+    }
+
+    /// Waits until those that a fence has killed are gone.
+    pub(crate) async fn bury(&mut self) -> Result<(), AgentError> {
+        if self.dying {
+            process::kill_all(&self.config.data_dir).await?;
+            self.dying = false;
+        }
+        Ok(())
     }
 
     /// Stops whatever runs and proves that nothing is left.
@@ -42,6 +77,7 @@ impl Instance {
             None => drop(process::kill_all(&self.config.data_dir).await?),
         }
         self.postmaster = None;
+        self.dying = false;
         Ok(())
     }
 

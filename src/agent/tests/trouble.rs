@@ -192,6 +192,9 @@ async fn a_frozen_server_is_unresponsive_and_can_be_fenced() {
     let began = Instant::now();
     a.command(1, AgentCommand::Fence { clean: false }).await;
     println!("frozen server fenced after {:?}", began.elapsed());
+    // Killed when the fence is answered, gone when anything else is.
+    let nothing = a.try_command(1, AgentCommand::Checkpoint).await;
+    assert!(nothing.is_err(), "{nothing:?}");
     assert!(processes(&a.config).is_empty());
 }
 

@@ -8,8 +8,13 @@
 
 mod world;
 
+use std::collections::BTreeSet;
+
+use helios_api::agent::AgentCommand;
 use helios_api::control::LostCommits;
-use helios_cluster::{Durability, OperationKind, Outcome, Refusal, Request, Settings};
+use helios_cluster::{
+    Action, Durability, OperationKind, Outcome, Refusal, Request, Settings, Step,
+};
 use world::{Fault, Role, World, name};
 
 fn settings(durability: Durability) -> Settings {
@@ -185,6 +190,80 @@ fn a_switchover_moves_the_primary_and_records_its_phases() {
     );
     assert_eq!(world.durable.epoch.0, 2);
     assert_eq!(world.durable.fences.len(), 1);
+}
+
+/// Asks for a switchover and says how the old primary was stopped: whether cleanly, and whether
+/// everybody who may confirm commits stopped receiving beside it. `None`: it came to no fence.
+fn planned_fence(world: &mut World) -> Option<(bool, bool)> {
+    let known = world.answers.len();
+    world.request = Some(Request::Switchover { to: None });
+    for _ in 0..50 {
+        world.step();
+        if matches!(world.answers.get(known), Some(Err(_))) {
+            return None;
+        }
+        let moving = world.durable.moving();
+        let Some(m) = moving.filter(|m| matches!(m.step, Step::Fence { .. })) else {
+            continue;
+        };
+        let commands = m.todo.iter().filter_map(|action| match action {
+            Action::Agent { instance, request } => Some((instance, &request.command)),
+            Action::Proxy { .. } => None,
+        });
+        let (mut clean, mut stopped) = (None, BTreeSet::new());
+        for (instance, command) in commands {
+            match command {
+                AgentCommand::Fence { clean: how } => clean = Some(*how),
+                AgentCommand::StopReceiver => drop(stopped.insert(instance.clone())),
+                _ => {}
+            }
+        }
+        let mut confirm = world.durable.sync.possible.iter().flatten();
+        let all = confirm.all(|name| stopped.contains(name)) && !stopped.is_empty();
+        return Some((clean.unwrap(), all));
+    }
+    None
+}
+
+/// The old primary is killed only where everybody who may have confirmed a commit is there and
+/// stops receiving; else it is stopped cleanly, so that its standbys get all of its WAL.
+#[test]
+fn a_planned_stop_is_clean_unless_nothing_acknowledged_needs_it() {
+    for durability in [Durability::Preferred, Durability::Required] {
+        for count in [2, 3] {
+            let mut world = running(count, durability);
+            assert_eq!(planned_fence(&mut world), Some((false, true)));
+            world.settle();
+            world.check_nothing_lost();
+        }
+    }
+    let asynchronous = Settings {
+        synchronous: false,
+        ..Settings::default()
+    };
+    let mut world = World::new(2, asynchronous);
+    world.settle();
+    assert_eq!(planned_fence(&mut world), Some((true, false)));
+    world.settle();
+    world.check_nothing_lost();
+    // A standby that comes back while commits may still rest on the primary alone.
+    let mut seen = BTreeSet::new();
+    for delay in 0..120 {
+        let mut world = running(2, Durability::Preferred);
+        world.stop(&name(2));
+        for _ in 0..delay {
+            world.step();
+        }
+        let Some((clean, stopped)) = planned_fence(&mut world) else {
+            continue;
+        };
+        let alone = world.durable.sync.possible.iter().any(BTreeSet::is_empty);
+        assert_eq!((clean, stopped), (alone, !alone), "{delay}");
+        seen.insert(clean);
+        world.settle();
+        world.check_nothing_lost();
+    }
+    assert_eq!(seen.len(), 2, "only one of the two was met");
 }
 
 #[test]

@@ -384,7 +384,7 @@ impl Inner {
             .map_err(|_| gone())?;
         match tokio::time::timeout(ANSWER_LIMIT, answered).await {
             Ok(Ok(Ok(id))) => Ok(id),
-            Ok(Ok(Err(refusal))) => Err(LocalError::Refused(refusal.to_string())),
+            Ok(Ok(Err(why))) => Err(LocalError::Refused(why)),
             Ok(Err(_)) => Err(gone()),
             Err(_) => Err(LocalError::Control(
                 "the controller did not answer".to_owned(),

@@ -1,6 +1,8 @@
 //! Executes what `helios_cluster` decides: observes, saves, acts, hands results back.
 //!
-//! Invariant: the state is on disk before any action that follows from it is begun.
+//! Invariant: the state is on disk before any action that follows from it is begun, and before
+//! anybody is told of it. What a step has learned, and nothing follows from yet, is saved with the
+//! next state that something follows from: the pause of a move is made of such waits for the disk.
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -8,10 +10,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use helios_agent::AgentConfig;
 use helios_api::Endpoint;
-use helios_api::control::ProxyStatus;
+use helios_api::control::{LostCommits, ProxyStatus};
 use helios_cluster::{
-    Action, ClusterState, Decision, Failure, Finished, Mode, Observation, ProxyCommand, Refusal,
-    Reply, Request, Settings, Time, decide,
+    Action, ClusterState, Decision, Failure, Finished, Mode, Observation, ProxyCommand, Reply,
+    Request, Settings, Time, decide,
 };
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -40,8 +42,11 @@ const PROXY_LIMIT: Duration = Duration::from_secs(90);
 #[derive(Debug)]
 pub(crate) struct Ask {
     pub(crate) request: Request,
-    pub(crate) answer: oneshot::Sender<Result<Option<u64>, Refusal>>,
+    pub(crate) answer: Answer,
 }
+
+/// Takes the number of the operation that was begun, or why none was.
+type Answer = oneshot::Sender<Result<Option<u64>, String>>;
 
 /// Where the proxy is found once it runs.
 pub(crate) type ProxySlot = Arc<OnceLock<Arc<dyn MoveSessions>>>;
@@ -61,6 +66,8 @@ pub(crate) struct Controller {
 /// What a round starts from.
 struct Round {
     state: ClusterState,
+    /// Since when `state` has not been on disk.
+    unsaved: Option<Instant>,
     running: Vec<Action>,
     finished: Vec<Finished>,
     status: Option<(Instant, ProxyStatus)>,
@@ -74,6 +81,7 @@ impl Controller {
         let (done, mut results) = mpsc::channel(64);
         let mut round = Round {
             state: self.published.borrow().clone(),
+            unsaved: None,
             running: Vec::new(),
             finished: Vec::new(),
             status: None,
@@ -117,27 +125,30 @@ impl Controller {
             Err(violation) => {
                 // A bug; the last state stays in force and the next observation may be kinder.
                 tracing::error!(%violation, "decision was not carried out");
+                deny(answer, violation.to_string());
                 return;
             }
         };
-        if decision.next != round.state {
+        let changed = decision.next != round.state;
+        let overdue = round.unsaved.is_some_and(|since| since.elapsed() >= MOVING);
+        if changed && may_wait(&round.state, &decision) && !overdue {
+            round.unsaved.get_or_insert_with(Instant::now);
+        } else if changed || round.unsaved.is_some_and(|_| overdue || acts(&decision)) {
             if let Err(error) = self.save(&decision.next).await {
                 tracing::error!(%error, "cluster state could not be saved; nothing is done");
+                let why = format!("the cluster's state could not be saved: {error}");
+                deny(answer, why);
                 round.finished = obs.finished;
                 tokio::time::sleep(IDLE).await;
                 return;
             }
+            round.unsaved = None;
             self.tell(&round.state, &decision.next);
         }
         self.carry_out(round, decision, answer);
     }
 
-    fn carry_out(
-        &self,
-        round: &mut Round,
-        decision: Decision,
-        answer: Option<oneshot::Sender<Result<Option<u64>, Refusal>>>,
-    ) {
+    fn carry_out(&self, round: &mut Round, decision: Decision, answer: Option<Answer>) {
         round.state = decision.next;
         self.published.send_if_modified(|published| {
             let changed = *published != round.state;
@@ -148,7 +159,7 @@ impl Controller {
         });
         if let (Some(to), Some(answer)) = (answer, decision.answer) {
             // Whoever asked may have gone; what was begun goes on.
-            let _ = to.send(answer);
+            let _ = to.send(answer.map_err(|refusal| refusal.to_string()));
         }
         for action in decision.actions {
             round.running.push(action.clone());
@@ -213,6 +224,10 @@ impl Controller {
             tracing::info!(kind = ?operation.kind, from = %operation.from, to = %operation.to,
                 epoch = %operation.epoch, outcome = ?operation.outcome,
                 pause_ms = operation.pause_micros() / 1000, "operation ended");
+            if operation.lost == LostCommits::Possible {
+                tracing::warn!(epoch = %operation.epoch, to = %operation.to,
+                    "commits that clients were told of may be lost");
+            }
             let operation = Box::new(operation.clone());
             let _ = self.progress.send(Progress::Finished { operation });
         }
@@ -226,6 +241,31 @@ impl Controller {
                 elapsed_micros: m.step_started.micros_since(m.started),
             });
         }
+    }
+}
+
+/// Whether anybody is told or commanded anything.
+fn acts(decision: &Decision) -> bool {
+    !decision.actions.is_empty() || decision.answer.is_some()
+}
+
+/// Whether the decision only takes note of something within a step: an executor that dies without
+/// having saved it is succeeded by one that gives the step's commands again.
+fn may_wait(before: &ClusterState, decision: &Decision) -> bool {
+    let step = |state: &ClusterState| state.moving().map(|m| (m.id, m.step.phase()));
+    let within = step(before).is_some() && step(before) == step(&decision.next);
+    // Who is primary, and whom commits rest on, is more than a note.
+    let same = before.primary == decision.next.primary
+        && before.epoch == decision.next.epoch
+        && before.sync == decision.next.sync;
+    within && same && !acts(decision)
+}
+
+/// Says why nothing comes of a request.
+fn deny(answer: Option<Answer>, why: String) {
+    if let Some(answer) = answer {
+        // Whoever asked may have gone.
+        let _ = answer.send(Err(why));
     }
 }
 

@@ -73,6 +73,31 @@ async fn a_new_cluster_that_cannot_start_says_why_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_state_that_cannot_be_saved_refuses_what_is_asked() {
+    let dir = TempDir::new().unwrap();
+    let cluster = builder(dir.path()).start().await.unwrap();
+    create_ledger(&cluster).await;
+    let before = whole(&cluster).await;
+    // In the way of the next save, for root too.
+    let beside = dir.path().join("cluster.json.new");
+    std::fs::create_dir(&beside).unwrap();
+    let error = cluster.switchover(None).await.unwrap_err();
+    println!("{error}");
+    assert!(matches!(error, LocalError::Refused(_)));
+    assert!(error.to_string().contains("could not be saved"), "{error}");
+    let after = cluster.status().await;
+    assert_eq!(
+        (after.epoch, &after.primary),
+        (before.epoch, &before.primary)
+    );
+    commits(&cluster).await;
+    std::fs::remove_dir(&beside).unwrap();
+    let moved = cluster.switchover(None).await.unwrap();
+    assert_ne!(Some(moved.to), before.primary);
+    cluster.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_instance_that_does_not_come_up_holds_nobody_else_up() {
     let dir = TempDir::new().unwrap();
     let cluster = builder(dir.path()).start().await.unwrap();
