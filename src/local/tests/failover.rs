@@ -169,6 +169,66 @@ async fn cloudnative_pg_8790_commits_that_may_be_lost_are_marked() {
     cluster.shutdown().await;
 }
 
+/// An open transaction that has read a commit which the crash loses is aborted; one that has read
+/// nothing of it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_read_lost_commits_is_aborted() {
+    let dir = TempDir::new().unwrap();
+    let cluster = builder(dir.path()).synchronous(false).start();
+    let cluster = cluster.await.unwrap();
+    let admin = common::connect(&cluster).await;
+    let tables = "create table t as select 1 as v; create table u as select 7 as v";
+    admin.batch_execute(tables).await.unwrap();
+    let before = streaming(&cluster).await;
+    level(&before).await;
+    let frozen = receiver(standbys(&before)[0]).await;
+    kill(frozen, Signal::SIGSTOP).unwrap();
+    // Acknowledged, and on the primary alone.
+    admin.batch_execute("update t set v = 2").await.unwrap();
+    let (saw, other) = (
+        common::connect(&cluster).await,
+        common::connect(&cluster).await,
+    );
+    let read = async |client: &tokio_postgres::Client, table: &str| -> i32 {
+        client.batch_execute("begin").await.unwrap();
+        let sql = format!("select v from {table}");
+        client.query_one(&sql, &[]).await.unwrap().get(0)
+    };
+    assert_eq!(read(&saw, "t").await, 2);
+    assert_eq!(read(&other, "u").await, 7);
+    crash(primary(&before));
+    kill(frozen, Signal::SIGKILL).unwrap();
+    let after = until(&cluster, "failover", |s| {
+        s.epoch > before.epoch && s.phase == "steady"
+    })
+    .await;
+    assert_eq!(after.operations.last().unwrap().lost, LostCommits::Possible);
+    let there = direct(primary(&after)).await;
+    let v: i32 = there
+        .query_one("select v from t", &[])
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(v, 1, "the commit was not lost");
+    let error = saw
+        .batch_execute("insert into u values (2)")
+        .await
+        .unwrap_err();
+    let error = error.as_db_error().unwrap();
+    assert_eq!(error.code().code(), "40001");
+    let detail = error.detail().unwrap_or_default();
+    assert!(detail.contains("may have been lost"), "{detail}");
+    saw.batch_execute("rollback").await.unwrap();
+    other
+        .batch_execute("insert into u values (8); commit")
+        .await
+        .unwrap();
+    let rows = there.query("select v from u order by v", &[]).await;
+    let values: Vec<i32> = rows.unwrap().iter().map(|r| r.get(0)).collect();
+    assert_eq!(values, [7, 8]);
+    cluster.shutdown().await;
+}
+
 /// Waits until the standbys have everything that the primary has written; the primary is quiet.
 async fn level(status: &LocalStatus) {
     let head = direct(primary(status)).await;

@@ -18,13 +18,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::VerifierCache;
-use crate::backend;
 use crate::engine::gate::{Gate, Phase};
-use crate::engine::leaving;
 use crate::engine::registry::lock;
 use crate::engine::session;
 use crate::engine::shared::Shared;
 use crate::engine::{evidence, monitor};
+use crate::engine::{leaving, opening};
 use crate::listener::{BindError, Incoming, Limits, Listener};
 use crate::login::{self, Accepted, EdgeContext};
 use crate::options::ProxyOptions;
@@ -268,10 +267,8 @@ impl ProxyHandle {
                 let Ok(_permit) = shared.logins.acquire().await else {
                     return;
                 };
-                let limit = shared.options.connect_timeout;
-                match backend::connect(&at, &shared.tls, &entry.login, limit).await {
-                    Ok(conn) => *lock(&entry.warm) = Some(conn),
-                    Err(error) => tracing::debug!(%error, "no backend ahead of time"),
+                if let Some(conn) = opening::open_ahead(&shared, &entry, &at).await {
+                    *lock(&entry.warm) = Some(conn);
                 }
             })
         });
@@ -296,6 +293,12 @@ impl ProxyHandle {
         } else {
             now.reason
         };
+        if topology.may_have_lost(now.topology.epoch) {
+            shared.metrics.lossy_promotions.inc();
+            let (epoch, primary) = (topology.epoch, &topology.primary.name);
+            tracing::warn!(%epoch, %primary,
+                "commits that clients were told of may be missing on the new primary");
+        }
         shared.take_report();
         *lock(&shared.postmaster_start) = None;
         self.0

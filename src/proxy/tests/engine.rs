@@ -167,6 +167,55 @@ async fn an_open_transaction_moves() {
     journal_is_empty(&bench).await;
 }
 
+/// What a lossy promotion does to transactions that have read what is not there any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn reads_are_not_trusted_where_commits_may_be_lost() {
+    for lossy in [false, true] {
+        let mut bench = bench().await;
+        bench
+            .direct
+            .batch_execute("CREATE TABLE t (v int)")
+            .await
+            .unwrap();
+        bench
+            .direct
+            .batch_execute("INSERT INTO t VALUES (1)")
+            .await
+            .unwrap();
+        let (saw, same) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+        saw.batch_execute("BEGIN; SELECT v FROM t").await.unwrap();
+        same.batch_execute("BEGIN; SELECT count(*) FROM t")
+            .await
+            .unwrap();
+        bench.drain().await.unwrap();
+        bench
+            .direct
+            .batch_execute("UPDATE t SET v = 0")
+            .await
+            .unwrap();
+        let mut topology = bench.next_topology().unwrap();
+        if lossy {
+            let fence = topology.fences.last_mut().unwrap();
+            fence.lost = helios_api::control::LostCommits::Possible;
+        }
+        bench.proxy.resume(topology).await.unwrap();
+        same.batch_execute("SELECT 1; COMMIT").await.unwrap();
+        let metric = format!("helios_lossy_promotions_total {}", u8::from(lossy));
+        assert!(bench.proxy.render_metrics().contains(&metric));
+        let went_on = saw.batch_execute("SELECT 1").await;
+        if !lossy {
+            went_on.unwrap();
+            continue;
+        }
+        let error = went_on.unwrap_err();
+        let error = error.as_db_error().unwrap();
+        assert_eq!(error.code().code(), "40001");
+        let detail = error.detail().unwrap_or_default();
+        assert!(detail.contains("may have been lost"), "{detail}");
+        saw.batch_execute("ROLLBACK; SELECT 1").await.unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn settings_role_and_statements_move() {
     let mut bench = bench().await;

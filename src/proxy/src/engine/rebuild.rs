@@ -212,7 +212,9 @@ impl Session {
         } else {
             Turn::beside(&self.shared).await
         };
-        let replay = replay::replay(&mut server.link, &self.tracker, next, turn.keeper());
+        let lossy = self.gate.topology.may_have_lost(self.epoch);
+        let (link, keeper) = (&mut server.link, turn.keeper());
+        let replay = replay::replay(link, &self.tracker, next, keeper, lossy);
         tokio::select! {
             // First: a turn that came too late must set nothing back.
             biased;

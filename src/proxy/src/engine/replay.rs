@@ -52,6 +52,20 @@ impl ReplayError {
     pub(super) fn is_transient(&self) -> bool {
         matches!(self, Self::Connection(_))
     }
+
+    /// The same where acknowledged commits may be missing: the likeliest reason of a difference.
+    #[must_use]
+    fn after_loss(self) -> Self {
+        match self {
+            Self::Different { statement, what } => Self::Different {
+                statement,
+                what: format!(
+                    "{what}, and commits that it has read may have been lost with the old primary"
+                ),
+            },
+            other => other,
+        }
+    }
 }
 
 fn ended() -> ReplayError {
@@ -232,7 +246,8 @@ async fn exchange_bytes(link: &mut Link) -> Result<(), ReplayError> {
     if link.ended { Err(ended()) } else { Ok(()) }
 }
 
-/// Runs the journal of `old` again with `new` as its tracker, and compares.
+/// Runs the journal of `old` again with `new` as its tracker, and compares. `lossy`: commits that it
+/// may have read are perhaps not on this primary.
 ///
 /// # Errors
 /// [`ReplayError::Different`] when something differs that the client may not see differ.
@@ -241,6 +256,7 @@ pub(super) async fn replay(
     old: &Tracker,
     new: &mut Tracker,
     mut keeper: Option<&mut Keeper>,
+    lossy: bool,
 ) -> Result<(), ReplayError> {
     let records = old.journal().records();
     for (index, record) in records.iter().enumerate() {
@@ -260,7 +276,8 @@ pub(super) async fn replay(
         keeper.set_forward().await?;
     }
     settle(link, new, records, records.len()).await?;
-    verify(link, old, new).await
+    let verified = verify(link, old, new, lossy).await;
+    verified.map_err(|e| if lossy { e.after_loss() } else { e })
 }
 
 /// Waits until `count` records are answered and the server owes nothing.

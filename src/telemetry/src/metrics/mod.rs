@@ -129,6 +129,8 @@ pub struct Handles {
     last_replay: Gauge,
     /// [`names::LOSSES_PREVENTED`]
     pub losses_prevented: IntCounter,
+    /// [`names::LOSSY_PROMOTIONS`]
+    pub lossy_promotions: IntCounter,
     commit_resolutions: IntCounterVec,
     pause_seconds: HistogramVec,
     phase_seconds: HistogramVec,
@@ -215,6 +217,7 @@ impl Metrics {
                 Gauge::new(n::LAST_REPLAY_TIMESTAMP, n::help(n::LAST_REPLAY_TIMESTAMP))?,
             )?,
             losses_prevented: counter(&r, n::LOSSES_PREVENTED)?,
+            lossy_promotions: counter(&r, n::LOSSY_PROMOTIONS)?,
             commit_resolutions: counters(&r, n::COMMIT_RESOLUTIONS, &["outcome"])?,
             pause_seconds: histograms(&r, n::PAUSE_SECONDS, "kind")?,
             phase_seconds: histograms(&r, n::MOVE_PHASE_SECONDS, "phase")?,
@@ -434,6 +437,7 @@ mod tests {
             "helios_transaction_replays_total{result=\"success\"} 1",
             "helios_transaction_replay_seconds_count 2",
             "helios_losses_prevented_total 2",
+            "helios_lossy_promotions_total 0",
             "helios_commit_resolutions_total{outcome=\"unknown\"} 1",
             "helios_pause_seconds_bucket{kind=\"switchover\",le=\"0.08\"} 1",
             "helios_move_phase_seconds_count{phase=\"drain\"} 1",
@@ -453,7 +457,7 @@ mod tests {
         }
         assert!(text.contains(names::LAST_REPLAY_TIMESTAMP));
         let helped = text.lines().filter(|l| l.starts_with("# HELP"));
-        assert!(helped.clone().count() == 24 && !text.contains(names::NO_HELP));
+        assert!(helped.clone().count() == 25 && !text.contains(names::NO_HELP));
         m.backend_gone("pg-1");
         m.backend_gone("never there");
         assert!(!m.render().contains("pg-1"));

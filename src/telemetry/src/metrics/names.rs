@@ -32,6 +32,8 @@ pub const LAST_REPLAY_TIMESTAMP: &str = "helios_last_replay_timestamp_seconds";
 /// Counter: transactions that a move would have cost the client: replayed, or their outcome
 /// resolved from evidence.
 pub const LOSSES_PREVENTED: &str = "helios_losses_prevented_total";
+/// Counter: changes of primary after which commits that clients were told of may be missing.
+pub const LOSSY_PROMOTIONS: &str = "helios_lossy_promotions_total";
 /// Counter: COMMITs that were in flight when the primary went, by `outcome` (`committed`,
 /// `not_committed`, `unknown`).
 pub const COMMIT_RESOLUTIONS: &str = "helios_commit_resolutions_total";
@@ -83,6 +85,7 @@ pub(super) fn help(name: &str) -> &'static str {
         TRANSACTION_REPLAY_SECONDS => "seconds to replay one open transaction",
         LAST_REPLAY_TIMESTAMP => "seconds since the Unix epoch when a replay last ended",
         LOSSES_PREVENTED => "transactions saved by replay or by resolving their outcome",
+        LOSSY_PROMOTIONS => "changes of primary that may have lost acknowledged commits",
         COMMIT_RESOLUTIONS => "commits in flight resolved by outcome",
         PAUSE_SECONDS => "seconds a session stood still in a move by kind",
         MOVE_PHASE_SECONDS => "seconds a phase of a move took by phase",
