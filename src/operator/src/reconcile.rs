@@ -230,15 +230,20 @@ async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, Operat
         apply(&world.client, &valid.namespace, &object).await?;
     }
     let budgets = match world.offers.budgets {
-        Some(_) => Verdict::good(ConditionType::ApisAvailable, "AllAvailable"),
+        Some(_) => Verdict::good(
+            ConditionType::ApisAvailable,
+            "AllAvailable",
+            "the API server offers everything that is used",
+        ),
         None => Verdict::bad(
             ConditionType::ApisAvailable,
             "NoPodDisruptionBudgets",
             "the API server offers no PodDisruptionBudgets; nothing limits evictions",
         ),
     };
+    let fine = "every field can be used as it is";
     Ok(Input {
-        verdicts: vec![Verdict::good(ConditionType::Valid, "Valid"), budgets],
+        verdicts: vec![Verdict::good(ConditionType::Valid, "Valid", fine), budgets],
         cluster: valid,
         secrets: Arc::new(secrets),
         request: None,

@@ -148,6 +148,7 @@ struct Conductor {
     store: Store,
     actor: Actor,
     reporter: report::Reporter,
+    labels: roles::Labels,
     running: Vec<Action>,
     finished: Vec<Finished>,
 }
@@ -173,6 +174,7 @@ async fn conduct(
         store,
         actor: Actor::new(done),
         reporter,
+        labels: roles::Labels::default(),
         running: Vec::new(),
         finished: Vec::new(),
     };
@@ -349,7 +351,11 @@ impl Conductor {
             ),
         };
         self.reporter.set(match refused {
-            None => Verdict::good(ConditionType::SwitchoverAccepted, "Began"),
+            None => Verdict::good(
+                ConditionType::SwitchoverAccepted,
+                "Began",
+                "the switchover has begun",
+            ),
             Some(why) => Verdict::bad(ConditionType::SwitchoverAccepted, "Refused", &why),
         });
         // Neither may hold the switchover up.

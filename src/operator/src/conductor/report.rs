@@ -15,7 +15,7 @@ use helios_api::v1alpha1::{
     PhaseMillis, ProxyReport, RunningOperation, names,
 };
 use helios_cluster::{
-    ClusterState, Mode, Observation, OperationKind, OperationRecord, Outcome, Time,
+    ClusterState, Mode, Move, Observation, OperationKind, OperationRecord, Outcome, Phase, Time,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time as Stamp};
 use k8s_openapi::jiff::Timestamp;
@@ -33,6 +33,10 @@ use crate::reconcile::World;
 const FIGURES: Duration = Duration::from_secs(30);
 /// Least pause between two writes.
 const LEAST: Duration = Duration::from_millis(200);
+/// A step that clients wait for is shown when it has lasted so long: most are over before.
+const HELD_MS: u64 = 2_000;
+/// Pause after a write that failed.
+const AFTER_FAILURE: Duration = Duration::from_secs(2);
 
 /// A condition without its time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,12 +48,14 @@ pub(crate) struct Verdict {
 }
 
 impl Verdict {
-    pub(crate) fn good(kind: ConditionType, reason: &'static str) -> Self {
+    /// Each has a message: an empty one is null to API servers that were built with a recent Go
+    /// and an old validation library, and null is refused.
+    pub(crate) fn good(kind: ConditionType, reason: &'static str, message: &str) -> Self {
         Self {
             kind,
             good: true,
             reason,
-            message: String::new(),
+            message: message.to_owned(),
         }
     }
 
@@ -117,6 +123,8 @@ pub(super) struct Reporter {
     conditions: Vec<Condition>,
     request: Option<Verdict>,
     last: Option<(Instant, Value, Value)>,
+    /// When a write last failed.
+    failed: Option<Instant>,
     /// Number of the last operation that Events were published of.
     told: Option<u64>,
 }
@@ -133,6 +141,7 @@ impl Reporter {
             conditions,
             request: None,
             last: None,
+            failed: None,
             told: None,
         }
     }
@@ -149,8 +158,19 @@ impl Reporter {
         state: &ClusterState,
         obs: &Observation,
         store: &mut Store,
+        now: Time,
     ) {
         self.tell(state);
+        // Clients wait: what people read can wait too, but not for long.
+        let held = |m: &Move| {
+            m.step.phase() != Phase::Prepare && now.millis_since(m.step_started) < HELD_MS
+        };
+        if state.moving().is_some_and(held) && self.last.is_some() {
+            return;
+        }
+        if self.failed.is_some_and(|at| at.elapsed() < AFTER_FAILURE) {
+            return;
+        }
         let mut status = people(input, state, obs);
         status.conditions = self.conditions(input, &status);
         let mut value = json!(status);
@@ -177,23 +197,25 @@ impl Reporter {
             Ok(_) => {
                 self.conditions = status.conditions;
                 self.last = Some((Instant::now(), value, essence));
+                self.failed = None;
             }
-            Err(error) => tracing::warn!(%error, "status could not be written"),
+            Err(error) => {
+                tracing::warn!(%error, "status could not be written; tried again");
+                self.failed = Some(Instant::now());
+            }
         }
     }
 
     fn conditions(&self, input: &Input, status: &HeliosClusterStatus) -> Vec<Condition> {
         let total = input.cluster.instances.len();
-        let ready = match status.phase.as_deref() {
-            Some("Ready") => Verdict::good(ConditionType::Ready, "Ready"),
-            Some(phase) => {
-                let text = format!(
-                    "{phase}: {} of {total} instances serve",
-                    status.instances_ready
-                );
-                Verdict::bad(ConditionType::Ready, "NotReady", &text)
-            }
-            None => Verdict::bad(ConditionType::Ready, "NotReady", ""),
+        let phase = status.phase.as_deref().unwrap_or("Unknown");
+        let text = format!(
+            "{phase}: {} of {total} instances serve",
+            status.instances_ready
+        );
+        let ready = match phase {
+            "Ready" => Verdict::good(ConditionType::Ready, "Ready", &text),
+            _ => Verdict::bad(ConditionType::Ready, "NotReady", &text),
         };
         let mut all = BTreeMap::new();
         for verdict in input.verdicts.iter().chain([&ready]).chain(&self.request) {
