@@ -8,7 +8,9 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::time::Duration;
 
-use helios_api::agent::{AgentCommand, AgentError, AgentReply, AgentRequest};
+use helios_api::agent::{
+    AgentCommand, AgentError, AgentReply, AgentRequest, AgentState, InstanceState,
+};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +27,11 @@ const QUEUE_LIMIT: usize = 16;
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a stopping agent gives PostgreSQL for a fast shutdown before it kills it.
 const EXIT_LIMIT: Duration = Duration::from_secs(20);
+/// How long a primary that is to end waits for its replacement. With the limit above it stays
+/// within what a Pod is given to stop.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(20);
+/// How long it answers after it has been replaced.
+const LINGER: Duration = Duration::from_secs(1);
 
 type Reply = Result<AgentReply, AgentError>;
 
@@ -55,14 +62,21 @@ pub async fn run(config: AgentConfig, cancel: CancellationToken) -> Result<(), A
         server::serve_network(network, hub, router.clone(), stop_server.clone()).await?;
     }
     let server = tokio::spawn(server::serve(listener, router, stop_server.clone()));
-    let stop = cancel.child_token();
+    // Only somebody on the network can let another instance take over.
+    let patient = instance.config.network.is_some();
+    let stop = CancellationToken::new();
     let watcher = tokio::spawn({
-        let stop = stop.clone();
+        let (stop, hub) = (stop.clone(), instance.hub.clone());
         async move {
-            if parent_gone.await.is_ok() {
-                tracing::info!("parent process has gone, stopping");
-                stop.cancel();
+            tokio::select! {
+                Ok(()) = parent_gone => tracing::info!("parent process has gone, stopping"),
+                () = cancel.cancelled() => {}
             }
+            hub.leave();
+            if patient {
+                hand_over(&hub).await;
+            }
+            stop.cancel();
         }
     });
     Loop::new(&mut instance, inbox, stop).work().await;
@@ -72,6 +86,19 @@ pub async fn run(config: AgentConfig, cancel: CancellationToken) -> Result<(), A
     let _ = server.await;
     let _ = std::fs::remove_file(&socket);
     Ok(())
+}
+
+/// A primary that is to end goes on until another one is to take its place, for a while; its files
+/// can be asked for what they hold for a moment longer.
+async fn hand_over(hub: &Hub) {
+    let serves = |state: &AgentState| matches!(state.instance, InstanceState::Primary { .. });
+    if serves(&hub.state()) {
+        let handed = tokio::time::timeout(HAND_OVER_LIMIT, hub.until(|s| !serves(s))).await;
+        match handed {
+            Ok(()) => tokio::time::sleep(LINGER).await,
+            Err(_) => tracing::warn!("nobody took over within {HAND_OVER_LIMIT:?}, stopping"),
+        }
+    }
 }
 
 /// Takes the instance's lock, held until this process ends.

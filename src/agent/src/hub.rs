@@ -38,6 +38,7 @@ impl Hub {
             epoch: Epoch(0),
             fenced: false,
             instance: InstanceState::Empty,
+            leaving: false,
         };
         Self {
             sender: watch::Sender::new(Published { state, run: None }),
@@ -56,6 +57,18 @@ impl Hub {
             Ok(published) => published.state.clone(),
             Err(_) => self.state(),
         }
+    }
+
+    /// Waits until the state is as wanted.
+    pub(crate) async fn until(&self, wanted: impl Fn(&AgentState) -> bool) {
+        let mut receiver = self.sender.subscribe();
+        // The sender is this hub's own: it cannot be gone.
+        let _ = receiver.wait_for(|p| wanted(&p.state)).await;
+    }
+
+    /// The agent was told to end.
+    pub(crate) fn leave(&self) {
+        self.change(|p| p.state.leaving = true);
     }
 
     /// Says what the instance is while no postmaster is observed.

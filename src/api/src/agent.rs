@@ -153,6 +153,9 @@ pub struct AgentState {
     pub fenced: bool,
     /// What the instance is doing.
     pub instance: InstanceState,
+    /// Whether the agent was told to end. A primary's waits a while for somebody to take over.
+    #[serde(default)]
+    pub leaving: bool,
 }
 
 /// State of the postmaster and its data directory.

@@ -65,8 +65,12 @@ pub fn lacks(state: &ClusterState, obs: &Observation, name: &InstanceName) -> Op
     if member.followed != Some(primary.timeline) {
         return Some("it does not follow the primary yet".to_owned());
     }
-    match obs.agent(name).map(|agent| &agent.instance) {
-        Some(InstanceState::Standby { .. }) => None,
+    match obs
+        .agent(name)
+        .map(|agent| (&agent.instance, agent.leaving))
+    {
+        Some((InstanceState::Standby { .. }, false)) => None,
+        Some((_, true)) => Some("its agent is ending".to_owned()),
         Some(_) => Some("it is not running as a standby".to_owned()),
         None => Some("its agent does not answer".to_owned()),
     }

@@ -75,7 +75,8 @@ fn wanted(
     primary: &Primary,
     name: &InstanceName,
 ) -> Option<AgentCommand> {
-    let agent = ctx.obs.agent(name)?;
+    // One that is ending begins nothing any more.
+    let agent = ctx.obs.agent(name).filter(|agent| !agent.leaving)?;
     let fork = state.fork();
     let member = state.members.get_mut(name)?;
     if member.fenced {

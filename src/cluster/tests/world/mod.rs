@@ -462,6 +462,7 @@ impl World {
             epoch: i.epoch,
             fenced: i.fenced_at.is_some(),
             instance,
+            leaving: false,
         }
     }
 

@@ -77,7 +77,9 @@ impl Agents {
         });
         let moved = entry.place.ip != place.ip;
         entry.place = place;
-        if !moved {
+        // A Pod that is gone from the API server may still be ending, and tells what its agent can;
+        // the instance's name in its certificate keeps a stranger at its address out.
+        if !moved || place.ip.is_none() {
             return Ok(());
         }
         entry.watch = None;
@@ -86,7 +88,9 @@ impl Agents {
             state: None,
             silent_since: Instant::now(),
         }));
-        let Some(ip) = place.ip else { return Ok(()) };
+        let Some(ip) = place.ip else {
+            return Ok(());
+        };
         entry.endpoint = endpoint(ip);
         let address = SocketAddr::new(ip, names::CONTROL_PORT);
         let client = AgentClient::over(ControlClient::new(address, name.as_str(), material)?);

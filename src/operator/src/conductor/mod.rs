@@ -22,7 +22,8 @@ use helios_api::v1alpha1::names;
 use helios_api::v1alpha1::valid::ValidCluster;
 use helios_api::v1alpha1::{ConditionType, DataDurability};
 use helios_cluster::{
-    Action, Decision, Durability, Finished, Mode, Observation, Request, Settings, Time, decide,
+    Action, ClusterState, Decision, Durability, Finished, Mode, Observation, Request, Settings,
+    Time, decide,
 };
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
@@ -231,13 +232,7 @@ impl Conductor {
             log_end(end);
             self.running.retain(|action| *action != end.action);
         }
-        let obs = Observation {
-            instances: self.agents.views(),
-            proxies: self.proxies.views(),
-            running: self.running.clone(),
-            finished: std::mem::take(&mut self.finished),
-            request: ask.clone().and_then(Result::ok),
-        };
+        let obs = self.observe(ask.as_ref(), input.paused);
         let state = &self.store.now().cluster;
         let decision = match decide(&settings(cluster), state, &obs, now()) {
             Ok(decision) => decision,
@@ -268,21 +263,41 @@ impl Conductor {
         }
         if ask.is_some() {
             self.answer(&input, refused).await;
+        } else if matches!(decision.answer, Some(Ok(_))) {
+            let why = "the primary's Pod is on its way out";
+            let event = event(
+                EventType::Normal,
+                "SwitchoverBegan",
+                "Switchover",
+                Some(why.to_owned()),
+            );
+            let (world, cluster) = (Arc::clone(&self.world), cluster.clone());
+            tokio::spawn(async move { world.event(&cluster, event).await });
         }
         let moving = matches!(decision.next.mode, Mode::Moving(_));
         self.carry_out(&input, decision);
-        roles::label(
-            &self.world.client,
-            cluster,
-            &self.store.now().cluster,
-            &pods,
-        )
-        .await;
         let state = self.store.now().cluster.clone();
+        self.labels.keep(&self.world.client, cluster, &state, &pods);
         self.reporter
-            .publish(&input, &state, &obs, &mut self.store)
+            .publish(&input, &state, &obs, &mut self.store, now())
             .await;
         Ok(Some(if moving { MOVING } else { IDLE }))
+    }
+
+    /// All that is known now, with what is asked for: by a person, or by a primary that is about
+    /// to be ended.
+    fn observe(&mut self, ask: Option<&Result<Request, String>>, paused: bool) -> Observation {
+        let mut obs = Observation {
+            instances: self.agents.views(),
+            proxies: self.proxies.views(),
+            running: self.running.clone(),
+            finished: std::mem::take(&mut self.finished),
+            request: ask.cloned().and_then(Result::ok),
+        };
+        if ask.is_none() && !paused && leaves(&self.store.now().cluster, &obs) {
+            obs.request = Some(Request::Switchover { to: None });
+        }
+        obs
     }
 
     /// Takes note of where everything runs.
@@ -385,6 +400,12 @@ impl Conductor {
             self.actor.make_database(input, primary, &self.changed);
         }
     }
+}
+
+/// Whether the primary is about to be ended while nothing else is done.
+fn leaves(state: &ClusterState, obs: &Observation) -> bool {
+    let primary = state.primary_name().and_then(|name| obs.agent(name));
+    matches!(state.mode, Mode::Steady) && primary.is_some_and(|agent| agent.leaving)
 }
 
 /// An Event of a cluster.
