@@ -34,6 +34,18 @@ pub(super) struct Place {
 struct Known {
     state: Option<AgentState>,
     silent_since: Instant,
+    /// Whether it was asked to the end once: before, its silence means nothing.
+    asked: bool,
+}
+
+impl Known {
+    fn nothing() -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self {
+            state: None,
+            silent_since: Instant::now(),
+            asked: false,
+        }))
+    }
 }
 
 #[derive(Debug)]
@@ -68,10 +80,7 @@ impl Agents {
             },
             // Until it has an address nobody connects to it.
             endpoint: endpoint(IpAddr::from([0, 0, 0, 0])),
-            known: Arc::new(Mutex::new(Known {
-                state: None,
-                silent_since: Instant::now(),
-            })),
+            known: Known::nothing(),
             client: None,
             watch: None,
         });
@@ -84,10 +93,7 @@ impl Agents {
         }
         entry.watch = None;
         entry.client = None;
-        entry.known = Arc::new(Mutex::new(Known {
-            state: None,
-            silent_since: Instant::now(),
-        }));
+        entry.known = Known::nothing();
         let Some(ip) = place.ip else {
             return Ok(());
         };
@@ -129,6 +135,12 @@ impl Agents {
             .iter()
             .map(|(name, entry)| (name.clone(), view(entry)))
             .collect()
+    }
+
+    /// Whether each that has a Pod has answered or failed to.
+    pub(super) fn asked(&self) -> bool {
+        let asked = |entry: &Entry| entry.client.is_none() || lock(&entry.known).asked;
+        self.entries.values().all(asked)
     }
 
     /// Where an instance's server listens.
@@ -207,10 +219,11 @@ async fn watch(client: AgentClient, known: Arc<Mutex<Known>>, changed: Arc<Notif
             Err(error) => {
                 let news = {
                     let mut known = lock(&known);
+                    let first = !std::mem::replace(&mut known.asked, true);
                     if known.state.is_some() {
                         known.silent_since = Instant::now();
                     }
-                    known.state.take().is_some()
+                    known.state.take().is_some() || first
                 };
                 if news {
                     tracing::info!(%error, "agent does not answer");
@@ -231,6 +244,7 @@ fn learn(known: &Mutex<Known>, state: AgentState, changed: &Notify) {
         .as_ref()
         .is_none_or(|old| state.revision > old.revision);
     if newer {
+        known.asked = true;
         known.state = Some(state);
         drop(known);
         changed.notify_one();

@@ -11,20 +11,18 @@ mod report;
 mod roles;
 mod sql;
 mod store;
+mod view;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use helios_api::InstanceName;
+use helios_api::v1alpha1::ConditionType;
 use helios_api::v1alpha1::names;
 use helios_api::v1alpha1::valid::ValidCluster;
-use helios_api::v1alpha1::{ConditionType, DataDurability};
-use helios_cluster::{
-    Action, ClusterState, Decision, Durability, Finished, Mode, Observation, Request, Settings,
-    Time, decide,
-};
+use helios_cluster::{Action, Decision, Finished, Mode, Observation, Request, decide};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::runtime::events::{Event, EventType};
@@ -39,11 +37,14 @@ use agents::{Agents, Place};
 use proxies::Proxies;
 pub(crate) use report::{Verdict, report_invalid};
 use store::{Saved, Store};
+use view::{instance_place, leaves, log_end, now, proxy_place, settings};
 
 /// Pause between rounds when nothing happens.
 const IDLE: Duration = Duration::from_millis(500);
 /// The same while the primary changes: back-offs and patience are looked at so often.
 const MOVING: Duration = Duration::from_millis(20);
+/// How long the first look at all agents and proxies may take; who has not answered then is silent.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
 /// Pause after the API server could not be had.
 const OUTAGE: Duration = Duration::from_millis(500);
 
@@ -152,6 +153,8 @@ struct Conductor {
     labels: roles::Labels,
     running: Vec<Action>,
     finished: Vec<Finished>,
+    /// Until when nothing is decided because not everybody has been asked.
+    first_look: Option<Instant>,
 }
 
 /// Runs until the object is gone.
@@ -160,6 +163,10 @@ async fn conduct(
     input: watch::Receiver<Input>,
     changed: Arc<Notify>,
 ) -> Result<(), OperatorError> {
+    // The first look is at all Pods that there are.
+    if world.pods.wait_until_ready().await.is_err() {
+        return Ok(());
+    }
     let first = input.borrow().clone();
     let Some(store) = load(&world, &first).await? else {
         return Ok(());
@@ -178,6 +185,7 @@ async fn conduct(
         labels: roles::Labels::default(),
         running: Vec::new(),
         finished: Vec::new(),
+        first_look: Some(Instant::now() + FIRST_LOOK),
     };
     let mut pause = Duration::ZERO;
     loop {
@@ -225,6 +233,9 @@ impl Conductor {
         let cluster = &input.cluster;
         let pods = self.world.pods_of(&cluster.namespace, &cluster.name);
         self.place(&input, &pods)?;
+        if !self.has_looked() {
+            return Ok(Some(MOVING));
+        }
         let Some(ask) = self.take_request(&input).await? else {
             return Ok(None);
         };
@@ -282,6 +293,18 @@ impl Conductor {
             .publish(&input, &state, &obs, &mut self.store, now())
             .await;
         Ok(Some(if moving { MOVING } else { IDLE }))
+    }
+
+    /// Whether everybody has been asked: whom a successor has not asked yet is neither silent nor
+    /// gone.
+    fn has_looked(&mut self) -> bool {
+        let over = self.first_look.is_none_or(|until| {
+            Instant::now() >= until || (self.agents.asked() && self.proxies.asked())
+        });
+        if over {
+            self.first_look = None;
+        }
+        over
     }
 
     /// All that is known now, with what is asked for: by a person, or by a primary that is about
@@ -402,12 +425,6 @@ impl Conductor {
     }
 }
 
-/// Whether the primary is about to be ended while nothing else is done.
-fn leaves(state: &ClusterState, obs: &Observation) -> bool {
-    let primary = state.primary_name().and_then(|name| obs.agent(name));
-    matches!(state.mode, Mode::Steady) && primary.is_some_and(|agent| agent.leaving)
-}
-
 /// An Event of a cluster.
 fn event(type_: EventType, reason: &str, action: &str, note: Option<String>) -> Event {
     Event {
@@ -416,67 +433,5 @@ fn event(type_: EventType, reason: &str, action: &str, note: Option<String>) -> 
         note,
         action: action.to_owned(),
         secondary: None,
-    }
-}
-
-fn instance_place(pod: &Pod) -> Place {
-    let status = pod.status.as_ref();
-    let container = status
-        .and_then(|s| s.container_statuses.as_ref())
-        .and_then(|all| all.iter().find(|c| c.name == "postgres"));
-    let state = container.and_then(|c| c.state.as_ref());
-    let waits_again = container.is_some_and(|c| c.restart_count > 0)
-        && state.is_some_and(|s| s.waiting.is_some());
-    Place {
-        ip: status
-            .and_then(|s| s.pod_ip.as_ref())
-            .and_then(|ip| ip.parse().ok()),
-        ended: state.is_some_and(|s| s.terminated.is_some()) || waits_again,
-    }
-}
-
-/// A proxy that can be given orders: one that runs and is not on its way out.
-fn proxy_place(pod: &Pod) -> Option<(String, IpAddr)> {
-    let component = pod.labels().get(names::COMPONENT).map(String::as_str);
-    if component != Some("proxy") || pod.metadata.deletion_timestamp.is_some() {
-        return None;
-    }
-    let status = pod.status.as_ref()?;
-    if status.phase.as_deref() != Some("Running") {
-        return None;
-    }
-    Some((pod.name_any(), status.pod_ip.as_ref()?.parse().ok()?))
-}
-
-fn settings(cluster: &ValidCluster) -> Settings {
-    let spec = &cluster.spec;
-    let millis = |value: i64| u64::try_from(value).unwrap_or_default();
-    let synchronous = &spec.postgresql.synchronous;
-    Settings {
-        synchronous: synchronous.number > 0,
-        durability: match synchronous.data_durability {
-            DataDurability::Required => Durability::Required,
-            DataDurability::Preferred => Durability::Preferred,
-        },
-        drain_timeout_ms: millis(spec.switchover.drain_timeout_secs).saturating_mul(1000),
-        max_lag_bytes: millis(spec.failover.max_lag_bytes),
-        unresponsive_ms: millis(spec.failover.unresponsive_ms),
-        standby_grace_ms: millis(spec.failover.standby_grace_ms),
-        restart_patience_ms: millis(spec.failover.restart_patience_ms),
-        ..Settings::default()
-    }
-}
-
-fn now() -> Time {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
-}
-
-fn log_end(end: &Finished) {
-    match &end.result {
-        Ok(reply) => tracing::debug!(action = ?end.action, ?reply, "action ended"),
-        Err(error) => tracing::warn!(action = ?end.action, %error, "action failed"),
     }
 }

@@ -23,7 +23,8 @@ const STATUS_LIMIT: Duration = Duration::from_secs(2);
 /// How long an order may take, beyond a drain's own limit.
 const ORDER_LIMIT: Duration = Duration::from_secs(90);
 
-type Known = Arc<Mutex<Option<ProxyStatus>>>;
+/// What a proxy last said; outer `None`: it was not asked to the end yet.
+type Known = Arc<Mutex<Option<Option<ProxyStatus>>>>;
 
 #[derive(Debug)]
 struct Entry {
@@ -86,8 +87,14 @@ impl Proxies {
     pub(super) fn views(&self) -> BTreeMap<String, Option<ProxyStatus>> {
         self.entries
             .iter()
-            .map(|(name, entry)| (name.clone(), lock(&entry.way.known).clone()))
+            .map(|(name, entry)| (name.clone(), lock(&entry.way.known).clone().flatten()))
             .collect()
+    }
+
+    /// Whether each has answered or failed to.
+    pub(super) fn asked(&self) -> bool {
+        let asked = |entry: &Entry| lock(&entry.way.known).is_some();
+        self.entries.values().all(asked)
     }
 
     /// The way to one of them.
@@ -96,7 +103,7 @@ impl Proxies {
     }
 }
 
-fn lock(known: &Mutex<Option<ProxyStatus>>) -> std::sync::MutexGuard<'_, Option<ProxyStatus>> {
+fn lock<T>(known: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     known.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -105,9 +112,9 @@ async fn watch(way: Way, changed: Arc<Notify>) {
         let before = lock(&way.known).clone();
         way.look().await;
         // Numbers of sessions change all the time and decide nothing.
-        let essence = |s: &Option<ProxyStatus>| {
-            s.as_ref()
-                .map(|s| (s.epoch, s.phase.clone(), s.primary_reachable))
+        let essence = |known: &Option<Option<ProxyStatus>>| {
+            let one = |s: &ProxyStatus| (s.epoch, s.phase.clone(), s.primary_reachable);
+            known.as_ref().map(|s| s.as_ref().map(one))
         };
         if essence(&before) != essence(&lock(&way.known)) {
             changed.notify_one();
@@ -126,7 +133,7 @@ impl Way {
             Ok((status, body)) if status.is_success() => serde_json::from_slice(&body).ok(),
             _ => None,
         };
-        *lock(&self.known) = status;
+        *lock(&self.known) = Some(status);
     }
 
     /// Gives an order, waits for its end, and asks how the proxy is then.

@@ -1,0 +1,85 @@
+//! From objects and the spec to what decisions are made from. Pure.
+
+use std::net::IpAddr;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use helios_api::v1alpha1::DataDurability;
+use helios_api::v1alpha1::names;
+use helios_api::v1alpha1::valid::ValidCluster;
+use helios_cluster::{ClusterState, Durability, Finished, Mode, Observation, Settings, Time};
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
+
+use super::agents::Place;
+
+/// Whether the primary is about to be ended while nothing else is done.
+pub(super) fn leaves(state: &ClusterState, obs: &Observation) -> bool {
+    let primary = state.primary_name().and_then(|name| obs.agent(name));
+    matches!(state.mode, Mode::Steady) && primary.is_some_and(|agent| agent.leaving)
+}
+
+/// Where an instance's Pod is.
+pub(super) fn instance_place(pod: &Pod) -> Place {
+    let status = pod.status.as_ref();
+    let container = status
+        .and_then(|s| s.container_statuses.as_ref())
+        .and_then(|all| all.iter().find(|c| c.name == "postgres"));
+    let state = container.and_then(|c| c.state.as_ref());
+    let waits_again = container.is_some_and(|c| c.restart_count > 0)
+        && state.is_some_and(|s| s.waiting.is_some());
+    Place {
+        ip: status
+            .and_then(|s| s.pod_ip.as_ref())
+            .and_then(|ip| ip.parse().ok()),
+        ended: state.is_some_and(|s| s.terminated.is_some()) || waits_again,
+    }
+}
+
+/// A proxy that can be given orders: one that runs and is not on its way out.
+pub(super) fn proxy_place(pod: &Pod) -> Option<(String, IpAddr)> {
+    let component = pod.labels().get(names::COMPONENT).map(String::as_str);
+    if component != Some("proxy") || pod.metadata.deletion_timestamp.is_some() {
+        return None;
+    }
+    let status = pod.status.as_ref()?;
+    if status.phase.as_deref() != Some("Running") {
+        return None;
+    }
+    Some((pod.name_any(), status.pod_ip.as_ref()?.parse().ok()?))
+}
+
+/// What decisions go by.
+pub(super) fn settings(cluster: &ValidCluster) -> Settings {
+    let spec = &cluster.spec;
+    let millis = |value: i64| u64::try_from(value).unwrap_or_default();
+    let synchronous = &spec.postgresql.synchronous;
+    Settings {
+        synchronous: synchronous.number > 0,
+        durability: match synchronous.data_durability {
+            DataDurability::Required => Durability::Required,
+            DataDurability::Preferred => Durability::Preferred,
+        },
+        drain_timeout_ms: millis(spec.switchover.drain_timeout_secs).saturating_mul(1000),
+        max_lag_bytes: millis(spec.failover.max_lag_bytes),
+        unresponsive_ms: millis(spec.failover.unresponsive_ms),
+        standby_grace_ms: millis(spec.failover.standby_grace_ms),
+        restart_patience_ms: millis(spec.failover.restart_patience_ms),
+        ..Settings::default()
+    }
+}
+
+/// The time by this machine's clock.
+pub(super) fn now() -> Time {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    Time(u64::try_from(since.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// Logs how an action ended.
+pub(super) fn log_end(end: &Finished) {
+    match &end.result {
+        Ok(reply) => tracing::debug!(action = ?end.action, ?reply, "action ended"),
+        Err(error) => tracing::warn!(action = ?end.action, %error, "action failed"),
+    }
+}
