@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use crate::Result;
 
-/// How long one `kubectl` may take.
-const LIMIT: Duration = Duration::from_secs(60);
+/// How long one `kubectl` may take, on a machine that is busy otherwise.
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// A namespace of its own, removed with all that is in it.
 #[derive(Debug)]
@@ -136,7 +136,9 @@ pub async fn run(args: &[&str], input: Option<&str>) -> Result<String> {
             .write_all(input.unwrap_or_default().as_bytes())
             .await?;
     }
-    let output = tokio::time::timeout(LIMIT, child.wait_with_output()).await??;
+    let output = tokio::time::timeout(LIMIT, child.wait_with_output())
+        .await
+        .map_err(|_| format!("kubectl {}: no end within {LIMIT:?}", args.join(" ")))??;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }

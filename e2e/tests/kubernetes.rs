@@ -72,6 +72,15 @@ fn last_operation(object: &Value) -> Value {
     all.and_then(|all| all.last()).cloned().unwrap_or_default()
 }
 
+/// Whether commits wait for an instance: such a standby may take over.
+fn confirms(object: &Value, name: &str) -> bool {
+    let all = object["status"]["instances"].as_array();
+    all.is_some_and(|all| {
+        all.iter()
+            .any(|i| i["name"] == name && i["synchronous"] == true && i["ready"] == true)
+    })
+}
+
 /// Waits until operation `id` has ended and everything serves again.
 async fn settled(space: &Namespace, id: i64) -> Result<Value> {
     let done = |o: &Value| last_operation(o)["id"].as_i64() >= Some(id) && is_ready(o);
@@ -129,15 +138,7 @@ async fn failover() -> Result<()> {
     let ledger = Ledger::start(client(&space).await?, WRITERS).await?;
     let kill = "kill -9 $(head -n 1 /var/lib/helios/pg/data/postmaster.pid)";
     for (number, (from, to)) in [("pg-1", "pg-2"), ("pg-2", "pg-1")].into_iter().enumerate() {
-        // A standby that commits wait for is one that may take over.
-        let synchronous = |o: &Value| {
-            let all = o["status"]["instances"].as_array();
-            all.is_some_and(|all| {
-                all.iter()
-                    .any(|i| i["name"] == to && i["synchronous"] == true)
-            })
-        };
-        space.until("hc", "pg", MOVED, synchronous).await?;
+        space.until("hc", "pg", MOVED, |o| confirms(o, to)).await?;
         let pod = format!("{from}-0");
         space
             .kubectl(&["exec", &pod, "-c", "postgres", "--", "bash", "-c", kill])
@@ -147,6 +148,63 @@ async fn failover() -> Result<()> {
         println!("failover {}: {operation}", number + 1);
         assert_eq!(operation["kind"], "failover", "{operation}");
         assert_eq!(text(&moved, "/status/currentPrimary"), to);
+    }
+    let (count, slowest) = ledger.settle().await?;
+    println!("{count} transactions, the longest took {slowest:?}");
+    space.delete().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a Kubernetes: make test-kubernetes"]
+async fn a_primary_whose_pod_is_deleted_hands_over_first() -> std::result::Result<(), Shown> {
+    Ok(deleted().await?)
+}
+
+/// What a drain of a node and a rolling change do to a Pod.
+async fn deleted() -> Result<()> {
+    let space = Namespace::create("deleted").await?;
+    cluster(&space).await?;
+    let ledger = Ledger::start(client(&space).await?, WRITERS).await?;
+    for (number, (from, to)) in [("pg-1", "pg-2"), ("pg-2", "pg-1")].into_iter().enumerate() {
+        space.until("hc", "pg", MOVED, |o| confirms(o, to)).await?;
+        let pod = format!("{from}-0");
+        space
+            .kubectl(&["delete", "pod", &pod, "--wait=false"])
+            .await?;
+        let moved = settled(&space, i64::try_from(number)? + 1).await?;
+        let operation = last_operation(&moved);
+        println!("deletion {}: {operation}", number + 1);
+        assert_eq!(operation["kind"], "switchover", "{operation}");
+        assert_eq!(operation["outcome"], "succeeded", "{operation}");
+        assert_eq!(text(&moved, "/status/currentPrimary"), to);
+    }
+    let (count, slowest) = ledger.settle().await?;
+    println!("{count} transactions, the longest took {slowest:?}");
+    space.delete().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a Kubernetes: make test-kubernetes"]
+async fn a_primary_whose_pod_vanishes_is_replaced() -> std::result::Result<(), Shown> {
+    Ok(vanished().await?)
+}
+
+async fn vanished() -> Result<()> {
+    let space = Namespace::create("vanished").await?;
+    let up = cluster(&space).await?;
+    let ledger = Ledger::start(client(&space).await?, WRITERS).await?;
+    let mut primary = text(&up, "/status/currentPrimary").to_owned();
+    for number in 1..=2_i64 {
+        let standby = if primary == "pg-1" { "pg-2" } else { "pg-1" };
+        space
+            .until("hc", "pg", MOVED, |o| confirms(o, standby))
+            .await?;
+        let pod = format!("{primary}-0");
+        let now = ["delete", "pod", &pod, "--grace-period=0", "--force"];
+        space.kubectl(&now).await?;
+        let moved = settled(&space, number).await?;
+        println!("deletion {number}: {}", last_operation(&moved));
+        text(&moved, "/status/currentPrimary").clone_into(&mut primary);
     }
     let (count, slowest) = ledger.settle().await?;
     println!("{count} transactions, the longest took {slowest:?}");
