@@ -89,9 +89,13 @@ pub async fn run(config: AgentConfig, cancel: CancellationToken) -> Result<(), A
 }
 
 /// A primary that is to end goes on until another one is to take its place, for a while; its files
-/// can be asked for what they hold for a moment longer.
+/// can be asked for what they hold for a moment longer. Without a standby there is nobody to wait
+/// for: so it is when the whole cluster is deleted.
 async fn hand_over(hub: &Hub) {
-    let serves = |state: &AgentState| matches!(state.instance, InstanceState::Primary { .. });
+    let serves = |state: &AgentState| match &state.instance {
+        InstanceState::Primary { standbys, .. } => !standbys.is_empty(),
+        _ => false,
+    };
     if serves(&hub.state()) {
         let handed = tokio::time::timeout(HAND_OVER_LIMIT, hub.until(|s| !serves(s))).await;
         match handed {
