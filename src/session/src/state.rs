@@ -99,6 +99,11 @@ impl PreparedStatements {
         kept.chain(gone).map(|(name, p)| (name.as_slice(), p))
     }
 
+    /// The statements as they are now: a transaction that is aborted takes none of them back.
+    pub fn now(&self) -> impl Iterator<Item = (&[u8], &Prepared)> {
+        self.now.iter().map(|(name, p)| (name.as_slice(), p))
+    }
+
     /// Number of statements now.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -10,7 +10,7 @@ use helios_api::control::{MoveReason, Topology};
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, replay_or_abort};
 use helios_session::evidence::Fate;
-use helios_session::state::Prepared;
+use helios_session::state::{Prepared, Snapshot};
 use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
 use helios_wire::message::back;
 use helios_wire::{ErrorFields, SqlState};
@@ -302,18 +302,41 @@ impl Session {
         self.client.passing = 0;
     }
 
+    /// Restores what an abort leaves: the state as of BEGIN, and the protocol's prepared statements
+    /// as they are now, for PostgreSQL does not take those back. One that was made inside the
+    /// transaction may need what is lost with it; that one is lost too. Returns those that are there.
+    async fn restore_behind_abort(
+        &self,
+        server: &mut Server,
+    ) -> Result<Vec<(Vec<u8>, Prepared)>, ReplayError> {
+        let now = self.tracker.prepared().now();
+        let now = now.map(|(name, p)| (name.to_vec(), p.clone()));
+        let (mut inside, mut there): (Vec<_>, Vec<_>) = now.partition(|(_, p)| p.made_inside);
+        replay::restore(&mut server.link, &self.state, &there).await?;
+        // The unnamed one last, as there.
+        inside.sort_by_key(|(name, _)| name.is_empty());
+        for one in inside {
+            let nothing = Snapshot::default();
+            match replay::restore(&mut server.link, &nothing, std::slice::from_ref(&one)).await {
+                Ok(()) => there.push(one),
+                Err(e) if e.is_transient() => return Err(e),
+                Err(e) => tracing::debug!(error = %e, "a prepared statement is lost"),
+            }
+        }
+        Ok(there)
+    }
+
     /// The transaction (or state) is lost; the client is told as soon as it can be.
     pub(super) async fn abort(&mut self, mut server: Server, reason: &str) -> Result<(), Attempt> {
         let fields = retryable(reason);
-        let prepared = self.prepared_at_begin();
-        let restored = replay::restore(&mut server.link, &self.state, &prepared).await;
-        if let Err(e) = restored {
-            if e.is_transient() {
+        let prepared = match self.restore_behind_abort(&mut server).await {
+            Ok(prepared) => prepared,
+            Err(e) if e.is_transient() => {
                 self.forced = Some(reason.to_owned());
                 return Err(retry(e));
             }
-            return Err(Attempt::End(End::Fatal(fields)));
-        }
+            Err(_) => return Err(Attempt::End(End::Fatal(fields))),
+        };
         self.failed(&fields, "not protected");
         let mut next = self.tracker.successor(&prepared);
         if self.tracker.status() == TxnStatus::Idle {
