@@ -17,9 +17,17 @@ pub struct Counter {
     /// Bytes of its body that are still to come.
     body: u64,
     left: Option<(Unit, u64)>,
+    tag: Option<u8>,
+    last: Option<u8>,
 }
 
 impl Counter {
+    /// Type of the last whole message that passed.
+    #[must_use]
+    pub fn last(&self) -> Option<u8> {
+        self.last
+    }
+
     /// So many may still pass; `None`: all.
     pub fn limit(&mut self, left: Option<(Unit, u64)>) {
         self.left = left;
@@ -55,6 +63,7 @@ impl Counter {
             self.body -= 1;
         } else {
             self.header.push(byte);
+            self.tag = self.header.first().copied();
             if let [_, length @ ..] = self.header.as_slice()
                 && let Ok(length) = <[u8; 4]>::try_from(length)
             {
@@ -64,9 +73,11 @@ impl Counter {
                 return;
             }
         }
-        if self.body == 0
-            && let Some((Unit::Messages, left)) = &mut self.left
-        {
+        if self.body > 0 {
+            return;
+        }
+        self.last = self.tag;
+        if let Some((Unit::Messages, left)) = &mut self.left {
             *left = left.saturating_sub(1);
         }
     }
@@ -114,5 +125,6 @@ mod tests {
         counter.limit(Some((Unit::Messages, 1)));
         assert_eq!(counter.pass(&THREE[3..]), 4);
         assert!(counter.is_used_up());
+        assert_eq!(counter.last(), Some(b'Q'));
     }
 }

@@ -67,8 +67,10 @@ pub struct Rules {
     pub refuse: Vec<Class>,
     /// Each piece of data of a session is this late.
     pub delay: Duration,
-    /// Sessions are cut off; counted from when the order was given.
+    /// Sessions are cut off or stopped; counted from when the order was given.
     pub cut: Option<Arc<Order>>,
+    /// How many pieces of data were late for one of these rules.
+    touched: Arc<AtomicUsize>,
     /// How often connections of a class were closed: those that were opened before the last time
     /// are.
     closings: [usize; 4],
@@ -80,21 +82,69 @@ impl Rules {
     }
 }
 
+/// What becomes of a session that an order is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// Both sides are closed.
+    Close,
+    /// What follows waits for [`Order::release`].
+    Wait,
+}
+
 /// A [`Cut`] with the number of sessions that it is for.
 #[derive(Debug)]
 pub struct Order {
     cut: Cut,
     victims: AtomicUsize,
+    then: Then,
+    /// Type of the last message before each hit.
+    hits: watch::Sender<Vec<Option<u8>>>,
+    released: watch::Sender<bool>,
 }
 
 impl Order {
     /// For the first `victims` sessions that get there.
     #[must_use]
     pub fn new(cut: Cut, victims: usize) -> Arc<Self> {
+        Self::with(cut, victims, Then::Close)
+    }
+
+    /// The same, but sessions are not closed: what they send further on waits until
+    /// [`Self::release`], so that something can be done at exactly this message.
+    #[must_use]
+    pub fn waiting(cut: Cut, victims: usize) -> Arc<Self> {
+        Self::with(cut, victims, Then::Wait)
+    }
+
+    fn with(cut: Cut, victims: usize, then: Then) -> Arc<Self> {
         Arc::new(Self {
             cut,
             victims: AtomicUsize::new(victims),
+            then,
+            hits: watch::channel(Vec::new()).0,
+            released: watch::channel(false).0,
         })
+    }
+
+    /// One entry for each session that got there: the type of the last message that passed.
+    #[must_use]
+    pub fn hits(&self) -> Vec<Option<u8>> {
+        self.hits.borrow().clone()
+    }
+
+    /// Waits until a session has got there; cancel it to give up.
+    pub async fn hit(&self) {
+        // The sender is ours: it does not go away.
+        let _ = self
+            .hits
+            .subscribe()
+            .wait_for(|hits| !hits.is_empty())
+            .await;
+    }
+
+    /// Lets those that wait go on.
+    pub fn release(&self) {
+        self.released.send_replace(true);
     }
 
     fn claim(&self) -> bool {
@@ -102,6 +152,15 @@ impl Order {
         self.victims
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less)
             .is_ok()
+    }
+
+    /// A session has got there; whether it may go on now.
+    async fn carried_out(&self, last: Option<u8>) -> bool {
+        self.hits.send_modify(|hits| hits.push(last));
+        match self.then {
+            Then::Close => false,
+            Then::Wait => self.released.subscribe().wait_for(|r| *r).await.is_ok(),
+        }
     }
 }
 
@@ -139,10 +198,19 @@ impl Interposed {
         self.set(|rules| rules.closings[class as usize] += 1);
     }
 
+    /// How many pieces of data were held or slowed so far.
+    #[must_use]
+    pub fn touched(&self) -> usize {
+        self.rules.borrow().touched.load(Ordering::Relaxed)
+    }
+
     /// Gives the place back. Open connections go on, and nothing holds them any more.
     pub fn remove(self) {
         self.task.abort();
         self.set(|rules| {
+            if let Some(order) = &rules.cut {
+                order.release();
+            }
             *rules = Rules {
                 closings: rules.closings,
                 ..Rules::default()
@@ -178,6 +246,12 @@ fn inode(path: &Path) -> Result<u64> {
     Ok(std::fs::metadata(path)?.ino())
 }
 
+/// Whether the server has done with its file: it sets permissions behind the bind, and fails to
+/// start when the file has gone by then. Who is let in is decided later: nothing is said here.
+fn listens(path: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(path).is_ok()
+}
+
 fn take_place(path: &Path) -> Result<(UnixListener, u64)> {
     std::fs::rename(path, aside(path))?;
     let listener = UnixListener::bind(path)?;
@@ -204,7 +278,7 @@ async fn serve(
             () = tokio::time::sleep(WATCH) => {
                 let socket = std::fs::metadata(&path)
                     .is_ok_and(|m| m.file_type().is_socket() && m.ino() != own);
-                if socket && let Ok((fresh, inode)) = take_place(&path) {
+                if socket && listens(&path) && let Ok((fresh, inode)) = take_place(&path) {
                     (listener, own) = (fresh, inode);
                 }
             }
@@ -255,6 +329,9 @@ async fn connection(mut client: UnixStream, real: PathBuf, mut rules: watch::Rec
 /// Waits while connections of this class are held; `false` when nobody decides any more.
 async fn passes(class: Class, rules: &mut watch::Receiver<Rules>) -> bool {
     let free = |rules: &Rules| !rules.hold.contains(&class);
+    if !free(&rules.borrow()) {
+        rules.borrow().touched.fetch_add(1, Ordering::Relaxed);
+    }
     let decided = rules.wait_for(free).await.is_ok();
     // Whoever gave the rules has gone: the last ones hold.
     decided || free(&rules.borrow())
@@ -282,23 +359,42 @@ impl Side {
             if !passes(self.class, &mut self.rules).await {
                 return;
             }
-            let mut over = false;
-            if self.class == Class::Session {
-                let (delay, order) = {
-                    let rules = self.rules.borrow();
-                    (rules.delay, rules.cut.clone())
-                };
-                tokio::time::sleep(delay).await;
-                let same = |a: &Arc<Order>| order.as_ref().is_some_and(|b| Arc::ptr_eq(a, b));
-                if !last.as_ref().is_some_and(same) {
-                    last = order.filter(|o| o.cut.way == self.way && o.claim());
-                    counter.limit(last.as_ref().map(|o| (o.cut.unit, o.cut.after)));
+            if self.class != Class::Session {
+                if to.write_all(data).await.is_err() {
+                    return;
                 }
-                let passing = counter.pass(data);
-                over = passing < data.len() || counter.is_used_up();
-                data = data.get(..passing).unwrap_or_default();
+                continue;
             }
-            if to.write_all(data).await.is_err() || over {
+            let (delay, order) = {
+                let rules = self.rules.borrow();
+                if rules.delay > Duration::ZERO {
+                    rules.touched.fetch_add(1, Ordering::Relaxed);
+                }
+                (rules.delay, rules.cut.clone())
+            };
+            tokio::time::sleep(delay).await;
+            let same = |a: &Arc<Order>| order.as_ref().is_some_and(|b| Arc::ptr_eq(a, b));
+            if !last.as_ref().is_some_and(same) {
+                last = order.filter(|o| o.cut.way == self.way && o.claim());
+                counter.limit(last.as_ref().map(|o| (o.cut.unit, o.cut.after)));
+            }
+            let passing = counter.pass(data);
+            let over = passing < data.len() || counter.is_used_up();
+            let rest = data.get(passing..).unwrap_or_default();
+            data = data.get(..passing).unwrap_or_default();
+            if to.write_all(data).await.is_err() {
+                return;
+            }
+            if !over {
+                continue;
+            }
+            let go_on = match &last {
+                Some(order) => order.carried_out(counter.last()).await,
+                None => true,
+            };
+            counter.limit(None);
+            counter.pass(rest);
+            if !go_on || to.write_all(rest).await.is_err() {
                 return;
             }
         }
@@ -425,6 +521,23 @@ mod tests {
         let mut other = connect(&path).await;
         assert!(echoed(&mut stream, &three).await.len() <= 14);
         assert_eq!(echoed(&mut other, &three).await, three);
+        // Stopped behind the first message: the rest comes when it may, and nothing is closed.
+        let stop = Cut {
+            way: Way::ToServer,
+            unit: Unit::Messages,
+            after: 1,
+        };
+        let order = Order::waiting(stop, 1);
+        between.set(|r| r.cut = Some(Arc::clone(&order)));
+        let waiting = tokio::time::timeout(Duration::from_millis(50), echoed(&mut other, &three));
+        assert!(waiting.await.is_err());
+        assert_eq!(order.hits(), [Some(b'Q')]);
+        order.release();
+        let mut rest = [0; 14];
+        other.read_exact(&mut rest).await.unwrap();
+        assert_eq!(rest, [message, message].concat()[..]);
+        assert_eq!(echoed(&mut other, &three).await, three);
+        assert!(between.touched() > 0);
         between.close(Class::Session);
         assert_eq!(other.read(&mut [0; 1]).await.unwrap_or(0), 0);
         between.remove();
