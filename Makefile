@@ -5,6 +5,7 @@ FUZZ_SECONDS ?= 60
 RUNS ?= 20
 SEED ?= 1
 CLIENTS ?= 8
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-versions test-kubernetes kubernetes-up kubernetes-down bench lint fuzz chaos
@@ -50,7 +51,7 @@ lint: ## formatting, clippy, documentation, licences
 fuzz: ## the wire protocol under random input, FUZZ_SECONDS in all
 	@scripts/fuzz.sh $(FUZZ_SECONDS)
 
-chaos: ## RUNS experiments from SEED with CLIENTS: faults under every workload, judged by a checker
+chaos: ## RUNS experiments from SEED with CLIENTS, JOBS at a time: faults under every workload, judged by a checker
 	@scripts/setup.sh demo
 	cargo build --release -p helios -p helios-e2e --bin helios --bin chaos
-	@"$${CARGO_TARGET_DIR:-target}/release/chaos" --runs $(RUNS) --seed $(SEED) --clients $(CLIENTS) $(ARGS)
+	@"$${CARGO_TARGET_DIR:-target}/release/chaos" --runs $(RUNS) --seed $(SEED) --clients $(CLIENTS) --jobs $(JOBS) $(ARGS)

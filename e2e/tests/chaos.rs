@@ -38,11 +38,8 @@ fn plan(seed: u64, workload: Workload, fault: FaultKind) -> Result<Plan> {
 #[allow(clippy::print_stdout)] // what a failed test shows
 async fn all_good(plans: Vec<Plan>) -> Result<()> {
     let options = Options {
-        plans,
-        program: helios()?,
-        keep_going: false,
-        limit: ANSWER_LIMIT,
         verbose: true,
+        ..Options::new(plans, helios()?, ANSWER_LIMIT)
     };
     let summary = Box::pin(run(&options, &mut |line| println!("{line}"))).await?;
     if summary.is_good() {

@@ -37,8 +37,11 @@ struct Cli {
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=64))]
     clients: u64,
     /// Seconds that the clients of each work
-    #[arg(long, value_name = "SECONDS", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
     duration: u64,
+    /// Experiments side by side, each on clusters of its own
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=32))]
+    jobs: u64,
     /// Only these workloads
     #[arg(long, value_name = "NAME", value_enum, value_delimiter = ',')]
     workload: Vec<Workload>,
@@ -63,6 +66,16 @@ struct Cli {
     /// Print the result as one JSON object
     #[arg(long)]
     json: bool,
+    /// Add the results to those of this file, behind every experiment; what it already has of the
+    /// same commit is not run again
+    #[arg(long, value_name = "FILE")]
+    append: Option<PathBuf>,
+    /// Run nothing: add up the results of these files
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["plan", "append"])]
+    merge: Vec<PathBuf>,
+    /// The commit that helios was built from; what git says of this directory by default
+    #[arg(long, value_name = "ID")]
+    commit: Option<String>,
     /// Write the result's table to this file
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
@@ -108,6 +121,14 @@ fn main() -> ExitCode {
 }
 
 fn chaos(cli: &Cli) -> Result<bool> {
+    if !cli.merge.is_empty() {
+        let mut summary = Summary::default();
+        for file in &cli.merge {
+            summary.merge(Summary::read(file)?)?;
+        }
+        publish(cli, &summary)?;
+        return Ok(summary.is_good());
+    }
     let options = options(cli)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -136,7 +157,28 @@ fn options(cli: &Cli) -> Result<Options> {
         keep_going: cli.keep_going,
         limit: Duration::from_secs(cli.limit),
         verbose: cli.verbose,
+        commit: cli.commit.clone().unwrap_or_else(commit),
+        jobs: usize::try_from(cli.jobs)?,
+        append: cli.append.clone(),
     })
+}
+
+/// The commit that is checked out here; a build of something else has to name its own.
+fn commit() -> String {
+    let asked = std::process::Command::new("git")
+        .args([
+            "describe",
+            "--always",
+            "--dirty",
+            "--exclude",
+            "*",
+            "--abbrev=12",
+        ])
+        .output();
+    let said = asked.ok().filter(|said| said.status.success());
+    let name = said.map(|said| String::from_utf8_lossy(&said.stdout).trim().to_owned());
+    name.filter(|name| !name.is_empty())
+        .unwrap_or_else(|| "unknown".to_owned())
 }
 
 fn plans(cli: &Cli) -> Result<Vec<Plan>> {

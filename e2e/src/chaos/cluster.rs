@@ -146,21 +146,24 @@ impl Cluster {
         Ok(timeout(STATUS_LIMIT, self.client.status()).await??)
     }
 
-    /// A planned move; a line that says what came of it.
+    /// A planned move; a line that says what came of it, and whether the primary has moved.
     ///
     /// # Errors
     /// It did not end within the limit.
-    pub async fn switchover(&self, limit: Duration) -> Result<String> {
+    pub async fn switchover(&self, limit: Duration) -> Result<(String, bool)> {
         let moving = Box::pin(self.client.switchover(None, |_| ()));
         match timeout(limit, moving).await {
-            Ok(Ok(record)) => Ok(format!(
-                "switchover {} -> {}, pause {} ms",
-                record.from,
-                record.to,
-                record.pause_micros() / 1000
-            )),
+            Ok(Ok(record)) => {
+                let what = format!(
+                    "switchover {} -> {}, pause {} ms",
+                    record.from,
+                    record.to,
+                    record.pause_micros() / 1000
+                );
+                Ok((what, record.from != record.to))
+            }
             // Refused, or ended elsewhere: what clients see of it is what counts.
-            Ok(Err(error)) => Ok(format!("switchover: {error}")),
+            Ok(Err(error)) => Ok((format!("switchover: {error}"), false)),
             Err(_) => Err(format!("switchover is not done after {limit:?}").into()),
         }
     }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::checker::{Anomaly, Finding};
 use super::cluster::{Cluster, redundant, serving};
-use super::fault::{Injector, Network};
+use super::fault::{Done, Injector, Network};
 use super::notes::{Notes, Tally};
 use super::plan::Plan;
 use super::workload::{Setting, Verdict, Worker, judge};
@@ -26,6 +26,9 @@ pub const RECOVERY_LIMIT: Duration = Duration::from_secs(90);
 /// Limit on a query of the judge's.
 const JUDGE_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long clients go on behind the last fault.
+const AFTERWARDS: Duration = Duration::from_millis(400);
+
 /// How often tables are tried to be made.
 const SET_UPS: u32 = 5;
 
@@ -36,6 +39,10 @@ pub struct Report {
     pub plan: Plan,
     /// What was done when.
     pub faults: Vec<String>,
+    /// What of it hit nothing, or did not lead to what it has to lead to.
+    pub missed: Vec<String>,
+    /// The messages at which sessions were hit, by name.
+    pub messages: Vec<String>,
     /// How requests ended.
     pub tally: Tally,
     /// Acknowledged and lost, where that is allowed.
@@ -60,7 +67,7 @@ pub async fn run(cluster: &Arc<Cluster>, plan: &Plan, limit: Duration) -> Result
         true => Network::install(cluster).await?,
         false => Network::default(),
     };
-    cluster.wait("redundant", RECOVERY_LIMIT, redundant).await?;
+    let before = cluster.wait("redundant", RECOVERY_LIMIT, redundant).await?;
     let clock = Instant::now();
     let setting = Setting {
         target: cluster.target().clone(),
@@ -80,25 +87,34 @@ pub async fn run(cluster: &Arc<Cluster>, plan: &Plan, limit: Duration) -> Result
     }
     let injector = Injector::new(Arc::clone(cluster), network, clock);
     let faults = Box::pin(injector.run(&plan.steps)).await;
-    tokio::time::sleep(plan.duration.saturating_sub(clock.elapsed())).await;
+    let left = plan.duration.saturating_sub(clock.elapsed());
+    tokio::time::sleep(left.max(AFTERWARDS)).await;
     setting.stop.cancel();
     let (notes, mut findings) = finish(clients, limit).await;
     let faults = faults.unwrap_or_else(|error| {
-        findings.push(Finding::new(Anomaly::Client, error.to_string()));
+        findings.push(Finding::new(Anomaly::Hung, error.to_string()));
         Vec::new()
     });
     let judged = Box::pin(verdict(cluster, plan, &schema, &notes)).await;
-    let verdict = judged.unwrap_or_else(|error| Verdict {
-        findings: vec![Finding::new(
-            Anomaly::Client,
-            format!("after the faults: {error}"),
-        )],
+    let verdict = judged.unwrap_or_else(|error| Judged {
+        epoch: None,
+        findings: {
+            let mut findings = notes.violations.clone();
+            let what = format!("after the faults: {error}");
+            findings.push(Finding::new(Anomaly::Hung, what));
+            findings
+        },
         lost: 0,
     });
     findings.extend(verdict.findings);
     Ok(Report {
         plan: plan.clone(),
-        faults,
+        missed: missed(plan, before.epoch.0, verdict.epoch, &faults),
+        messages: faults
+            .iter()
+            .flat_map(|done| done.messages.clone())
+            .collect(),
+        faults: faults.into_iter().map(|done| done.what).collect(),
         tally: notes.tally,
         lost: verdict.lost,
         findings,
@@ -151,7 +167,7 @@ async fn finish(mut clients: JoinSet<Notes>, limit: Duration) -> (Notes, Vec<Fin
             }
             Err(_) => {
                 let what = format!("{} clients do not end", clients.len());
-                findings.push(Finding::new(Anomaly::Client, what));
+                findings.push(Finding::new(Anomaly::Hung, what));
                 break;
             }
         }
@@ -159,13 +175,25 @@ async fn finish(mut clients: JoinSet<Notes>, limit: Duration) -> (Notes, Vec<Fin
     (notes, findings)
 }
 
+/// A verdict, and the epoch that it was given in.
+struct Judged {
+    findings: Vec<Finding>,
+    lost: u64,
+    epoch: Option<u64>,
+}
+
 /// Waits until clients would be served again, and judges the data.
-async fn verdict(cluster: &Cluster, plan: &Plan, schema: &str, notes: &Notes) -> Result<Verdict> {
-    cluster.wait("serving", RECOVERY_LIMIT, serving).await?;
+async fn verdict(cluster: &Cluster, plan: &Plan, schema: &str, notes: &Notes) -> Result<Judged> {
+    let status = cluster.wait("serving", RECOVERY_LIMIT, serving).await?;
     let (primary, _) = cluster.roles().await?;
     let db = cluster.connect(&primary).await?;
     let judged = judge(plan.workload, &db, schema, notes, plan.fault.may_lose());
-    let mut verdict = timeout(JUDGE_LIMIT, judged).await??;
+    let Verdict { findings, lost } = timeout(JUDGE_LIMIT, judged).await??;
+    let mut verdict = Judged {
+        findings,
+        lost,
+        epoch: Some(status.epoch.0),
+    };
     if verdict.lost > 0 && !loss_is_reported(cluster).await? {
         let what = format!(
             "{} acknowledged requests, and the report of the move says nothing",
@@ -179,9 +207,23 @@ async fn verdict(cluster: &Cluster, plan: &Plan, schema: &str, notes: &Notes) ->
     // The cluster must be whole again by itself; this is the next experiment's start.
     if let Err(error) = cluster.wait("redundant", RECOVERY_LIMIT, redundant).await {
         let what = error.to_string();
-        verdict.findings.push(Finding::new(Anomaly::Client, what));
+        verdict.findings.push(Finding::new(Anomaly::Hung, what));
     }
     Ok(verdict)
+}
+
+/// What hit nothing. A fault that nobody noticed proves nothing: such runs are counted apart.
+fn missed(plan: &Plan, before: u64, after: Option<u64>, faults: &[Done]) -> Vec<String> {
+    let idle = faults.iter().filter(|done| !done.hit);
+    let mut missed: Vec<String> = idle.map(|done| done.what.clone()).collect();
+    let moves = after.map_or(0, |after| after.saturating_sub(before));
+    let wanted = plan.fault.moves();
+    if moves < wanted {
+        missed.push(format!(
+            "the primary has changed {moves} times, not {wanted}"
+        ));
+    }
+    missed
 }
 
 /// Whether the last failover says that it may have lost commits.

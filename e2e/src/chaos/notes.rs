@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::checker::effects::Effect;
 use super::checker::sequences::Draw;
@@ -11,7 +11,7 @@ use super::checker::{Anomaly, Finding};
 use super::history::{Outcome, Txn};
 
 /// How many requests ended how.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Acknowledged.
     pub ok: u64,
@@ -93,7 +93,7 @@ impl Notes {
     }
 
     /// Something that must not be.
-    pub fn violation(&mut self, what: String) {
-        self.violations.push(Finding::new(Anomaly::Client, what));
+    pub fn violation(&mut self, kind: Anomaly, what: String) {
+        self.violations.push(Finding::new(kind, what));
     }
 }

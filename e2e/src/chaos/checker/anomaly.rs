@@ -50,6 +50,8 @@ pub enum Anomaly {
     G2Item,
     /// The protocol was broken, or a client got what it must never get.
     Client,
+    /// No answer within the limit.
+    Hung,
 }
 
 impl Anomaly {
@@ -85,6 +87,7 @@ impl Anomaly {
             Self::GNonadjacent => "G-nonadjacent",
             Self::G2Item => "G2-item (write skew)",
             Self::Client => "client",
+            Self::Hung => "hung",
         }
     }
 }

@@ -3,14 +3,16 @@
 
 mod inject;
 mod network;
+mod strike;
 
 use clap::ValueEnum;
 use rand::RngExt;
 use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 
-pub use inject::Injector;
+pub use inject::{Done, Injector};
 pub use network::Network;
+pub use strike::{Mark, Strike};
 
 use super::cluster::Shape;
 use super::plan::Step;
@@ -56,6 +58,20 @@ pub enum FaultKind {
     DiskFull,
     /// kill -9 of the standby and all its processes: commits wait for it
     StandbyCrash,
+    /// kill -9 of the primary's postmaster alone; its children find out by themselves
+    PostmasterKill,
+    /// The proxy and the controller are cut off from all servers for a while
+    PartitionProxy,
+    /// kill -9 of the primary when a session has come to a certain message
+    CrashAtMessage,
+    /// kill -9 of one backend then
+    BackendKillAtMessage,
+    /// kill -9 of the primary's agent then
+    AgentKillAtMessage,
+    /// SIGSTOP of the primary then
+    FreezeAtMessage,
+    /// A planned move then
+    SwitchoverAtMessage,
 }
 
 /// Something that is done at a time.
@@ -68,6 +84,15 @@ pub enum Act {
     BeginSwitchover,
     /// Kills the primary, whoever that is then.
     CrashPrimary,
+    /// Kills the primary's postmaster and none of its children.
+    KillPostmaster,
+    /// Strikes when a session has come to a message.
+    AtMessage {
+        /// Which message.
+        mark: Mark,
+        /// What is done then.
+        strike: Strike,
+    },
     /// Kills the first standby.
     CrashStandby,
     /// Kills this many of the clients' backends.
@@ -112,6 +137,9 @@ pub enum Act {
         millis: u64,
         /// Sessions' connections break then; else they go on.
         close: bool,
+        /// Those to all servers, not to the primary alone.
+        #[serde(default)]
+        everywhere: bool,
     },
     /// Fills the primary's disk.
     FillDisk {
@@ -140,7 +168,7 @@ fn cut(rng: &mut StdRng) -> Act {
 
 impl FaultKind {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 24] = [
         Self::None,
         Self::Switchover,
         Self::Crash,
@@ -158,6 +186,13 @@ impl FaultKind {
         Self::CutInSwitchover,
         Self::DiskFull,
         Self::StandbyCrash,
+        Self::PostmasterKill,
+        Self::PartitionProxy,
+        Self::CrashAtMessage,
+        Self::BackendKillAtMessage,
+        Self::AgentKillAtMessage,
+        Self::FreezeAtMessage,
+        Self::SwitchoverAtMessage,
     ];
 
     /// For tables and the command line.
@@ -181,6 +216,13 @@ impl FaultKind {
             Self::CutInSwitchover => "cut-in-switchover",
             Self::DiskFull => "disk-full",
             Self::StandbyCrash => "standby-crash",
+            Self::PostmasterKill => "postmaster-kill",
+            Self::PartitionProxy => "partition-proxy",
+            Self::CrashAtMessage => "crash-at-message",
+            Self::BackendKillAtMessage => "backend-kill-at-message",
+            Self::AgentKillAtMessage => "agent-kill-at-message",
+            Self::FreezeAtMessage => "freeze-at-message",
+            Self::SwitchoverAtMessage => "switchover-at-message",
         }
     }
 
@@ -210,7 +252,38 @@ impl FaultKind {
                 | Self::PartitionStandby
                 | Self::CutInSwitchover
                 | Self::LaggingStandby
-        )
+                | Self::PartitionProxy
+        ) || self.strike_kind().is_some()
+    }
+
+    /// How many times the primary has to change, or the fault has not happened.
+    #[must_use]
+    pub fn moves(self) -> u64 {
+        match self {
+            // The second crash may come within the first failover, which then ends elsewhere.
+            Self::CrashTwice
+            | Self::Switchover
+            | Self::Crash
+            | Self::CrashInSwitchover
+            | Self::CutInSwitchover
+            | Self::LaggingStandby
+            | Self::PostmasterKill
+            | Self::CrashAtMessage
+            | Self::SwitchoverAtMessage => 1,
+            _ => 0,
+        }
+    }
+
+    /// What is done at a message, if that is its kind.
+    fn strike_kind(self) -> Option<Strike> {
+        match self {
+            Self::CrashAtMessage => Some(Strike::Crash),
+            Self::BackendKillAtMessage => Some(Strike::KillBackend { pick: 0 }),
+            Self::AgentKillAtMessage => Some(Strike::KillAgent),
+            Self::FreezeAtMessage => Some(Strike::Freeze { millis: 0 }),
+            Self::SwitchoverAtMessage => Some(Strike::Switchover),
+            _ => None,
+        }
     }
 
     /// SQLSTATEs that it adds to the list of what clients may be told.
@@ -246,8 +319,9 @@ impl FaultKind {
                 vec![at(first, Act::KillBackends { count, pick })]
             }
             Self::AgentKill => vec![at(first, Act::KillAgent)],
+            Self::PostmasterKill => vec![at(first, Act::KillPostmaster)],
             Self::Freeze => {
-                let millis = rng.random_range(100..4000);
+                let millis = rng.random_range(100..3000);
                 vec![at(first, Act::Freeze { millis })]
             }
             Self::CrashInSwitchover => {
@@ -258,7 +332,7 @@ impl FaultKind {
                 ]
             }
             Self::CrashTwice => {
-                let later = first + rng.random_range(50..1500);
+                let later = first + rng.random_range(50..1200);
                 vec![at(first, Act::CrashPrimary), at(later, Act::CrashPrimary)]
             }
             Self::LaggingStandby => {
@@ -275,7 +349,18 @@ impl FaultKind {
             | Self::Slow
             | Self::PartitionPrimary
             | Self::PartitionStandby
+            | Self::PartitionProxy
             | Self::CutInSwitchover => self.network_steps(first, rng),
+            Self::CrashAtMessage
+            | Self::BackendKillAtMessage
+            | Self::AgentKillAtMessage
+            | Self::FreezeAtMessage
+            | Self::SwitchoverAtMessage => {
+                let mark = Mark::draw(rng);
+                let strike = self.strike_kind().map(|strike| strike.draw(rng));
+                let act = strike.map(|strike| Act::AtMessage { mark, strike });
+                act.map(|act| at(first, act)).into_iter().collect()
+            }
         }
     }
 
@@ -287,6 +372,7 @@ impl FaultKind {
             replication,
             millis,
             close,
+            everywhere: self == Self::PartitionProxy,
         };
         match self {
             Self::Cut => {
@@ -303,12 +389,16 @@ impl FaultKind {
                 vec![at(first, Act::Slow { delay, millis })]
             }
             Self::PartitionPrimary => {
-                let millis = rng.random_range(200..6000);
+                let millis = rng.random_range(200..4000);
                 vec![at(first, hold(true, true, true, millis, true))]
             }
             Self::PartitionStandby => {
-                let millis = rng.random_range(200..6000);
+                let millis = rng.random_range(200..4000);
                 vec![at(first, hold(false, false, true, millis, false))]
+            }
+            Self::PartitionProxy => {
+                let (millis, close) = (rng.random_range(200..3000), rng.random_bool(0.5));
+                vec![at(first, hold(true, true, false, millis, close))]
             }
             Self::CutInSwitchover => {
                 let later = first + rng.random_range(0..300);

@@ -10,6 +10,7 @@ use rand::{RngExt, SeedableRng};
 use tokio_util::sync::CancellationToken;
 
 use super::{Gone, Workload};
+use crate::chaos::checker::Anomaly;
 use crate::chaos::errors::{At, Verdict, judge};
 use crate::chaos::history::{Level, Outcome};
 use crate::chaos::notes::Notes;
@@ -274,7 +275,11 @@ impl Worker {
             verdict = Verdict::Violation;
         }
         if verdict == Verdict::Violation {
-            self.violation(&format!("{trouble}, in answer to: {what}"));
+            let kind = match trouble {
+                Trouble::Timeout(_) => Anomaly::Hung,
+                _ => Anomaly::Client,
+            };
+            self.finding(kind, &format!("{trouble}, in answer to: {what}"));
         } else {
             *self.notes.told.entry(kind_of(trouble)).or_default() += 1;
         }
@@ -289,15 +294,18 @@ impl Worker {
     }
 
     pub(super) fn violation(&mut self, what: &str) {
+        self.finding(Anomaly::Client, what);
+    }
+
+    fn finding(&mut self, kind: Anomaly, what: &str) {
         if self.notes.violations.len() >= MAX_VIOLATIONS {
             return;
         }
         let (client, now) = (self.client, self.now());
         let level = self.setting.level.sql();
         let style = self.style;
-        self.notes.violation(format!(
-            "client {client} ({style:?}, {level}) at {now} us: {what}"
-        ));
+        let what = format!("client {client} ({style:?}, {level}) at {now} us: {what}");
+        self.notes.violation(kind, what);
     }
 }
 
