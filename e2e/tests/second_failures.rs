@@ -1,6 +1,7 @@
 //! What fails while a session is moved or resolved, and connections that break while the primary
 //! lives. One server behind a go-between stands for the new primary.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use helios_e2e::driver::Target;
@@ -10,6 +11,7 @@ use helios_proxy::engine::shared::EngineOptions;
 use helios_testkit::Bench;
 use helios_testkit::frames::Unit;
 use helios_testkit::interpose::{Class, Cut, Order, Way};
+use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
 
 const SCHEMA: &str = "create table t (id int primary key, v text); \
@@ -60,6 +62,75 @@ async fn goes_on(bench: &Bench, client: &Client) -> Result<()> {
         return Err(format!("{ids:?} are in the table").into());
     }
     Ok(())
+}
+
+/// How long a move may take that waits for nobody.
+const MOVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// A move whose replay stands still behind a message that the proxy has sent.
+struct Stopped {
+    order: Arc<Order>,
+    resume: JoinHandle<Result<()>>,
+}
+
+impl Stopped {
+    /// Moves the session, and stops the replay behind so many messages; `None` when the replay was
+    /// over before.
+    async fn behind(bench: &mut Bench, after: u64) -> Result<Option<Self>> {
+        let cut = Cut {
+            way: Way::ToServer,
+            unit: Unit::Messages,
+            after,
+        };
+        bench.drain().await?;
+        let order = Order::waiting(cut, 1);
+        if let Some(between) = &bench.between {
+            between.set(|rules| rules.cut = Some(Arc::clone(&order)));
+        }
+        let (proxy, next) = (bench.proxy.clone(), bench.next_topology()?);
+        let mut resume = tokio::spawn(async move {
+            proxy.resume(next).await?;
+            Ok(())
+        });
+        let stopped = tokio::select! {
+            () = order.hit() => true,
+            ended = &mut resume => {
+                ended??;
+                false
+            }
+            () = tokio::time::sleep(MOVE_LIMIT) => return Err("nothing moves".into()),
+        };
+        let stopped = stopped.then_some(Self { order, resume });
+        if stopped.is_none() {
+            forget(bench);
+        }
+        Ok(stopped)
+    }
+
+    /// Lets the replay go on, if somebody is left to go on, and waits for the end of the move.
+    async fn go_on(self, bench: &Bench) -> Result<()> {
+        forget(bench);
+        self.order.release();
+        tokio::time::timeout(MOVE_LIMIT, self.resume).await???;
+        Ok(())
+    }
+}
+
+/// The order holds for nobody any more.
+fn forget(bench: &Bench) {
+    if let Some(between) = &bench.between {
+        between.set(|rules| rules.cut = None);
+    }
+}
+
+/// A replay that was stopped at fewer messages than this was none.
+const MESSAGES_OF_A_REPLAY: u64 = 8;
+
+fn long_enough(messages: u64) -> Result<()> {
+    match messages >= MESSAGES_OF_A_REPLAY {
+        true => Ok(()),
+        false => Err(format!("the replay was over behind {messages} messages").into()),
+    }
 }
 
 async fn start_over(bench: &Bench) -> Result<()> {
@@ -114,7 +185,7 @@ async fn at_each_message() -> Result<()> {
     }
 }
 
-/// The new primary dies again and again while sessions are replayed on it.
+/// The new primary dies while a session is replayed on it, behind one message after the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_new_primary_dies_during_the_replay() -> std::result::Result<(), Shown> {
     Ok(dies_during_the_replay().await?)
@@ -123,27 +194,69 @@ async fn the_new_primary_dies_during_the_replay() -> std::result::Result<(), Sho
 async fn dies_during_the_replay() -> Result<()> {
     let mut bench = bench().await?;
     bench.interpose()?;
-    for round in 0_u64..4 {
+    let mut after = 1;
+    loop {
         start_over(&bench).await?;
         let client = open_transaction(&bench).await?;
-        if let Some(between) = &bench.between {
-            // Slow enough for the crash to come in the middle.
-            between.set(|rules| rules.delay = Duration::from_millis(3 + 4 * round));
-        }
-        let proxy = bench.proxy.clone();
-        let next = bench.next_topology()?;
-        let resume = tokio::spawn(async move { proxy.resume(next).await });
-        tokio::time::sleep(Duration::from_millis(20 * (round + 1))).await;
+        let Some(stopped) = Stopped::behind(&mut bench, after).await? else {
+            goes_on(&bench, &client).await?;
+            return long_enough(after);
+        };
         bench.crash().await?;
-        if let Some(between) = &bench.between {
-            between.set(|rules| rules.delay = Duration::ZERO);
-        }
-        resume.await??;
-        goes_on(&bench, &client)
-            .await
-            .map_err(|e| format!("round {round}: {e}"))?;
+        stopped.go_on(&bench).await?;
+        let done = goes_on(&bench, &client).await;
+        done.map_err(|e| format!("behind message {after}: {e}"))?;
+        // A server that starts anew takes its time: every third message.
+        after += 3;
     }
-    Ok(())
+}
+
+/// A transaction that cannot be replayed is lost; statements that were prepared in it stay, as in
+/// PostgreSQL, but for those that need what is lost with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn statements_prepared_in_a_lost_transaction_stay() -> std::result::Result<(), Shown> {
+    Ok(statements_stay().await?)
+}
+
+async fn statements_stay() -> Result<()> {
+    let mut bench = bench().await?;
+    let client = bench.client().await?;
+    let before = client.prepare("select 'before'").await?;
+    client
+        .batch_execute("begin; create table made (v text)")
+        .await?;
+    let inside = client
+        .prepare("insert into t values ($1, 'inside')")
+        .await?;
+    let needs = client.prepare("select v from made").await?;
+    // Never the same again: the replay differs.
+    client
+        .query(
+            "insert into t values (1, gen_random_uuid()::text) returning v",
+            &[],
+        )
+        .await?;
+    bench.switchover().await?;
+    let Err(lost) = client.execute(&inside, &[&2]).await else {
+        return Err("the transaction went on".into());
+    };
+    if lost.code().is_none_or(|code| code.code() != "40001") {
+        return Err(said(lost).into());
+    }
+    client.batch_execute("rollback").await?;
+    client.query_one(&before, &[]).await.map_err(said)?;
+    client.execute(&inside, &[&3]).await.map_err(said)?;
+    let Err(error) = client.query(&needs, &[]).await else {
+        return Err("a table of a lost transaction is there".into());
+    };
+    if error.code().is_none_or(|code| code.code() != "26000") {
+        return Err(said(error).into());
+    }
+    let ids = bench.column("select id from t").await?;
+    match ids == ["3"] {
+        true => Ok(()),
+        false => Err(format!("{ids:?} are in the table").into()),
+    }
 }
 
 /// One move after the other, without a word of the client's in between.
@@ -173,23 +286,19 @@ async fn the_client_leaves_during_the_replay() -> std::result::Result<(), Shown>
 async fn client_leaves() -> Result<()> {
     let mut bench = bench().await?;
     bench.interpose()?;
-    let client = open_transaction(&bench).await?;
-    if let Some(between) = &bench.between {
-        between.set(|rules| rules.delay = Duration::from_millis(10));
-    }
-    let proxy = bench.proxy.clone();
-    let next = bench.next_topology()?;
-    let resume = tokio::spawn(async move { proxy.resume(next).await });
-    tokio::time::sleep(Duration::from_millis(30)).await;
-    drop(client);
-    resume.await??;
-    if let Some(between) = &bench.between {
-        between.set(|rules| rules.delay = Duration::ZERO);
-    }
-    nobody_left(&bench).await?;
-    let rows = bench.column("select count(*) from t").await?;
-    if rows != ["0"] {
-        return Err(format!("{rows:?} rows of a client that has left").into());
+    for after in 1.. {
+        let client = open_transaction(&bench).await?;
+        let Some(stopped) = Stopped::behind(&mut bench, after).await? else {
+            return long_enough(after);
+        };
+        drop(client);
+        stopped.go_on(&bench).await?;
+        nobody_left(&bench).await?;
+        let rows = bench.column("select count(*) from t").await?;
+        if rows != ["0"] {
+            let why = format!("{rows:?} rows of a client that has left behind message {after}");
+            return Err(why.into());
+        }
     }
     Ok(())
 }
@@ -218,23 +327,20 @@ async fn the_client_cancels_during_the_replay() -> std::result::Result<(), Shown
 async fn client_cancels() -> Result<()> {
     let mut bench = bench().await?;
     bench.interpose()?;
-    let client = open_transaction(&bench).await?;
-    let cancel = client.cancel_token();
-    if let Some(between) = &bench.between {
-        between.set(|rules| rules.delay = Duration::from_millis(10));
-    }
-    let proxy = bench.proxy.clone();
-    let next = bench.next_topology()?;
-    let resume = tokio::spawn(async move { proxy.resume(next).await });
-    for _ in 0..5 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    for after in 1.. {
+        start_over(&bench).await?;
+        let client = open_transaction(&bench).await?;
+        let cancel = client.cancel_token();
+        let Some(stopped) = Stopped::behind(&mut bench, after).await? else {
+            goes_on(&bench, &client).await?;
+            return long_enough(after);
+        };
         cancel.cancel_query(NoTls).await?;
+        stopped.go_on(&bench).await?;
+        let done = goes_on(&bench, &client).await;
+        done.map_err(|e| format!("behind message {after}: {e}"))?;
     }
-    resume.await??;
-    if let Some(between) = &bench.between {
-        between.set(|rules| rules.delay = Duration::ZERO);
-    }
-    goes_on(&bench, &client).await
+    Ok(())
 }
 
 /// The connection breaks while the primary lives, outside and inside a transaction, with a
