@@ -39,6 +39,7 @@ fn plan(seed: u64, workload: Workload, fault: FaultKind) -> Result<Plan> {
 async fn all_good(plans: Vec<Plan>) -> Result<()> {
     let options = Options {
         verbose: true,
+        jobs: 2,
         ..Options::new(plans, helios()?, ANSWER_LIMIT)
     };
     let summary = Box::pin(run(&options, &mut |line| println!("{line}"))).await?;
