@@ -205,7 +205,9 @@ async fn run(client: &Client, work: Work) -> std::result::Result<(), Told> {
             sink.send(ONE).await?;
             sink.send(TWO).await?;
             let rows = sink.finish().await?;
-            same(&[i32::try_from(rows).unwrap_or(-1)], &[2])
+            same(&[i32::try_from(rows).unwrap_or(-1)], &[2])?;
+            // The driver returns at CommandComplete; the commit is at the Sync behind it.
+            Ok(client.batch_execute("select 1").await?)
         }
     }
 }
