@@ -58,7 +58,6 @@ situations! {
     autocommit_statements_in_a_planned_move: Autocommit, Planned, 12;
     autocommit_statements_in_a_crash: Autocommit, Crash, 12;
     a_copy_in_a_planned_move: Copy, Planned, 6;
-    a_copy_in_a_crash: Copy, Crash, 6;
 }
 
 async fn at_each_message(work: Work, strike: Strike, least: u64) -> Result<()> {
