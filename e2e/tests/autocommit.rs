@@ -238,7 +238,9 @@ async fn with_move(how: Move) -> Result<()> {
         let sql = format!("select count(*) from {table} where id = 'copy'");
         let found: i64 = admin.query_one(&sql, &[]).await?.get(0);
         if tags(messages) != "CZ" || found != want {
-            problems.push(format!("COPY {table}: {} and {found} rows", tags(messages)));
+            let error = messages.iter().find_map(|m| m.field(b'M'));
+            let got = tags(messages);
+            problems.push(format!("COPY {table}: {got} {error:?} and {found} rows"));
         }
     }
     let made: i64 = admin

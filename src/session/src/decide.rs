@@ -2,7 +2,7 @@
 
 use helios_api::Xid;
 
-use crate::evidence::Fate;
+use crate::evidence::{Ended, Fate};
 use crate::grammar::Kind;
 use crate::{ReplayMode, TxnStatus};
 
@@ -38,6 +38,8 @@ pub struct InFlight {
     pub copy_ended: bool,
     /// Whether it is proven that it only reads, once that was asked.
     pub only_reads: Option<bool>,
+    /// Whether it has ended its prepared transaction, once that was looked for.
+    pub ended: Option<Ended>,
 }
 
 /// What is known of a mark.
@@ -87,6 +89,11 @@ pub enum Plan {
         /// Index of the exchange.
         at: usize,
     },
+    /// Find out whether this exchange has ended its prepared transaction, and decide again.
+    FindPrepared {
+        /// Index of the exchange.
+        at: usize,
+    },
     /// Exchange 0 is over, outside a transaction; only ReadyForQuery is missing.
     Finish,
     /// Exchange 0 has committed by itself, and its results are lost.
@@ -127,6 +134,7 @@ pub fn decide(s: &Situation<'_>) -> Plan {
             Step::Committed if at == 0 => return Plan::Complete,
             Step::Committed | Step::InDoubt => return Plan::Unknown { at },
             Step::Ask(xid) => return Plan::Resolve { at, xid },
+            Step::AskPrepared => return Plan::FindPrepared { at },
         }
     }
     replay_or_abort(s)
@@ -186,6 +194,8 @@ enum Step {
     Committed,
     /// May have committed; evidence exists.
     Ask(Xid),
+    /// May have ended a prepared transaction; there may be evidence.
+    AskPrepared,
     /// May have committed; no evidence.
     InDoubt,
 }
@@ -218,8 +228,14 @@ fn step(open: &mut bool, failed: &mut bool, exchange: &InFlight) -> Step {
                 *failed = false;
             }
             Kind::Commit => {}
-            Kind::Chain if *failed => *failed = false,
-            Kind::Chain => return Step::InDoubt,
+            // The next transaction has nothing in it yet.
+            Kind::Chain => *failed = false,
+            Kind::CommitAndChain if *failed => *failed = false,
+            Kind::CommitAndChain if *open => return commit(exchange, began_open, kinds),
+            Kind::CommitAndChain => {}
+            Kind::EndPrepared if kinds.len() == 1 && !*open => return ended(exchange),
+            // Refused inside a transaction, but for ANALYZE, which writes in it.
+            Kind::Repeatable if *open || kinds.len() == 1 => {}
             Kind::Read | Kind::LockingRead | Kind::Write | Kind::CopyIn | Kind::Other if *open => {}
             // The server still waits for data.
             Kind::CopyIn if kinds.len() == 1 && !exchange.copy_ended => {}
@@ -232,6 +248,18 @@ fn step(open: &mut bool, failed: &mut bool, exchange: &InFlight) -> Step {
         }
     }
     Step::Safe
+}
+
+/// COMMIT PREPARED and ROLLBACK PREPARED.
+fn ended(exchange: &InFlight) -> Step {
+    match exchange.ended {
+        // The server has refused it.
+        _ if exchange.failed => Step::Safe,
+        Some(Ended::Yes) => Step::Committed,
+        Some(Ended::No) => Step::Safe,
+        None => Step::AskPrepared,
+        Some(Ended::Unknown) => Step::InDoubt,
+    }
 }
 
 /// What reads outside a transaction block, without a mark, has to be proven to do only that.
@@ -260,14 +288,15 @@ fn is_only_commit(kinds: &[Kind]) -> bool {
     kinds
         .iter()
         .filter(|k| **k != Kind::Empty)
-        .all(|k| *k == Kind::Commit)
+        .all(|k| matches!(k, Kind::Commit | Kind::CommitAndChain))
 }
 
 /// A COMMIT in an open transaction: the transaction's id decides. Statements behind the COMMIT in
 /// the same exchange would stay unknown.
 fn commit(exchange: &InFlight, began_open: bool, kinds: &[Kind]) -> Step {
+    let ends = |k: &&Kind| matches!(k, Kind::Commit | Kind::CommitAndChain);
     let last = kinds.iter().rev().find(|k| **k != Kind::Empty);
-    if last != Some(&Kind::Commit) || kinds.iter().filter(|k| **k == Kind::Commit).count() != 1 {
+    if last.filter(ends).is_none() || kinds.iter().filter(ends).count() != 1 {
         return Step::InDoubt;
     }
     match exchange.evidence {
@@ -282,7 +311,10 @@ fn commit(exchange: &InFlight, began_open: bool, kinds: &[Kind]) -> Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Kind::{Begin, Chain, Commit, CopyIn, Harmless, Opaque, Other, Read, Rollback, Write};
+    use Kind::{
+        Begin, Chain, Commit, CommitAndChain, CopyIn, EndPrepared, Harmless, Opaque, Other, Read,
+        Repeatable, Rollback, Write,
+    };
 
     fn flight(kinds: &[Kind], evidence: Evidence) -> InFlight {
         InFlight {
@@ -295,6 +327,7 @@ mod tests {
             mark: MarkState::None,
             copy_ended: false,
             only_reads: None,
+            ended: None,
         }
     }
 
@@ -335,7 +368,18 @@ mod tests {
             (Open, &[(&[Commit], x)], ask(0)),
             (Open, &[(&[Commit], none)], Plan::Replay),
             (Open, &[(&[Commit], unknown)], doubt(0)),
-            (Open, &[(&[Chain], x)], doubt(0)),
+            (Open, &[(&[CommitAndChain], x)], ask(0)),
+            (Open, &[(&[CommitAndChain], unknown)], doubt(0)),
+            (Failed, &[(&[CommitAndChain], unknown)], Plan::Replay),
+            (Open, &[(&[Chain], x)], Plan::Replay),
+            (Idle, &[(&[Repeatable], unknown)], Plan::Replay),
+            (Idle, &[(&[Repeatable, Write], unknown)], doubt(0)),
+            (
+                Idle,
+                &[(&[EndPrepared], unknown)],
+                Plan::FindPrepared { at: 0 },
+            ),
+            (Idle, &[(&[EndPrepared, Write], unknown)], doubt(0)),
             (Open, &[(&[Write, Commit], x)], ask(0)),
             (Idle, &[(&[Begin, Write, Commit], none)], doubt(0)),
             (Idle, &[(&[Begin, Write, Commit], x)], doubt(0)),
@@ -381,6 +425,27 @@ mod tests {
         );
         exchange.kinds = Some(vec![Commit, Write]);
         assert_eq!(plan(TxnStatus::Open, &[exchange]), Plan::Unknown { at: 0 });
+    }
+
+    #[test]
+    fn the_end_of_a_prepared_transaction() {
+        let asked = |ended| InFlight {
+            ended,
+            ..flight(&[EndPrepared], Evidence::Unknown)
+        };
+        for (ended, want) in [
+            (None, Plan::FindPrepared { at: 0 }),
+            (Some(Ended::Yes), Plan::Complete),
+            (Some(Ended::No), Plan::Replay),
+            (Some(Ended::Unknown), Plan::Unknown { at: 0 }),
+        ] {
+            assert_eq!(plan(TxnStatus::Idle, &[asked(ended)]), want, "{ended:?}");
+        }
+        let refused = InFlight {
+            failed: true,
+            ..asked(None)
+        };
+        assert_eq!(plan(TxnStatus::Idle, &[refused]), Plan::Replay);
     }
 
     #[test]

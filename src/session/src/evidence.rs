@@ -63,6 +63,17 @@ pub enum Fate {
     Unknown,
 }
 
+/// Whether COMMIT PREPARED or ROLLBACK PREPARED did what it was to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It did.
+    Yes,
+    /// It did not, and never will.
+    No,
+    /// Nobody can tell any more.
+    Unknown,
+}
+
 /// Reads a logical message as `pg_walinspect` describes it (`logicalmsg_desc` in
 /// `src/backend/access/rmgrdesc/logicalmsgdesc.c`); `None` for what is not a mark of ours.
 #[must_use]
@@ -81,16 +92,13 @@ pub fn described(description: &str) -> Option<Gtid> {
     (count == 16).then_some(Gtid(value))
 }
 
-/// The full transaction id behind the 32 bits that a log record holds: the nearest one at or below
-/// `bound`, the first id that was not yet handed out.
+/// The full transaction id behind the 32 bits that a log record holds: the nearest one to `next`, an
+/// id that is handed out about now. Ids in use span less than half of 2^32.
 #[must_use]
-pub fn full_id(record: u32, bound: Xid) -> Option<Xid> {
-    let epoch = bound.0 & !u64::from(u32::MAX);
-    let same = epoch | u64::from(record);
-    if same < bound.0 {
-        return Some(Xid(same));
-    }
-    same.checked_sub(1 << 32).map(Xid)
+pub fn full_id(record: u32, next: Xid) -> Option<Xid> {
+    let low = u32::try_from(next.0 & u64::from(u32::MAX)).ok()?;
+    let distance = record.wrapping_sub(low).cast_signed();
+    next.0.checked_add_signed(i64::from(distance)).map(Xid)
 }
 
 #[cfg(test)]
@@ -116,10 +124,12 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_completed_below_their_bound() {
+    fn ids_are_completed_near_the_next_one() {
         let wrapped = 5_u64 << 32;
         assert_eq!(full_id(10, Xid(11)), Some(Xid(10)));
-        assert_eq!(full_id(11, Xid(11)), None);
+        // A server that was promoted has not heard of it.
+        assert_eq!(full_id(12, Xid(11)), Some(Xid(12)));
+        assert_eq!(full_id(u32::MAX, Xid(11)), None);
         assert_eq!(full_id(9, Xid(wrapped + 10)), Some(Xid(wrapped + 9)));
         assert_eq!(
             full_id(u32::MAX - 1, Xid(wrapped + 10)),

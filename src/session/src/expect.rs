@@ -61,6 +61,8 @@ pub enum Owner {
     Client,
     /// The proxy's own: replies are kept from the client.
     Proxy,
+    /// The proxy's question for a prepared transaction that the client is about to end.
+    Gid,
     /// The mark that the proxy puts in front of an autocommit statement: kept from the client.
     Mark,
     /// A client's simple query in the extended form that the proxy gave it: what the simple form
@@ -115,7 +117,10 @@ impl ExpectQueue {
     /// Whether the head, the request that the server is at, is the proxy's own.
     #[must_use]
     pub fn head_is_own(&self) -> bool {
-        matches!(self.queue.front(), Some((_, Owner::Proxy | Owner::Mark)))
+        matches!(
+            self.queue.front(),
+            Some((_, Owner::Proxy | Owner::Mark | Owner::Gid))
+        )
     }
 
     /// Everything before the Sync in front has been answered.

@@ -17,8 +17,14 @@ pub enum Kind {
     Commit,
     /// ROLLBACK of the whole transaction.
     Rollback,
-    /// COMMIT AND CHAIN, ROLLBACK AND CHAIN.
+    /// ROLLBACK AND CHAIN.
     Chain,
+    /// COMMIT AND CHAIN.
+    CommitAndChain,
+    /// COMMIT PREPARED, ROLLBACK PREPARED: end another transaction, and run in none.
+    EndPrepared,
+    /// VACUUM and its kind: change nothing that anybody can read; once more does no harm.
+    Repeatable,
     /// Session state and looking only: outside a transaction it writes nothing that lasts.
     Harmless,
     /// SELECT, or fetching from a cursor, without a locking clause.
@@ -155,7 +161,27 @@ pub fn prepared_transaction(sql: &str) -> Option<String> {
     let prepare = nodes
         .iter()
         .rfind(|n| n.kind() == SyntaxKind::PREPARE_TRANSACTION)?;
-    let mut tokens = prepare
+    first_literal(prepare)
+}
+
+/// The identifier of the prepared transaction that a text, a single statement, ends, and whether it
+/// is to be committed.
+#[must_use]
+pub fn ended_prepared(sql: &str) -> Option<(String, bool)> {
+    let parse = SourceFile::parse(sql);
+    let mut nodes = parse.tree().syntax().children();
+    let node = nodes.find(|n| n.kind() != SyntaxKind::EMPTY_STMT)?;
+    let commits = match node.kind() {
+        SyntaxKind::COMMIT_PREPARED => true,
+        SyntaxKind::ROLLBACK_PREPARED => false,
+        _ => return None,
+    };
+    first_literal(&node).map(|gid| (gid, commits))
+}
+
+/// The first string in a statement, when it is a plain one.
+fn first_literal(node: &squawk_syntax::SyntaxNode) -> Option<String> {
+    let mut tokens = node
         .descendants_with_tokens()
         .filter_map(|e| e.into_token());
     let literal = tokens.find(|t| t.text().starts_with('\''))?;
@@ -194,11 +220,10 @@ fn kind(node: &squawk_syntax::SyntaxNode) -> Kind {
     match node.kind() {
         S::EMPTY_STMT => Kind::Empty,
         S::BEGIN => Kind::Begin,
-        S::COMMIT_TRANSACTION | S::ROLLBACK_TRANSACTION if has(S::CHAIN_KW) && !has(S::NO_KW) => {
-            Kind::Chain
-        }
-        // COMMIT PREPARED and ROLLBACK PREPARED act on another transaction and last.
-        S::COMMIT_PREPARED | S::ROLLBACK_PREPARED => Kind::Opaque,
+        S::COMMIT_TRANSACTION if has(S::CHAIN_KW) && !has(S::NO_KW) => Kind::CommitAndChain,
+        S::ROLLBACK_TRANSACTION if has(S::CHAIN_KW) && !has(S::NO_KW) => Kind::Chain,
+        S::COMMIT_PREPARED | S::ROLLBACK_PREPARED => Kind::EndPrepared,
+        S::VACUUM | S::ANALYZE | S::CLUSTER | S::REINDEX | S::CHECKPOINT => Kind::Repeatable,
         S::COMMIT_TRANSACTION | S::PREPARE_TRANSACTION => Kind::Commit,
         S::ROLLBACK_TRANSACTION => Kind::Rollback,
         S::SET
@@ -224,9 +249,6 @@ fn kind(node: &squawk_syntax::SyntaxNode) -> Kind {
         S::COPY => Kind::Write,
         S::CALL
         | S::DO
-        | S::VACUUM
-        | S::CLUSTER
-        | S::REINDEX
         | S::CREATE_DATABASE
         | S::DROP_DATABASE
         | S::CREATE_INDEX
@@ -238,7 +260,6 @@ fn kind(node: &squawk_syntax::SyntaxNode) -> Kind {
         | S::CREATE_SUBSCRIPTION
         | S::DROP_SUBSCRIPTION
         | S::ALTER_SUBSCRIPTION
-        | S::CHECKPOINT
         | S::ALTER_TABLE
         | S::EXECUTE
         | S::EXPLAIN
@@ -268,7 +289,10 @@ impl Kind {
     /// and VACUUM and its kind are refused.
     #[must_use]
     pub fn stays_inside(self) -> bool {
-        !matches!(self, Self::Commit | Self::Rollback | Self::Chain)
+        !matches!(
+            self,
+            Self::Commit | Self::Rollback | Self::Chain | Self::CommitAndChain
+        )
     }
 }
 
@@ -310,6 +334,11 @@ mod tests {
             Some("b")
         );
         assert_eq!(gid("commit prepared 'x'"), None);
+        let ended = |sql| ended_prepared(sql);
+        assert_eq!(ended("commit prepared 'a''b';"), Some(("a'b".into(), true)));
+        assert_eq!(ended("ROLLBACK PREPARED 'x'"), Some(("x".into(), false)));
+        assert_eq!(ended("rollback prepared E'x'"), None);
+        assert_eq!(ended("commit"), None);
         assert_eq!(gid("prepare p as select 'x'"), None);
     }
 
@@ -332,9 +361,17 @@ mod tests {
             ),
             ("commit", Kind::Commit),
             ("end", Kind::Commit),
-            ("commit and chain", Kind::Chain),
+            ("commit and chain", Kind::CommitAndChain),
+            ("end work and chain", Kind::CommitAndChain),
+            ("rollback and chain", Kind::Chain),
+            ("vacuum full t", Kind::Repeatable),
+            ("analyze", Kind::Repeatable),
+            ("reindex table concurrently t", Kind::Repeatable),
+            ("create index concurrently i on t (a)", Kind::Opaque),
+            ("alter system set a = 1", Kind::Opaque),
             ("commit and no chain", Kind::Commit),
-            ("commit prepared 'x'", Kind::Opaque),
+            ("commit prepared 'x'", Kind::EndPrepared),
+            ("rollback prepared 'x'", Kind::EndPrepared),
             ("prepare transaction 'x'", Kind::Commit),
             ("rollback", Kind::Rollback),
             ("abort", Kind::Rollback),

@@ -12,7 +12,7 @@ use helios_api::Lsn;
 use helios_api::protection::Unprotected;
 
 use crate::TxnStatus;
-use crate::evidence::{Fate, Mark};
+use crate::evidence::{Ended, Fate, Mark};
 use crate::reply::Reply;
 use crate::tracker::Alone;
 
@@ -65,6 +65,11 @@ pub struct Exchange {
     pub mark: Option<Mark>,
     /// What became of the transaction with the mark, once it was looked for.
     pub fate: Option<Fate>,
+    /// It ends a prepared transaction: what the server told of that one in front, its id as log
+    /// records and locks show it; the inner `None`: there was none of this name.
+    pub ends: Option<Option<u32>>,
+    /// Whether it was found to have ended it.
+    pub ended: Option<Ended>,
     /// Copies into the server that have begun.
     pub copies: u32,
     /// Copies into the server whose data the client has ended.
@@ -82,11 +87,21 @@ pub struct Exchange {
     pub mixed: bool,
     /// What has been delivered to the client.
     pub reply: Reply,
+    /// Where the reply begins in what is to be written to the client, if that is known.
+    pub reply_at: Option<usize>,
+    /// Something of the reply may have been written to the client.
+    pub shown: bool,
     /// WAL position behind it, where it was asked for.
     pub wal: Option<Lsn>,
 }
 
 impl Exchange {
+    /// Where the reply begins that can still be taken back: the client has seen nothing of it.
+    #[must_use]
+    pub fn unseen_from(&self) -> Option<usize> {
+        self.reply_at.filter(|_| !self.shown)
+    }
+
     /// The server waits for copy data, or for their end.
     #[must_use]
     pub fn is_copying(&self) -> bool {

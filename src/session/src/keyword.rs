@@ -137,6 +137,14 @@ pub fn unit(sql: &[u8]) -> Unit {
     }
 }
 
+/// Whether a text begins like COMMIT PREPARED or ROLLBACK PREPARED.
+#[must_use]
+pub fn ends_prepared(sql: &[u8]) -> bool {
+    let word = first_word(sql);
+    let ends = word.eq_ignore_ascii_case(b"commit") || word.eq_ignore_ascii_case(b"rollback");
+    ends && next_word_is(sql, word, b"prepared")
+}
+
 /// Whether a text may name a parameter (`$1`): a simple query has none, and its error is another
 /// one in the extended form (42P02, 08P01).
 #[must_use]
@@ -239,6 +247,12 @@ fn contains_any(sql: &[u8], words: &[&[u8]]) -> bool {
                     .is_some_and(|s| s.eq_ignore_ascii_case(word))
             })
     })
+}
+
+/// Whether a text may end prepared statements.
+#[must_use]
+pub fn drops_statements(sql: &[u8]) -> bool {
+    sql.len() > SEARCH_LIMIT || contains_any(sql, &[b"discard", b"deallocate"])
 }
 
 /// Whether a command tag says that the session's state changed.

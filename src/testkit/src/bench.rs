@@ -49,7 +49,10 @@ impl Bench {
         // A second call is refused, and that is fine.
         let filter = std::env::var("RUST_LOG").unwrap_or_else(|_| "off".into());
         let _ = helios_telemetry::init(helios_telemetry::LogFormat::Text, &filter, None);
-        let server = PgServer::start(PgOptions::default().config("log_connections = on")).await?;
+        let settings = PgOptions::default()
+            .config("log_connections = on")
+            .config("max_prepared_transactions = 10");
+        let server = PgServer::start(settings).await?;
         let direct = server.connect().await.map_err(Error::other)?;
         let role = format!("create role {SERVICE} superuser login");
         direct.batch_execute(&role).await.map_err(Error::other)?;
@@ -72,7 +75,7 @@ impl Bench {
         let asked = format!(
             "select count(distinct query) from pg_stat_activity where usename = '{SERVICE}' \
              and state = 'idle' and (query like '%pg_postmaster_start_time%' \
-             or query like '%pg_current_wal_insert_lsn%')"
+             or query like '%pg_current_wal_flush_lsn%')"
         );
         let deadline = Instant::now() + KNOWN_LIMIT;
         while self.column(&asked).await? != ["2"] {

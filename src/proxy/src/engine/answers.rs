@@ -23,13 +23,41 @@ impl Session {
         let Some(front) = journal.in_flight().front() else {
             return Ok(());
         };
+        let kinds = self.tracker.kinds(front);
+        let chain = kinds.is_some_and(|k| k.contains(&Kind::CommitAndChain));
         let Some(reply) = self.rest_of_commit(front) else {
             return self.outcome_unknown("the transaction has committed, results of it are lost");
         };
         self.client.output.extend_from_slice(&reply);
         (self.skip, self.forced) = (None, None);
+        if !chain {
+            self.finish_front();
+            return Ok(());
+        }
+        // The next transaction, which has nothing in it, went with the old backend.
+        back::ready_for_query(&mut self.client.output, TxnStatus::Open.byte());
         self.resolved_front();
-        Ok(())
+        if self.tracker.is_between() {
+            self.tracker.abandon(TxnStatus::Open);
+            return Ok(());
+        }
+        self.answer_in_flight(&retryable("the transaction was begun by COMMIT AND CHAIN"))
+    }
+
+    /// A COMMIT behind messages whose answer is known has committed: answers all of them. False
+    /// where that cannot be done.
+    pub(super) fn deliver_closes(&mut self, before: usize) -> bool {
+        if self.skip.is_some() || !self.tracker.only_closes_before(before) {
+            return false;
+        }
+        for _ in 0..before {
+            for _ in 0..self.tracker.answer_closes() {
+                self.client.output.extend_from_slice(b"3\0\0\0\x04");
+            }
+            let status = self.tracker.status().byte();
+            back::ready_for_query(&mut self.client.output, status);
+        }
+        true
     }
 
     /// What the client has not got yet of the answer to an exchange that ended with a COMMIT;
@@ -41,10 +69,11 @@ impl Session {
         if !front.closed {
             return None;
         }
-        let tag = if self.tracker.prepares_transaction(front).is_some() {
-            "PREPARE TRANSACTION"
-        } else {
-            "COMMIT"
+        let tag = match self.tracker.ends_prepared(front) {
+            Some((_, true)) => "COMMIT PREPARED",
+            Some((_, false)) => "ROLLBACK PREPARED",
+            None if self.tracker.prepares_transaction(front).is_some() => "PREPARE TRANSACTION",
+            None => "COMMIT",
         };
         if kinds.len() == 1 {
             let delivered = self.skip.map_or(front.reply.messages, |s| s.messages);

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use helios_api::control::Topology;
-use helios_api::{Epoch, Lsn, Timeline, Xid};
-use helios_session::evidence::{Fate, Gtid, Mark, described, full_id};
+use helios_api::{Epoch, Lsn, SessionId, Timeline, Xid};
+use helios_session::evidence::{Ended, Fate, Gtid, Mark, described, full_id};
 use helios_session::state::literal;
 
 use super::gate::{GateState, Phase};
@@ -20,6 +20,7 @@ use super::link::Link;
 use super::registry::lock;
 use super::replay::{ReplayError, simple};
 use super::resolve::{Outcome, resolve};
+use super::running::ask_ids;
 use super::shared::Shared;
 use crate::backend;
 
@@ -76,12 +77,13 @@ pub async fn watch_log(shared: Arc<Shared>) {
     let mut gate = shared.gate.watch();
     let mut link: Option<(Epoch, Link)> = None;
     let mut told = false;
+    let mut seen = HashMap::new();
     loop {
         let state = gate.borrow_and_update().clone();
         if state.phase == Phase::Open {
             let old = link.take().filter(|(e, _)| *e == state.topology.epoch);
             let limit = shared.options.connect_timeout;
-            match tokio::time::timeout(limit, read_position(&shared, &state, old)).await {
+            match tokio::time::timeout(limit, look(&shared, &state, old, &mut seen)).await {
                 Ok(Ok((fresh, at))) => {
                     let epoch = state.topology.epoch;
                     *lock(&shared.floor) = Some(Floor { epoch, at });
@@ -101,6 +103,18 @@ pub async fn watch_log(shared: Arc<Shared>) {
     }
 }
 
+/// Reads the log's position, and asks for the ids of marked statements that run for long.
+async fn look(
+    shared: &Shared,
+    state: &GateState,
+    old: Option<(Epoch, Link)>,
+    seen: &mut HashMap<SessionId, u64>,
+) -> Result<(Link, Lsn), ReplayError> {
+    let (mut link, at) = read_position(shared, state, old).await?;
+    ask_ids(shared, &mut link, seen).await?;
+    Ok((link, at))
+}
+
 async fn read_position(
     shared: &Shared,
     state: &GateState,
@@ -114,7 +128,8 @@ async fn read_position(
             link
         }
     };
-    let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text";
+    // What is not flushed may be gone after a crash, and its place in the log taken by others.
+    let sql = "SELECT pg_catalog.pg_current_wal_flush_lsn()::pg_catalog.text";
     let at = position(&simple(&mut link, sql).await?)
         .ok_or_else(|| ReplayError::State("the log has no position".into()))?;
     Ok((link, at))
@@ -160,7 +175,8 @@ async fn connect(shared: &Shared, topology: &Topology) -> Result<Link, ReplayErr
     Ok(Link::new(conn.stream, conn.buf))
 }
 
-/// What became of a marked transaction that ran in `ran_on`, on a backend that is gone.
+/// What became of a marked transaction that ran in `ran_on`, on a backend that is gone; `known` is
+/// its id, if that was asked for while it ran.
 ///
 /// # Errors
 /// The connection's; it may be tried again.
@@ -169,6 +185,7 @@ pub(super) async fn fate(
     topology: &Topology,
     ran_on: (Epoch, Timeline),
     mark: Mark,
+    known: Option<u32>,
 ) -> Result<Fate, ReplayError> {
     let mut slot = shared.found.lock().await;
     // Taken out while it is used: a question that is broken off leaves no half-read answer.
@@ -182,7 +199,10 @@ pub(super) async fn fate(
             marks: HashMap::new(),
         },
     };
-    let fate = found.fate(shared, topology, ran_on, mark).await?;
+    let fate = match known {
+        Some(id) => by_record(&mut found.link, topology, ran_on, id).await?,
+        None => found.fate(shared, topology, ran_on, mark).await?,
+    };
     *slot = Some(found);
     Ok(fate)
 }
@@ -200,10 +220,13 @@ impl Found {
             Until::Unknown => return Ok(Fate::Unknown),
             Until::Fork(_) if self.read.is_some_and(usable) => {}
             Until::Fork(end) => {
-                // One reading serves all sessions.
-                let from = shared.registry.lowest_mark().min(mark.floor);
+                // One reading serves all sessions, unless it would have to go back too far.
+                let mut from = shared.registry.lowest_mark().min(mark.floor);
                 if !self.scan(from, end).await? {
-                    return Ok(Fate::Unknown);
+                    from = mark.floor;
+                    if !self.scan(from, end).await? {
+                        return Ok(Fate::Unknown);
+                    }
                 }
                 self.read = Some((ran_on, from));
             }
@@ -289,6 +312,43 @@ async fn scan(
         Some((described(description)?, xid.parse().ok()?))
     };
     Ok(Some(rows.iter().filter_map(mark).collect()))
+}
+
+/// Whether the client's statement for the prepared transaction `gid` has ended it. `told` is what
+/// the server answered in front of it, if it did: the id, or that there is none of this name.
+///
+/// # Errors
+/// The connection's.
+pub(super) async fn ended(
+    link: &mut Link,
+    topology: &Topology,
+    ran_on: (Epoch, Timeline),
+    gid: &str,
+    told: Option<Option<u32>>,
+    commits: bool,
+) -> Result<Ended, ReplayError> {
+    let sql = format!(
+        "SELECT transaction::pg_catalog.text FROM pg_catalog.pg_prepared_xacts \
+         WHERE gid OPERATOR(pg_catalog.=) {}",
+        literal(gid)
+    );
+    let stands = first(&simple(link, &sql).await?).and_then(|id| id.parse::<u32>().ok());
+    let id = match (told, stands) {
+        // It was refused, and will be again.
+        (Some(None), _) => return Ok(Ended::No),
+        (Some(Some(id)), Some(stands)) if id == stands => return Ok(Ended::No),
+        // Under the same name another one may stand by now.
+        (Some(Some(id)), _) => id,
+        (None, Some(_)) => return Ok(Ended::No),
+        (None, None) => return Ok(Ended::Unknown),
+    };
+    Ok(match by_record(link, topology, ran_on, id).await? {
+        Fate::Committed if commits => Ended::Yes,
+        Fate::NotCommitted if !commits => Ended::Yes,
+        // Somebody else has ended it otherwise.
+        Fate::Committed | Fate::NotCommitted => Ended::No,
+        Fate::Unknown => Ended::Unknown,
+    })
 }
 
 async fn by_record(

@@ -12,6 +12,9 @@ use super::gate::GateState;
 use super::link::{HIGH_WATER, READ};
 use super::session::{End, Event, Session};
 
+/// Bytes of results up to which a client gets them with the outcome of their commit.
+const WITHHELD: usize = 8 * 1024;
+
 impl Session {
     /// Moves bytes until something else happens.
     pub(super) async fn until_event(&mut self, gate: &watch::Receiver<GateState>) -> Event {
@@ -62,10 +65,12 @@ impl Session {
             if self.needs_server_now() {
                 return Poll::Ready(Event::Timer);
             }
-            let mut moved = false;
+            let full = self.has_full_output();
             if let Err(event) = self.poll_write(cx) {
                 return Poll::Ready(event);
             }
+            // What had to wait for room has been read already: nobody would wake us for it.
+            let mut moved = full && !self.has_full_output();
             match self.poll_read(cx) {
                 Ok(read) => moved |= read,
                 Err(event) => return Poll::Ready(event),
@@ -87,10 +92,24 @@ impl Session {
         }
     }
 
+    /// Something that was read waits for room in an output.
+    fn has_full_output(&self) -> bool {
+        let server = self.server.as_ref().map_or(0, |s| s.link.output.len());
+        self.client.output.len().max(server) >= HIGH_WATER
+    }
+
+    /// The results are here and the commit is under way: the client gets them with the outcome, as
+    /// it would without us, and is woken once.
+    fn withholds(&self) -> bool {
+        self.client.output.len() < WITHHELD && self.tracker.awaits_commit()
+    }
+
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<(), Event> {
-        if !self.client.output.is_empty()
-            && let Poll::Ready(Err(_)) = self.client.poll_write(cx)
-        {
+        let writes = !self.client.output.is_empty() && !self.withholds();
+        if writes {
+            self.tracker.shows();
+        }
+        if writes && let Poll::Ready(Err(_)) = self.client.poll_write(cx) {
             return Err(Event::End(End::ClientLeft));
         }
         if let Some(server) = &mut self.server

@@ -4,6 +4,7 @@
 //! is in; sessions answer by acknowledging a phase once they stand as it asks. The invariant: while
 //! a session migrates nothing is read from its client, and a replay works for one epoch only.
 
+mod again;
 mod answers;
 pub mod bell;
 mod events;
@@ -25,6 +26,7 @@ mod rebuild;
 pub mod registry;
 mod replay;
 mod resolve;
+pub mod running;
 mod sequences;
 pub mod session;
 pub mod shared;

@@ -5,7 +5,7 @@
 
 use bytes::BytesMut;
 use helios_session::evidence::Gtid;
-use helios_session::state::snapshot_query;
+use helios_session::state::{literal, snapshot_query};
 use helios_session::tracker::Ask;
 use helios_wire::message::BuildError;
 use helios_wire::message::front::{self, Format, Target};
@@ -18,6 +18,11 @@ const WAL_INSERT_LSN: u32 = 2852;
 const BYTEA: u32 = 17;
 /// Name of our short-lived statements and portals.
 const NAME: &[u8] = b"_helios";
+/// Name of the statement that sets marks, and of its portal.
+const MARK: &[u8] = b"_helios_mark";
+/// The function never returns NULL: no row has to be sent.
+const MARK_SQL: &[u8] =
+    b"SELECT WHERE pg_catalog.pg_logical_emit_message(true, 'helios', $1) IS NULL";
 
 /// Appends the messages of a question.
 pub(super) fn ask(out: &mut BytesMut, ask: Ask) {
@@ -34,19 +39,34 @@ pub(super) fn ask(out: &mut BytesMut, ask: Ask) {
 }
 
 /// Appends a mark (`helios_session::evidence`): a logical message in the transaction that is to
-/// follow. `pg_logical_emit_message` may be called by everybody.
-pub(super) fn mark(out: &mut BytesMut, gtid: Gtid) {
-    let sql = b"SELECT pg_catalog.pg_logical_emit_message(true, 'helios', $1)";
+/// follow. `pg_logical_emit_message` may be called by everybody. Its statement stays prepared for
+/// the next mark; `prepare` when it is not yet, or may be gone. It returns no row.
+pub(super) fn mark(out: &mut BytesMut, gtid: Gtid, prepare: bool) {
     let id = gtid.0.to_be_bytes();
-    let built = front::parse(out, NAME, sql, &[BYTEA])
-        .and_then(|()| front::bind(out, NAME, NAME, &[Format::Binary], &[Some(&id)], &[]))
-        .and_then(|()| front::execute(out, NAME, 0))
-        .and_then(|()| front::close(out, Target::Statement, NAME));
+    if prepare {
+        let built = front::close(out, Target::Statement, MARK)
+            .and_then(|()| front::parse(out, MARK, MARK_SQL, &[BYTEA]));
+        debug_assert!(built.is_ok(), "constant messages can be built");
+    }
+    let built = front::bind(out, MARK, MARK, &[Format::Binary], &[Some(&id)], &[])
+        .and_then(|()| front::execute(out, MARK, 0));
     debug_assert!(built.is_ok(), "constant messages can be built");
 }
 
-/// Appends a simple query in its extended form; the unnamed statement is gone afterwards, as it is
-/// behind a simple query. Results are flushed before the commit begins.
+/// Appends the question for a prepared transaction.
+pub(super) fn prepared(out: &mut BytesMut, gid: &str) {
+    let sql = format!(
+        "SELECT transaction FROM pg_catalog.pg_prepared_xacts \
+         WHERE gid OPERATOR(pg_catalog.=) {}",
+        literal(gid)
+    );
+    let built = extended(out, sql.as_bytes());
+    debug_assert!(built.is_ok(), "a text without zero bytes can be sent");
+    front::sync(out);
+}
+
+/// Appends a simple query in its extended form, without its Sync; the unnamed statement is gone
+/// afterwards, as it is behind a simple query. Results are flushed before the commit begins.
 ///
 /// # Errors
 /// For a text that is too large.
@@ -57,7 +77,6 @@ pub(super) fn converted(out: &mut BytesMut, sql: &[u8]) -> Result<(), BuildError
     front::execute(out, b"", 0)?;
     front::close(out, Target::Statement, b"")?;
     front::flush(out);
-    front::sync(out);
     Ok(())
 }
 
@@ -69,6 +88,11 @@ pub(super) fn converted_copy(out: &mut BytesMut, sql: &[u8]) -> Result<(), Build
     front::parse(out, b"", sql, &[])?;
     front::bind(out, b"", b"", &[], &[], &[])?;
     front::execute(out, b"", 0)
+}
+
+/// Appends a Sync.
+pub(super) fn sync(out: &mut BytesMut) {
+    front::sync(out);
 }
 
 /// Appends a Sync, behind a Flush.

@@ -30,7 +30,7 @@ fn violation(message: String) -> Event {
 }
 
 /// What to do with the server's frame under the cursor.
-enum Verdict {
+pub(super) enum Verdict {
     Pass,
     Drop,
     Replace(ErrorFields),
@@ -94,15 +94,14 @@ impl Session {
             let mut form = Form::AsIs;
             match self.tracker.before(header.tag, frame, floor) {
                 Before::Go => {}
-                Before::Lead(lead) => {
-                    self.set_mark(lead.mark);
-                    form = lead.form;
-                }
+                Before::Lead(lead) => form = self.set_mark(lead),
+                Before::Flush if self.skip.is_some() => return self.hold_sync(),
                 Before::Flush => {
                     if let Some(server) = self.server.as_mut() {
                         own::flush(&mut server.link.output);
                     }
                 }
+                Before::AskGid => self.ask_gid(),
                 Before::Wait => return Ok(()),
                 Before::Ask(ask) => {
                     if let Some(server) = self.server.as_mut() {
@@ -167,15 +166,6 @@ impl Session {
         self.shared.floor(&self.gate.topology, self.epoch)
     }
 
-    fn set_mark(&mut self, mark: helios_session::evidence::Mark) {
-        self.entry()
-            .mark_floor
-            .fetch_min(mark.floor.0, Ordering::Relaxed);
-        if let Some(server) = self.server.as_mut() {
-            own::mark(&mut server.link.output, mark.gtid);
-        }
-    }
-
     fn client_frame(&mut self, tag: u8, have: usize, len: usize, form: Form) -> Result<(), Event> {
         let began = self.tracker.is_between();
         // The clock is read once an exchange.
@@ -203,7 +193,8 @@ impl Session {
             let sql = until_zero(&self.client.input[5..have]);
             let built = match form {
                 Form::ExtendedCopy => own::converted_copy(out, sql),
-                _ => own::converted(out, sql),
+                Form::ExtendedHeld => own::converted(out, sql),
+                Form::Extended | Form::AsIs => own::converted(out, sql).map(|()| own::sync(out)),
             };
             built.map_err(|e| violation(e.to_string()))?;
             self.client.skip(have);
@@ -340,19 +331,17 @@ impl Session {
             }
             return Ok(Verdict::Leave);
         }
+        if tag == backend::READY_FOR_QUERY && self.skip.is_some() && self.tracker.ready_ends_front()
+        {
+            return Ok(self.differs());
+        }
         let step = self
             .tracker
             .server_frame(tag, frame)
             .map_err(|e| violation(e.to_string()))?;
         match step {
             ServerStep::Forward => Ok(self.forwarded(tag, at, len)),
-            ServerStep::ForwardThenSync => {
-                let verdict = self.forwarded(tag, at, len);
-                if let Some(server) = self.server.as_mut() {
-                    own::flush_and_sync(&mut server.link.output);
-                }
-                Ok(verdict)
-            }
+            ServerStep::ForwardThenSync => Ok(self.forwarded_then_sync(tag, at, len)),
             ServerStep::Own(to) => {
                 if tag == backend::DATA_ROW && to == Expect::Execute {
                     self.state_row(at, len);
@@ -378,11 +367,18 @@ impl Session {
         }
     }
 
-    fn forwarded(&mut self, tag: u8, at: usize, len: usize) -> Verdict {
+    pub(super) fn forwarded(&mut self, tag: u8, at: usize, len: usize) -> Verdict {
         let Some(server) = self.server.as_ref() else {
             return Verdict::Drop;
         };
         let frame = &server.link.input[at..at + len];
+        let before = self.client.output.len() + at;
+        if let Some(front) = self.tracker.journal_mut().in_flight_mut().front_mut()
+            && front.reply.messages == 1
+            && self.skip.is_none()
+        {
+            front.reply_at.get_or_insert(before);
+        }
         if tag == backend::PARAMETER_STATUS
             && let Ok((name, value)) = read::parameter_status(&frame[5..])
         {
@@ -417,38 +413,6 @@ impl Session {
             && self.tracker.status() == TxnStatus::Idle
     }
 
-    /// A reply of a re-run exchange that the client already has: checked once all of it is here.
-    fn skipped(&mut self) -> Verdict {
-        let (Some(skip), Some(reply)) = (self.skip, self.tracker.delivered()) else {
-            return Verdict::Pass;
-        };
-        if reply.messages < skip.messages {
-            return Verdict::Drop;
-        }
-        self.skip = None;
-        if reply.digest() != skip.digest {
-            self.forced = Some("the statement in flight gave another result than before".into());
-            return Verdict::Leave;
-        }
-        Verdict::Drop
-    }
-
-    /// In a transaction that was aborted by us, its first error is ours.
-    fn replaced(&mut self, tag: u8, at: usize, len: usize) -> Verdict {
-        let Some(server) = self.server.as_ref() else {
-            return Verdict::Drop;
-        };
-        let frame = &server.link.input[at..at + len];
-        let rolled_back = tag == backend::COMMAND_COMPLETE && frame.get(5..13) == Some(b"ROLLBACK");
-        if tag == backend::ERROR_RESPONSE || (rolled_back && self.commit_in_flight()) {
-            return self.instead.take().map_or(Verdict::Drop, Verdict::Replace);
-        }
-        if rolled_back {
-            self.instead = None;
-        }
-        Verdict::Pass
-    }
-
     /// An exchange of the client's is answered.
     fn completed(&mut self, status: TxnStatus, touched: bool, alone: Alone) -> Verdict {
         self.charge();
@@ -467,6 +431,7 @@ impl Session {
         if self.tracker.is_between() {
             self.entry().mark_floor.store(u64::MAX, Ordering::Relaxed);
             self.entry().uncut.store(false, Ordering::Relaxed);
+            self.entry().running.end();
             self.entry()
                 .set_state(if status == TxnStatus::Idle { 1 } else { 3 });
         }

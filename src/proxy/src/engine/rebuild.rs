@@ -9,7 +9,7 @@ use bytes::BytesMut;
 use helios_api::control::{MoveReason, Topology};
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, replay_or_abort};
-use helios_session::evidence::Fate;
+use helios_session::evidence::{Ended, Fate};
 use helios_session::state::{Prepared, Snapshot};
 use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
 use helios_wire::message::back;
@@ -66,6 +66,7 @@ impl Session {
                 Plan::Disconnect => return Err(Attempt::End(self.disconnect())),
                 Plan::ProveRead { at } => self.prove_read(at, topology).await?,
                 Plan::FindMarks => self.find_marks(topology).await?,
+                Plan::FindPrepared { at } => self.find_prepared(at, &mut server, topology).await?,
                 Plan::Finish if self.forced.is_none() && self.skip.is_none() => {
                     self.finish_front();
                 }
@@ -79,7 +80,9 @@ impl Session {
                     let gid = exchange.and_then(|e| self.tracker.prepares_transaction(e));
                     let outcome = resolve(link, topology, ran_on, xid, gid.as_deref()).await;
                     match outcome.map_err(retry)? {
-                        Outcome::Committed if at == 0 => self.deliver_commit()?,
+                        Outcome::Committed if at == 0 || self.deliver_closes(at) => {
+                            self.deliver_commit()?;
+                        }
                         Outcome::Committed => {
                             self.outcome_unknown(
                                 "the transaction has committed, results are lost",
@@ -110,7 +113,8 @@ impl Session {
         let in_flight = self.tracker.journal_mut().in_flight_mut();
         for exchange in in_flight.iter_mut().filter(|e| e.fate.is_none()) {
             let Some(mark) = exchange.mark else { continue };
-            let fate = evidence::fate(&shared, topology, ran_on, mark).await;
+            let known = self.registered.entry.running.id_of(mark.gtid);
+            let fate = evidence::fate(&shared, topology, ran_on, mark, known).await;
             let fate = fate.map_err(retry)?;
             tracing::debug!(gtid = %mark.gtid, ?fate, "outcome of a statement");
             exchange.fate = Some(fate);
@@ -119,6 +123,31 @@ impl Session {
                     .metrics
                     .commit_resolution(CommitOutcome::NotCommitted);
             }
+        }
+        Ok(())
+    }
+
+    /// Finds out whether an exchange has ended its prepared transaction.
+    async fn find_prepared(
+        &mut self,
+        at: usize,
+        server: &mut Server,
+        topology: &Topology,
+    ) -> Result<(), Attempt> {
+        let ran_on = (self.epoch, self.timeline);
+        let Some(exchange) = self.tracker.journal().in_flight().get(at) else {
+            return Ok(());
+        };
+        let ended = match self.tracker.ends_prepared(exchange) {
+            Some((gid, commits)) => {
+                let (link, told) = (&mut server.link, exchange.ends);
+                let ended = evidence::ended(link, topology, ran_on, &gid, told, commits);
+                ended.await.map_err(retry)?
+            }
+            None => Ended::Unknown,
+        };
+        if let Some(exchange) = self.tracker.journal_mut().in_flight_mut().get_mut(at) {
+            exchange.ended = Some(ended);
         }
         Ok(())
     }
@@ -247,6 +276,11 @@ impl Session {
         let Some(front) = journal.in_flight().front() else {
             return Ok(());
         };
+        if let Some(from) = front.unseen_from() {
+            // The client has seen nothing of it: it gets what the statement gives now.
+            self.client.output.truncate(from);
+            return Ok(());
+        }
         if front.reply.inside_message() {
             return Err(Attempt::End(End::Fatal(
                 ErrorFields::fatal(

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::bell::Bell;
 use super::protection::{Meter, Who};
+use super::running::Running;
 use crate::backend::{BackendConn, Login};
 use crate::stream::Stream;
 
@@ -75,6 +76,8 @@ pub struct Entry {
     pub uncut: AtomicBool,
     /// Log position before the mark of the statement in flight, `u64::MAX` for none.
     pub mark_floor: AtomicU64,
+    /// The marked statement that runs.
+    pub running: Running,
 }
 
 /// A backend as its server knows it. A process id alone may be given out again.
@@ -207,6 +210,7 @@ impl Registry {
             journal_bytes: AtomicU64::new(0),
             uncut: AtomicBool::new(false),
             mark_floor: AtomicU64::new(u64::MAX),
+            running: Running::default(),
         });
         lock(&self.sessions).insert(id, Arc::clone(&entry));
         lock(&self.keys).insert(entry.key.clone(), Arc::clone(&entry));

@@ -385,7 +385,8 @@ pub(super) async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError>
     }
 }
 
-/// The reply that a committed exchange would have got, without its first `delivered` messages.
+/// The reply that a committed exchange would have got, without its first `delivered` messages and
+/// without ReadyForQuery.
 #[must_use]
 pub(super) fn committed_reply(messages: &[u8], delivered: u64, tag: &str) -> bytes::BytesMut {
     let mut out = bytes::BytesMut::new();
@@ -421,6 +422,5 @@ pub(super) fn committed_reply(messages: &[u8], delivered: u64, tag: &str) -> byt
     for part in parts.into_iter().skip(skip) {
         out.extend_from_slice(&part);
     }
-    back::ready_for_query(&mut out, TxnStatus::Idle.byte());
     out
 }

@@ -85,6 +85,7 @@ impl Tracker {
         if several && let Some(last) = self.xids.back_mut() {
             last.dirty = true;
         }
+        self.note_end_of_statements(hint, frame, several);
         let Some(exchange) = self.journal.in_flight_mut().back_mut() else {
             return;
         };

@@ -10,7 +10,24 @@ use super::texts::until_zero;
 use super::{Before, Form, Lead, ServerStep, Tracker};
 use crate::evidence::Mark;
 use crate::expect::{Expect, Owner};
-use crate::keyword::{Unit, names_parameter, unit};
+use crate::journal::Exchange;
+use crate::keyword::{Hint, Unit, drops_statements, names_parameter, unit};
+use crate::reply::sqlstate;
+
+/// SQLSTATE of a prepared statement that is not there.
+const UNDEFINED_STATEMENT: &[u8; 5] = b"26000";
+
+/// Whether the backend has the mark's statement prepared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Marking {
+    /// Not, or perhaps not any more.
+    #[default]
+    Unknown,
+    /// Its Parse has been sent.
+    Sent,
+    /// It has been answered.
+    Prepared,
+}
 
 impl Tracker {
     /// What goes in front of a frame outside a transaction block.
@@ -36,12 +53,57 @@ impl Tracker {
                 floor,
             },
             form,
+            prepare: self.marking != Marking::Prepared,
         };
         self.lead = Some(lead);
-        for e in [Expect::Parse, Expect::Bind, Expect::Execute, Expect::Close] {
-            self.expect.push(e, Owner::Mark);
+        if lead.prepare {
+            self.marking = Marking::Sent;
+            self.expect.push(Expect::Close, Owner::Mark);
+            self.expect.push(Expect::Parse, Owner::Mark);
         }
+        self.expect.push(Expect::Bind, Owner::Mark);
+        self.expect.push(Expect::Execute, Owner::Mark);
         Before::Lead(lead)
+    }
+
+    /// A reply to what belongs to a mark.
+    pub(super) fn mark_answered(&mut self, tag: u8, to: Expect, frame: &[u8]) -> ServerStep {
+        if tag == backend::ERROR_RESPONSE {
+            self.mark_refused(frame);
+            return ServerStep::MarkRefused;
+        }
+        if tag == backend::PARSE_COMPLETE && self.marking == Marking::Sent {
+            self.marking = Marking::Prepared;
+        }
+        ServerStep::Own(to)
+    }
+
+    /// What is about to be sent may end the mark's prepared statement, with all others: DISCARD,
+    /// DEALLOCATE. One that is hidden in a function is found out by the mark's error.
+    pub(super) fn note_end_of_statements(
+        &mut self,
+        hint: Option<Hint>,
+        frame: &[u8],
+        several: bool,
+    ) {
+        if hint == Some(Hint::Session) || (several && drops_statements(frame)) {
+            self.marking = Marking::Unknown;
+        }
+    }
+
+    /// What is marked is answered but for its Sync, and being committed; nothing of the reply, nor
+    /// anything before it, is left to be written to the client.
+    #[must_use]
+    pub fn awaits_commit(&self) -> bool {
+        let unseen = |e: &Exchange| e.closed && e.mark.is_some() && e.unseen_from() == Some(0);
+        self.expect.only_sync_is_owed() && self.journal.in_flight().front().is_some_and(unseen)
+    }
+
+    /// What has been answered is about to be written to the client.
+    pub fn shows(&mut self) {
+        if let Some(front) = self.journal.in_flight_mut().front_mut() {
+            front.shown |= front.reply.messages > 0 || front.reply.inside_message();
+        }
     }
 
     fn flush_before_commit(&self) -> Before {
@@ -83,9 +145,10 @@ impl Tracker {
     }
 
     /// Expects the replies to a simple query in its extended form: Parse, Bind, Describe, Execute,
-    /// Close, Flush, Sync; for a COPY Parse, Bind, Execute.
+    /// Close, Flush, Sync; for a COPY Parse, Bind, Execute; held back: without Sync.
     pub(super) fn push_converted(&mut self, form: Form) {
         let copy = form == Form::ExtendedCopy;
+        let held = form == Form::ExtendedHeld;
         for (e, always) in [
             (Expect::Parse, true),
             (Expect::Bind, true),
@@ -97,13 +160,28 @@ impl Tracker {
                 self.expect.push(e, Owner::Converted);
             }
         }
-        if !copy {
+        if !copy && !held {
             self.expect.push(Expect::Sync, Owner::Client);
         }
     }
 
-    /// Behind a reply to a COPY in its extended form: when it is over without the client's end of
-    /// data, the server waits for a Sync.
+    /// The reply of the simple query that [`Before::Lead`] was answered for is to be looked at
+    /// before its commit.
+    pub fn hold_commit(&mut self) {
+        if let Some(lead) = self.lead.as_mut().filter(|l| l.form == Form::Extended) {
+            lead.form = Form::ExtendedHeld;
+        }
+    }
+
+    /// ReadyForQuery would end the exchange in front.
+    #[must_use]
+    pub fn ready_ends_front(&self) -> bool {
+        let front = self.journal.in_flight().front();
+        !self.expect.head_is_own() && front.is_some_and(|e| e.ready_owed <= 1)
+    }
+
+    /// Behind a reply whose Sync was held back: when the statement is over, the server waits for
+    /// it. A COPY's goes behind the client's end of data, unless it is over before.
     pub(super) fn sync_when_over(&mut self, tag: u8) -> ServerStep {
         let over = matches!(tag, backend::ERROR_RESPONSE | backend::COMMAND_COMPLETE);
         let front = self.journal.in_flight_mut().front_mut();
@@ -115,11 +193,79 @@ impl Tracker {
         ServerStep::ForwardThenSync
     }
 
-    /// The server refused the mark: the exchange in front was not done.
-    pub(super) fn mark_refused(&mut self) {
-        self.marks_refused = true;
+    /// The server refused the mark: the exchange in front was not done. Where its statement was
+    /// not there any more, the next backend gets it again.
+    fn mark_refused(&mut self, frame: &[u8]) {
+        self.marks_refused |= &sqlstate(frame) != UNDEFINED_STATEMENT;
         if let Some(front) = self.journal.in_flight_mut().front_mut() {
             front.undone = true;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ReplayMode;
+    use helios_wire::message::front;
+
+    fn query(sql: &str) -> Vec<u8> {
+        let mut out = bytes::BytesMut::new();
+        front::query(&mut out, sql.as_bytes()).unwrap();
+        out.to_vec()
+    }
+
+    /// What goes in front of a query, which is then sent.
+    fn send(tracker: &mut Tracker, sql: &str) -> Option<Lead> {
+        let frame = query(sql);
+        let before = tracker.before(frontend::QUERY, &frame, Some(Lsn(1)));
+        tracker.client_frame(frontend::QUERY, &frame, 0).unwrap();
+        match before {
+            Before::Lead(lead) => Some(lead),
+            _ => None,
+        }
+    }
+
+    fn answer(tracker: &mut Tracker, tags: &[u8]) -> Vec<ServerStep> {
+        let frame = |tag: u8| match tag {
+            b'Z' => b"Z\0\0\0\x05I".to_vec(),
+            b'C' => b"C\0\0\0\x0fINSERT 0 1\0".to_vec(),
+            b'E' => b"E\0\0\0\x0cC26000\0\0".to_vec(),
+            tag => vec![tag, 0, 0, 0, 4],
+        };
+        let each = tags.iter().map(|t| tracker.server_frame(*t, &frame(*t)));
+        each.map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn the_mark_is_prepared_once_and_again_when_it_may_be_gone() {
+        let mut t = Tracker::new(ReplayMode::Transaction);
+        assert!(send(&mut t, "insert into t values (1)").unwrap().prepare);
+        // Not answered yet: it may have been skipped.
+        assert!(send(&mut t, "insert into t values (2)").unwrap().prepare);
+        answer(&mut t, b"312C12nC3Z312C12nC3Z");
+        assert!(!send(&mut t, "insert into t values (3)").unwrap().prepare);
+        answer(&mut t, b"2C12nC");
+        assert!(!t.awaits_commit(), "its place in the output is not known");
+        answer(&mut t, b"3Z");
+        for gone in ["discard all", "select 1; deallocate all", "set a.b = 1"] {
+            assert_eq!(send(&mut t, gone), None);
+            assert!(send(&mut t, "insert into t values (4)").unwrap().prepare);
+            answer(&mut t, b"CZ312C12nC3Z");
+            assert!(!send(&mut t, "insert into t values (5)").unwrap().prepare);
+            answer(&mut t, b"2C12nC3Z");
+        }
+    }
+
+    #[test]
+    fn a_statement_that_is_gone_does_not_end_marks() {
+        let mut t = Tracker::new(ReplayMode::Transaction);
+        send(&mut t, "insert into t values (1)");
+        answer(&mut t, b"312C12nC3Z");
+        send(&mut t, "insert into t values (2)");
+        assert_eq!(answer(&mut t, b"E"), [ServerStep::MarkRefused]);
+        assert!(t.journal().in_flight()[0].undone);
+        let mut next = t.successor(&[]);
+        assert!(send(&mut next, "insert into t values (2)").unwrap().prepare);
     }
 }

@@ -18,10 +18,12 @@ use crate::state::{Prepared, PreparedStatements};
 use crate::{ReplayMode, TxnStatus};
 
 mod client;
+mod endings;
 mod marks;
 mod server;
 mod texts;
 
+use marks::Marking;
 pub use texts::until_zero;
 
 /// A question that the proxy asks the server on its own behalf, in the flight of a client's
@@ -42,6 +44,8 @@ pub struct Lead {
     pub mark: Mark,
     /// How the frame is sent.
     pub form: Form,
+    /// The mark's statement has to be prepared first.
+    pub prepare: bool,
 }
 
 /// How a client's frame is sent.
@@ -55,6 +59,8 @@ pub enum Form {
     Extended,
     /// The same for COPY … FROM STDIN: Flush and Sync follow the end of the data.
     ExtendedCopy,
+    /// As `Extended`, but Flush and Sync follow the reply: it is looked at before the commit.
+    ExtendedHeld,
 }
 
 /// Whether a client's frame may be sent.
@@ -66,6 +72,9 @@ pub enum Before {
     Lead(Lead),
     /// Now, behind a Flush: the results are to be known before the commit begins.
     Flush,
+    /// Now, behind the question for the prepared transaction that it ends
+    /// ([`Tracker::take_gid`]).
+    AskGid,
     /// After this question has been sent and answered.
     Ask(Ask),
     /// After the questions under way have been answered.
@@ -174,6 +183,9 @@ pub struct Tracker {
     marks_refused: bool,
     /// The session holds state that cannot be moved.
     holds: bool,
+    marking: Marking,
+    /// Identifier of a prepared transaction that is to be asked about.
+    gid: Option<String>,
 }
 
 impl Tracker {
@@ -200,6 +212,8 @@ impl Tracker {
             lead: None,
             marks_refused: false,
             holds: false,
+            marking: Marking::default(),
+            gid: None,
         }
     }
 
@@ -216,6 +230,9 @@ impl Tracker {
     /// position of the log is known (`floor`).
     pub fn before(&mut self, tag: u8, frame: &[u8], floor: Option<Lsn>) -> Before {
         if !self.projected_open && self.mode.replays() {
+            if self.asks_gid(tag, frame) {
+                return Before::AskGid;
+            }
             return floor.map_or(Before::Go, |floor| self.lead(tag, frame, floor));
         }
         let may_end = matches!(tag, frontend::QUERY | frontend::BIND);
@@ -284,7 +301,7 @@ impl Tracker {
         }
         if let (Some(lead), Some(last)) = (lead, self.journal.in_flight_mut().back_mut()) {
             last.mark = Some(lead.mark);
-            last.sync_owed = form == Form::ExtendedCopy;
+            last.sync_owed = matches!(form, Form::ExtendedCopy | Form::ExtendedHeld);
         }
         self.note(tag, frame, &looked);
         step.closed = self.back_closed();

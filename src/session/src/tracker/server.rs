@@ -30,13 +30,13 @@ impl Tracker {
                 owner: Owner::Mark,
                 to,
                 ..
-            } => {
-                if tag == backend::ERROR_RESPONSE {
-                    self.mark_refused();
-                    return Ok(ServerStep::MarkRefused);
-                }
-                Ok(ServerStep::Own(to))
-            }
+            } => Ok(self.mark_answered(tag, to, frame)),
+            Explained::Reply {
+                owner: Owner::Gid,
+                to,
+                ..
+            } => Ok(self.gid_answered(tag, to, frame)),
+            Explained::Ready { owner: Owner::Gid } => Ok(ServerStep::OwnReady),
             Explained::Reply {
                 owner: Owner::Converted,
                 to,
@@ -325,7 +325,8 @@ impl Tracker {
         }
         if rollback {
             let kinds = self.kinds(front).unwrap_or_else(|| vec![Kind::Opaque]);
-            let ends = |k: &Kind| matches!(k, Kind::Chain | Kind::Rollback | Kind::Opaque);
+            let chain = |k: &Kind| matches!(k, Kind::Chain | Kind::CommitAndChain);
+            let ends = |k: &Kind| chain(k) || matches!(k, Kind::Rollback | Kind::Opaque);
             if !kinds.iter().any(ends) {
                 return;
             }
@@ -345,7 +346,7 @@ fn function_result(body: &[u8]) -> Option<u64> {
 }
 
 /// The first column of a DataRow as a number in text.
-fn text_column(body: &[u8]) -> Option<u64> {
+pub(super) fn text_column(body: &[u8]) -> Option<u64> {
     let len = i32::from_be_bytes(body.get(2..6)?.try_into().ok()?);
     let value = body.get(6..6 + usize::try_from(len).ok()?)?;
     std::str::from_utf8(value).ok()?.parse().ok()

@@ -121,6 +121,7 @@ impl Tracker {
                 undone: e.undone,
                 evidence: self.evidence(e.transaction),
                 only_reads: e.only_reads,
+                ended: e.ended,
                 copy_ended: e.copies_ended > 0,
                 answered: at == 0 && e.closed && self.expect.only_sync_is_owed(),
                 mark: match (e.mark, e.fate) {
