@@ -227,9 +227,11 @@ async fn cut(bench: &mut Bench, ending: &Ending, fault: Fault, cut: Cut) -> Resu
         client.until(b'Z').await?;
     }
     let logins = bench.logins();
-    // Where there is no prepared transaction, only the answer to the question can tell.
-    let cut_off = cut.way == Way::FromServer || ending.id == NOBODY;
-    let results_cut = cut_off.then_some(cut.after);
+    // A cut of one way takes answers of the other with it: the one about a prepared transaction.
+    let results_cut = match cut.way {
+        Way::FromServer => Some(cut.after),
+        Way::ToServer => (ending.needed > 0).then_some(0),
+    };
     let order = Order::new(cut, 1);
     if let Some(between) = &bench.between {
         between.set(|rules| {

@@ -485,12 +485,7 @@ impl Session {
     /// Whether a COMMIT may be running.
     pub(super) fn commit_in_flight(&self) -> bool {
         use helios_session::grammar::Kind;
-        let ends = |k: &Kind| {
-            matches!(
-                k,
-                Kind::Commit | Kind::CommitAndChain | Kind::EndPrepared | Kind::Chain
-            )
-        };
+        let ends = |k: &Kind| matches!(k, Kind::Commit | Kind::CommitAndChain | Kind::EndPrepared);
         let front = self.tracker.journal().in_flight().front();
         front.is_some_and(|e| {
             self.tracker
