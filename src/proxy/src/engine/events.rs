@@ -333,7 +333,9 @@ impl Session {
             // Nobody else writes it.
             TxnStatus::Open | TxnStatus::Failed => {
                 if began.load(Ordering::Relaxed) == 0 {
-                    began.store(self.shared.now_micros(), Ordering::Relaxed);
+                    let first = self.tracker.journal().records().first();
+                    let at = first.map_or_else(|| self.shared.now_micros(), |r| r.at_micros);
+                    began.store(at.max(1), Ordering::Relaxed);
                 }
             }
         }

@@ -20,6 +20,7 @@ use super::link::Link;
 use super::registry::lock;
 use super::replay::{ReplayError, simple};
 use super::resolve::{Outcome, resolve};
+use super::restarts::{Life, judged, next_id};
 use super::running::ask_ids;
 use super::shared::Shared;
 use crate::backend;
@@ -31,13 +32,6 @@ const INTERVAL: Duration = Duration::from_millis(500);
 /// Schema that the extension is put in, where it is not there yet.
 const SCHEMA: &str = "helios";
 
-/// What is known of the log of the primary in use.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Floor {
-    epoch: Epoch,
-    at: Lsn,
-}
-
 /// The connection that marks are looked for with, and those that were found between two positions
 /// of a timeline that has ended.
 #[derive(Debug)]
@@ -45,7 +39,16 @@ pub(super) struct Found {
     epoch: Epoch,
     link: Link,
     read: Option<((Epoch, Timeline), Lsn)>,
+    log: Log,
+}
+
+/// What a part of the log tells.
+#[derive(Debug, Default)]
+struct Log {
     marks: HashMap<Gtid, u32>,
+    /// The primary was stopped, or came up after a crash: where, and the first id that it handed
+    /// out afterwards.
+    restarts: Vec<(Lsn, Xid)>,
 }
 
 /// Where a log ends that a mark may be in.
@@ -62,9 +65,8 @@ impl Shared {
     /// A position that the log of the primary of `epoch` has passed; `None` while marks could not
     /// be found again.
     pub(super) fn floor(&self, topology: &Topology, epoch: Epoch) -> Option<Lsn> {
-        let floor = (*lock(&self.floor))?;
-        if floor.epoch == epoch {
-            return Some(floor.at);
+        if let Some(position) = lock(&self.positions).last(epoch) {
+            return Some(position.at);
         }
         // Nobody has read it yet in this epoch, but it began at the fork.
         let fence = topology.fences.iter().find(|f| f.epoch == epoch);
@@ -82,11 +84,12 @@ pub async fn watch_log(shared: Arc<Shared>) {
         let state = gate.borrow_and_update().clone();
         if state.phase == Phase::Open {
             let old = link.take().filter(|(e, _)| *e == state.topology.epoch);
-            let limit = shared.options.connect_timeout;
+            let (limit, began) = (shared.options.connect_timeout, shared.now_micros());
             match tokio::time::timeout(limit, look(&shared, &state, old, &mut seen)).await {
                 Ok(Ok((fresh, at))) => {
                     let epoch = state.topology.epoch;
-                    *lock(&shared.floor) = Some(Floor { epoch, at });
+                    let times = (began, shared.now_micros());
+                    lock(&shared.positions).note(epoch, times, at);
                     link = Some((epoch, fresh));
                 }
                 Ok(Err(ReplayError::State(why))) if !told => {
@@ -129,9 +132,7 @@ async fn read_position(
         }
     };
     // What is not flushed may be gone after a crash, and its place in the log taken by others.
-    let sql = "SELECT pg_catalog.pg_current_wal_flush_lsn()::pg_catalog.text";
-    let at = position(&simple(&mut link, sql).await?)
-        .ok_or_else(|| ReplayError::State("the log has no position".into()))?;
+    let at = flush_position(&mut link).await?;
     Ok((link, at))
 }
 
@@ -188,17 +189,7 @@ pub(super) async fn fate(
     known: Option<u32>,
 ) -> Result<Fate, ReplayError> {
     let mut slot = shared.found.lock().await;
-    // Taken out while it is used: a question that is broken off leaves no half-read answer.
-    let old = slot.take().filter(|f| f.epoch == topology.epoch);
-    let mut found = match old {
-        Some(found) => found,
-        None => Found {
-            epoch: topology.epoch,
-            link: connect(shared, topology).await?,
-            read: None,
-            marks: HashMap::new(),
-        },
-    };
+    let mut found = Found::take(&mut slot, shared, topology).await?;
     let fate = match known {
         Some(id) => by_record(&mut found.link, topology, ran_on, id).await?,
         None => found.fate(shared, topology, ran_on, mark).await?,
@@ -207,7 +198,56 @@ pub(super) async fn fate(
     Ok(fate)
 }
 
+/// [`resolve`], for an id whose transaction ran in `life`: it is not called committed when another
+/// one may have its id by now.
+///
+/// # Errors
+/// The connection's; it may be tried again.
+pub(super) async fn outcome(
+    shared: &Shared,
+    (topology, link): (&Topology, &mut Link),
+    (ran_on, life): ((Epoch, Timeline), Life),
+    xid: Xid,
+    prepares: Option<&str>,
+) -> Result<Outcome, ReplayError> {
+    let outcome = resolve(link, topology, ran_on, xid, prepares).await?;
+    if outcome != Outcome::Committed {
+        return Ok(outcome);
+    }
+    let Some(from) = life.from(&lock(&shared.positions)) else {
+        return Ok(Outcome::Unknown);
+    };
+    let mut slot = shared.found.lock().await;
+    let mut found = Found::take(&mut slot, shared, topology).await?;
+    let all = found.read(shared, topology, ran_on, from.at, false).await?;
+    let mut behind = found.log.restarts.iter().filter(|(at, _)| *at >= from.at);
+    let restarted = behind.next().map(|(_, next)| *next);
+    *slot = Some(found);
+    Ok(match all {
+        true => judged(xid, from, restarted),
+        false => Outcome::Unknown,
+    })
+}
+
 impl Found {
+    /// The one in `slot`, if it is of this epoch. It is taken out while it is used: a question that
+    /// is broken off leaves no half-read answer.
+    async fn take(
+        slot: &mut Option<Self>,
+        shared: &Shared,
+        topology: &Topology,
+    ) -> Result<Self, ReplayError> {
+        if let Some(found) = slot.take().filter(|f| f.epoch == topology.epoch) {
+            return Ok(found);
+        }
+        Ok(Self {
+            epoch: topology.epoch,
+            link: connect(shared, topology).await?,
+            read: None,
+            log: Log::default(),
+        })
+    }
+
     async fn fate(
         &mut self,
         shared: &Shared,
@@ -215,41 +255,61 @@ impl Found {
         ran_on: (Epoch, Timeline),
         mark: Mark,
     ) -> Result<Fate, ReplayError> {
-        let usable = |(at, from): (_, Lsn)| at == ran_on && from <= mark.floor;
-        match until(topology, ran_on) {
-            Until::Unknown => return Ok(Fate::Unknown),
-            Until::Fork(_) if self.read.is_some_and(usable) => {}
-            Until::Fork(end) => {
-                // One reading serves all sessions, unless it would have to go back too far.
-                let mut from = shared.registry.lowest_mark().min(mark.floor);
-                if !self.scan(from, end).await? {
-                    from = mark.floor;
-                    if !self.scan(from, end).await? {
-                        return Ok(Fate::Unknown);
-                    }
-                }
-                self.read = Some((ran_on, from));
-            }
-            Until::Now => {
-                self.read = None;
-                let end = flushed(&mut self.link).await?;
-                if !self.scan(mark.floor, end).await? {
-                    return Ok(Fate::Unknown);
-                }
-            }
+        if !self
+            .read(shared, topology, ran_on, mark.floor, true)
+            .await?
+        {
+            return Ok(Fate::Unknown);
         }
-        match self.marks.get(&mark.gtid) {
+        match self.log.marks.get(&mark.gtid) {
             Some(record) => by_record(&mut self.link, topology, ran_on, *record).await,
             None => Ok(Fate::NotCommitted),
         }
     }
 
-    /// Reads the marks between two positions; `false` when not all of it can be read any more.
+    /// Reads the log from `floor` to its end, with what has committed up to now if `flush`; `false`
+    /// when not all of it can be read any more.
+    async fn read(
+        &mut self,
+        shared: &Shared,
+        topology: &Topology,
+        ran_on: (Epoch, Timeline),
+        floor: Lsn,
+        flush: bool,
+    ) -> Result<bool, ReplayError> {
+        let usable = |(at, from): (_, Lsn)| at == ran_on && from <= floor;
+        match until(topology, ran_on) {
+            Until::Unknown => Ok(false),
+            Until::Fork(_) if self.read.is_some_and(usable) => Ok(true),
+            Until::Fork(end) => {
+                // One reading serves all sessions, unless it would have to go back too far.
+                let mut from = shared.registry.lowest_mark().min(floor);
+                if !self.scan(from, end).await? {
+                    from = floor;
+                    if !self.scan(from, end).await? {
+                        return Ok(false);
+                    }
+                }
+                self.read = Some((ran_on, from));
+                Ok(true)
+            }
+            Until::Now => {
+                self.read = None;
+                let end = match flush {
+                    true => flushed(&mut self.link).await?,
+                    false => flush_position(&mut self.link).await?,
+                };
+                self.scan(floor, end).await
+            }
+        }
+    }
+
+    /// Reads the log between two positions; `false` when not all of it can be read any more.
     async fn scan(&mut self, from: Lsn, end: Lsn) -> Result<bool, ReplayError> {
-        self.marks.clear();
+        self.read = None;
         let found = scan(&mut self.link, from, end).await?;
         let all = found.is_some();
-        self.marks = found.unwrap_or_default();
+        self.log = found.unwrap_or_default();
         Ok(all)
     }
 }
@@ -274,28 +334,33 @@ async fn flushed(link: &mut Link) -> Result<Lsn, ReplayError> {
         "SELECT pg_catalog.pg_logical_emit_message(true, 'helios', '')",
     )
     .await?;
+    // What is asked next may have to wait for the standbys.
+    simple(link, "RESET synchronous_commit").await?;
+    flush_position(link).await
+}
+
+/// How far the log is flushed.
+pub(super) async fn flush_position(link: &mut Link) -> Result<Lsn, ReplayError> {
     let sql = "SELECT pg_catalog.pg_current_wal_flush_lsn()::pg_catalog.text";
     position(&simple(link, sql).await?)
         .ok_or_else(|| ReplayError::State("the log has no position".into()))
 }
 
-/// The marks between two positions; `None` when not all of it can be read any more.
-async fn scan(
-    link: &mut Link,
-    from: Lsn,
-    end: Lsn,
-) -> Result<Option<HashMap<Gtid, u32>>, ReplayError> {
+/// The marks and restarts between two positions; `None` when not all of it can be read any more.
+async fn scan(link: &mut Link, from: Lsn, end: Lsn) -> Result<Option<Log>, ReplayError> {
     if from >= end {
-        return Ok(Some(HashMap::new()));
+        return Ok(Some(Log::default()));
     }
     let Some(schema) = schema(link).await? else {
         return Ok(None);
     };
     let (from, end) = (literal(&from.to_string()), literal(&end.to_string()));
     let sql = format!(
-        "SELECT xid::pg_catalog.text, description \
+        "SELECT xid::pg_catalog.text, description, start_lsn::pg_catalog.text \
          FROM {schema}.pg_get_wal_records_info({from}, {end}) \
-         WHERE resource_manager OPERATOR(pg_catalog.=) 'LogicalMessage'"
+         WHERE resource_manager OPERATOR(pg_catalog.=) 'LogicalMessage' \
+         OR record_type OPERATOR(pg_catalog.=) 'CHECKPOINT_SHUTDOWN' \
+         ORDER BY start_lsn USING OPERATOR(pg_catalog.<)"
     );
     let rows = match simple(link, &sql).await {
         Ok(rows) => rows,
@@ -305,13 +370,23 @@ async fn scan(
         }
         Err(e) => return Err(e),
     };
-    let mark = |row: &Vec<Option<String>>| {
-        let [Some(xid), Some(description)] = row.as_slice() else {
-            return None;
+    let mut log = Log::default();
+    for row in rows {
+        let [Some(xid), Some(description), Some(at)] = row.as_slice() else {
+            continue;
         };
-        Some((described(description)?, xid.parse().ok()?))
-    };
-    Ok(Some(rows.iter().filter_map(mark).collect()))
+        match (described(description), xid.parse()) {
+            (Some(mark), Ok(xid)) => drop(log.marks.insert(mark, xid)),
+            _ if description.ends_with("; shutdown") => {
+                let (Ok(at), Some(next)) = (at.parse(), next_id(description)) else {
+                    return Ok(None);
+                };
+                log.restarts.push((at, next));
+            }
+            _ => {}
+        }
+    }
+    Ok(Some(log))
 }
 
 /// Whether the client's statement for the prepared transaction `gid` has ended it. `told` is what

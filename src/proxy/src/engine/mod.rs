@@ -26,6 +26,7 @@ mod rebuild;
 pub mod registry;
 mod replay;
 mod resolve;
+mod restarts;
 pub mod running;
 mod sequences;
 pub mod session;

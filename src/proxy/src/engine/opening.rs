@@ -82,7 +82,7 @@ pub(super) async fn open_first(
             match result {
                 Ok(conn) if is_primary(&conn) => {
                     let epoch = state.topology.epoch;
-                    *lock(&entry.identity) = Identity::new(conn.pid, epoch);
+                    *lock(&entry.identity) = Identity::new(conn.pid, epoch, shared.now_micros());
                     return Ok((conn, epoch));
                 }
                 Ok(_) => "the server is in recovery".clone_into(&mut problem),

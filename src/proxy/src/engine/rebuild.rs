@@ -21,7 +21,8 @@ use super::gate::Phase;
 use super::reads;
 use super::registry::{Identity, lock};
 use super::replay::{self, ReplayError};
-use super::resolve::{Outcome, resolve};
+use super::resolve::Outcome;
+use super::restarts::Life;
 use super::session::{End, Server, Session, Skip};
 use super::turn::Turn;
 
@@ -74,11 +75,11 @@ impl Session {
                 Plan::Complete => self.deliver_commit()?,
                 Plan::Unknown { .. } => self.outcome_unknown("the evidence is missing")?,
                 Plan::Resolve { at, xid } => {
-                    let link = &mut server.link;
-                    let ran_on = (self.epoch, self.timeline);
+                    let ran = ((self.epoch, self.timeline), self.life());
                     let exchange = self.tracker.journal().in_flight().get(at);
                     let gid = exchange.and_then(|e| self.tracker.prepares_transaction(e));
-                    let outcome = resolve(link, topology, ran_on, xid, gid.as_deref()).await;
+                    let (shared, on) = (&self.shared, (topology, &mut server.link));
+                    let outcome = evidence::outcome(shared, on, ran, xid, gid.as_deref()).await;
                     match outcome.map_err(retry)? {
                         Outcome::Committed if at == 0 || self.deliver_closes(at) => {
                             self.deliver_commit()?;
@@ -103,6 +104,23 @@ impl Session {
                 Plan::Abort { reason } => return self.abort(server, &reason).await,
                 Plan::Replay => return self.again(server).await,
             }
+        }
+    }
+
+    /// What is known of the life of the server that the open transaction ran on.
+    fn life(&self) -> Life {
+        let identity = lock(&self.entry().identity).clone();
+        let journal = self.tracker.journal();
+        // Without a record the transaction began with what is in flight, or its journal is lost.
+        let began = self.entry().began.load(Ordering::Relaxed);
+        let first = journal.in_flight().front().map(|e| e.at_micros);
+        let record = journal.records().last().map(|r| r.at_micros);
+        let answered = record.or((began > 0).then_some(began)).or(first);
+        Life {
+            epoch: self.epoch,
+            since: identity.since,
+            floor: identity.floor,
+            answered: answered.unwrap_or(0).min(first.unwrap_or(u64::MAX)),
         }
     }
 
@@ -229,6 +247,8 @@ impl Session {
         if self.tracker.status() == TxnStatus::Idle {
             return Ok(());
         }
+        // Before anything of the client's: its first statement may decide over its snapshot.
+        server.floor = Some(evidence::flush_position(&mut server.link).await?);
         let (at, database) = (
             &self.gate.topology.primary.endpoint,
             &self.entry().login.database,
@@ -304,7 +324,10 @@ impl Session {
         self.epoch = server.epoch;
         self.timeline = self.gate.topology.timeline;
         self.old_pid = Some(server.pid);
-        *lock(&self.entry().identity) = Identity::new(server.pid, server.epoch);
+        *lock(&self.entry().identity) = Identity {
+            floor: server.floor,
+            ..Identity::new(server.pid, server.epoch, self.shared.now_micros())
+        };
         for (name, value) in &server.link.parameters {
             if self.known.get(name) != Some(value) {
                 back::parameter_status(&mut self.client.output, name, value);

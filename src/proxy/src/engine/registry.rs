@@ -89,17 +89,21 @@ pub struct Identity {
     pub epoch: Epoch,
     /// When it began, as the server writes it; asked for beside the health checks.
     pub started: Option<String>,
+    /// When it was there, in microseconds since the proxy started.
+    pub since: u64,
+    /// A position that the server's log had then, if it was asked for.
+    pub floor: Option<helios_api::Lsn>,
 }
 
 impl Identity {
     /// A new backend, of which no more is known.
     #[must_use]
-    pub fn new(pid: i32, epoch: Epoch) -> Self {
-        let started = None;
+    pub fn new(pid: i32, epoch: Epoch, since: u64) -> Self {
         Self {
             pid,
             epoch,
-            started,
+            since,
+            ..Self::default()
         }
     }
 }

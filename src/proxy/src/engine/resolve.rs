@@ -1,7 +1,8 @@
 //! Whether a transaction committed, from evidence in the database (design rule 4).
 //!
 //! `pg_xact_status` on the current primary is evidence only for ids that no later timeline has
-//! handed out again: ids below the fence of the first promotion after the transaction's epoch.
+//! handed out again: ids below the fence of the first promotion after the transaction's epoch. Ids
+//! that the same timeline hands out again are `super::restarts`'s.
 
 use helios_api::control::Topology;
 use helios_api::{Epoch, Timeline, Xid};
@@ -31,7 +32,8 @@ pub(super) fn by_fence(
     (epoch, timeline): (Epoch, Timeline),
     xid: Xid,
 ) -> Option<Outcome> {
-    // The same timeline goes on: no id was ever handed out twice.
+    // The same timeline goes on; ids that a restart handed out again are seen in its log
+    // (`super::restarts`).
     if topology.epoch == epoch || topology.timeline == timeline {
         return None;
     }

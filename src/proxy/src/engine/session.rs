@@ -44,6 +44,8 @@ pub(super) struct Server {
     pub secret: Bytes,
     pub endpoint: Endpoint,
     pub epoch: Epoch,
+    /// A position that the server's log had when the backend was there.
+    pub floor: Option<helios_api::Lsn>,
 }
 
 impl Server {
@@ -57,6 +59,7 @@ impl Server {
             secret: conn.secret,
             endpoint: conn.endpoint,
             epoch,
+            floor: None,
         }
     }
 }

@@ -11,12 +11,13 @@ use helios_session::ReplayMode;
 use helios_telemetry::metrics::Metrics;
 use tokio::sync::{Semaphore, broadcast, watch};
 
-use super::evidence::{Floor, Found};
+use super::evidence::Found;
 use super::gate::Gate;
 use super::history::History;
 use super::protection::Ledger;
 use super::reads::Proofs;
 use super::registry::{Registry, lock};
+use super::restarts::Positions;
 use super::sequences::ReplayLock;
 use crate::backend::Login;
 use crate::tls::BackendTls;
@@ -129,7 +130,7 @@ pub struct Shared {
     /// Whether new work is held back for replays: only then sequences may be set back.
     pub(super) barrier: watch::Sender<bool>,
     /// How far the log of the primary in use has come, while marks can be found in it.
-    pub(super) floor: Mutex<Option<Floor>>,
+    pub(super) positions: Mutex<Positions>,
     /// Statements that were proven to read only.
     pub(super) proofs: tokio::sync::Mutex<Option<Proofs>>,
     /// Marks found for the move under way: one reading of the log serves all sessions.
@@ -173,7 +174,7 @@ impl Shared {
             logins: Semaphore::new(SIDE_BY_SIDE),
             replaying: ReplayLock::default(),
             barrier: watch::Sender::new(false),
-            floor: Mutex::default(),
+            positions: Mutex::default(),
             proofs: tokio::sync::Mutex::default(),
             found: tokio::sync::Mutex::default(),
             events: broadcast::Sender::new(EVENTS),

@@ -39,27 +39,7 @@ pub(super) async fn handshake(
         return Ok(Accepted::Cancel { key, stream });
     }
     let mut client = Framed::new(stream);
-    let startup = match packet {
-        Ok(FirstPacket::Cancel(_)) => return Err(LoginError::Closed),
-        Ok(FirstPacket::Startup(startup)) => startup,
-        Ok(FirstPacket::SslRequest | FirstPacket::GssEncRequest) => {
-            let why = "encryption was asked for twice";
-            let error = ErrorFields::fatal(SqlState::PROTOCOL_VIOLATION, why);
-            return Err(refuse(&mut client, error).await);
-        }
-        Err(NoPacket::Late) => return Err(too_late(&mut client, deadline).await),
-        Err(NoPacket::Malformed(error)) => {
-            let error = ErrorFields::fatal(SqlState::PROTOCOL_VIOLATION, error.to_string())
-                .hint("this port speaks PostgreSQL's protocol, version 3");
-            return Err(refuse(&mut client, error).await);
-        }
-    };
-    if ctx.tls_required && matches!(client.stream, Stream::Tcp(_)) {
-        let why = "connections without TLS are not allowed";
-        let error = ErrorFields::fatal(SqlState::INVALID_AUTHORIZATION, why)
-            .hint("connect with sslmode=require or a stronger one");
-        return Err(refuse(&mut client, error).await);
-    }
+    let startup = startup_of(&mut client, packet, ctx, deadline).await?;
     let negotiated = match negotiate(startup) {
         Ok(negotiated) => negotiated,
         Err(error) => return Err(refuse(&mut client, *error).await),
@@ -101,6 +81,37 @@ pub(super) async fn handshake(
         peer,
         permits: (place, user_place),
     })))
+}
+
+/// The start-up message of a client that may go on.
+async fn startup_of(
+    client: &mut Framed,
+    packet: Result<FirstPacket, NoPacket>,
+    ctx: &EdgeContext,
+    deadline: Deadline,
+) -> Result<Startup, LoginError> {
+    let startup = match packet {
+        Ok(FirstPacket::Cancel(_)) => return Err(LoginError::Closed),
+        Ok(FirstPacket::Startup(startup)) => startup,
+        Ok(FirstPacket::SslRequest | FirstPacket::GssEncRequest) => {
+            let why = "encryption was asked for twice";
+            let error = ErrorFields::fatal(SqlState::PROTOCOL_VIOLATION, why);
+            return Err(refuse(client, error).await);
+        }
+        Err(NoPacket::Late) => return Err(too_late(client, deadline).await),
+        Err(NoPacket::Malformed(error)) => {
+            let error = ErrorFields::fatal(SqlState::PROTOCOL_VIOLATION, error.to_string())
+                .hint("this port speaks PostgreSQL's protocol, version 3");
+            return Err(refuse(client, error).await);
+        }
+    };
+    if ctx.tls_required && matches!(client.stream, Stream::Tcp(_)) {
+        let why = "connections without TLS are not allowed";
+        let error = ErrorFields::fatal(SqlState::INVALID_AUTHORIZATION, why)
+            .hint("connect with sslmode=require or a stronger one");
+        return Err(refuse(client, error).await);
+    }
+    Ok(startup)
 }
 
 /// Tells the client that its time is up. PostgreSQL says so in its log only, because it interrupts
