@@ -227,10 +227,11 @@ async fn cut(bench: &mut Bench, ending: &Ending, fault: Fault, cut: Cut) -> Resu
         client.until(b'Z').await?;
     }
     let logins = bench.logins();
-    // A cut of one way takes answers of the other with it: the one about a prepared transaction.
+    // A cut of one way takes answers of the other with it: the one about a prepared transaction,
+    // and results, when the Sync has just passed.
     let results_cut = match cut.way {
         Way::FromServer => Some(cut.after),
-        Way::ToServer => (ending.needed > 0).then_some(0),
+        Way::ToServer => Some(if ending.needed > 0 { 0 } else { u64::MAX }),
     };
     let order = Order::new(cut, 1);
     if let Some(between) = &bench.between {

@@ -99,6 +99,8 @@ pub struct ExpectQueue {
     queue: VecDeque<(Expect, Owner)>,
     /// The server discards everything up to the next Sync (after an error in an extended query).
     skipping: bool,
+    /// The server reads copy data for the request in front, and its end has not been sent.
+    copying: bool,
     /// ReadyForQuery messages that will not come, because the server read their Sync in copy mode.
     dropped_syncs: u32,
     /// Client requests of kinds Parse, DescribeStatement and Close that an error took off.
@@ -141,6 +143,12 @@ impl ExpectQueue {
         self.skipping
     }
 
+    /// Whether a Sync that is sent now is ignored, as PostgreSQL does in copy mode.
+    #[must_use]
+    pub fn ignores_sync(&self) -> bool {
+        self.copying
+    }
+
     /// Takes the Syncs off that the server swallowed in copy mode since the last call.
     pub fn take_dropped_syncs(&mut self) -> u32 {
         std::mem::take(&mut self.dropped_syncs)
@@ -163,6 +171,7 @@ impl ExpectQueue {
             return false;
         }
         self.skipping = false;
+        self.copying &= expect != Expect::CopyEnd;
         // The copy may have failed already: the server then ignores its end.
         if expect != Expect::CopyEnd || !self.queue.is_empty() {
             self.queue.push_back((expect, owner));
@@ -290,6 +299,7 @@ impl ExpectQueue {
         };
         if step.is_some() {
             self.queue.pop_front();
+            self.copying = false;
         }
         step
     }
@@ -301,6 +311,7 @@ impl ExpectQueue {
             .iter()
             .position(|(e, _)| *e == Expect::CopyEnd)
             .unwrap_or(self.queue.len());
+        self.copying = end == self.queue.len();
         let mut at = 1;
         for _ in 1..end {
             if self.queue.get(at).is_some_and(|(e, _)| *e == Expect::Sync) {
@@ -313,6 +324,7 @@ impl ExpectQueue {
     }
 
     fn fail(&mut self, head: Expect) {
+        self.copying = false;
         if matches!(head, Expect::Query | Expect::Sync | Expect::FunctionCall) {
             return;
         }
@@ -345,6 +357,32 @@ mod tests {
             queue.explain(*reply)?;
         }
         Ok(queue.len())
+    }
+
+    #[test]
+    fn a_sync_behind_the_beginning_of_a_copy_is_ignored() {
+        use Expect::{Bind, CopyEnd, Execute, Sync};
+        let mut queue = ExpectQueue::default();
+        for request in [Bind, Execute] {
+            queue.push(request, Owner::Client);
+        }
+        assert!(!queue.ignores_sync());
+        queue.explain(b'2').unwrap();
+        queue.explain(b'G').unwrap();
+        assert!(queue.ignores_sync());
+        queue.push(CopyEnd, Owner::Client);
+        assert!(!queue.ignores_sync());
+        queue.push(Sync, Owner::Client);
+        queue.explain(b'C').unwrap();
+        queue.explain(b'Z').unwrap();
+        assert!(queue.is_empty());
+        for request in [Bind, Execute] {
+            queue.push(request, Owner::Client);
+        }
+        for reply in b"2GE" {
+            queue.explain(*reply).unwrap();
+        }
+        assert!(!queue.ignores_sync(), "it failed: the server waits for Sync");
     }
 
     #[test]
