@@ -382,7 +382,10 @@ mod tests {
         for reply in b"2GE" {
             queue.explain(*reply).unwrap();
         }
-        assert!(!queue.ignores_sync(), "it failed: the server waits for Sync");
+        assert!(
+            !queue.ignores_sync(),
+            "it failed: the server waits for Sync"
+        );
     }
 
     #[test]
