@@ -28,9 +28,9 @@ pub enum Unprotected {
     StatementsNotCaptured,
     /// A WITH HOLD cursor.
     CursorWithHold,
-    /// A LISTEN registration.
-    Listen,
-    /// A session-level advisory lock.
+    /// The server could not be asked for its state.
+    StateUnknown,
+    /// Session-level advisory locks that could not be counted, or are too many.
     AdvisoryLock,
     /// A temporary table or another object in `pg_temp`.
     TemporaryObject,
@@ -50,7 +50,7 @@ impl Unprotected {
         Self::SettingsNotCaptured,
         Self::StatementsNotCaptured,
         Self::CursorWithHold,
-        Self::Listen,
+        Self::StateUnknown,
         Self::AdvisoryLock,
         Self::TemporaryObject,
         Self::OutcomeUnknowable,
@@ -69,7 +69,7 @@ impl Unprotected {
             Self::SettingsNotCaptured => "settings_not_captured",
             Self::StatementsNotCaptured => "statements_not_captured",
             Self::CursorWithHold => "cursor_with_hold",
-            Self::Listen => "listen",
+            Self::StateUnknown => "state_unknown",
             Self::AdvisoryLock => "advisory_lock",
             Self::TemporaryObject => "temporary_object",
             Self::OutcomeUnknowable => "outcome_unknowable",
@@ -89,8 +89,8 @@ impl Unprotected {
             Self::SettingsNotCaptured => "settings, which are not captured",
             Self::StatementsNotCaptured => "prepared statements, which are not captured",
             Self::CursorWithHold => "cursor WITH HOLD",
-            Self::Listen => "LISTEN",
-            Self::AdvisoryLock => "session advisory lock",
+            Self::StateUnknown => "its state, for which the server could not be asked",
+            Self::AdvisoryLock => "session advisory locks that cannot be counted",
             Self::TemporaryObject => "temporary object",
             Self::OutcomeUnknowable => "its outcome could not be found after a crash",
         }

@@ -376,8 +376,6 @@ async fn what_cannot_move_is_known_beforehand_and_never_lost_silently() {
     let mut bench = bench().await;
     for (sql, what) in [
         ("CREATE TEMP TABLE tt (a int)", "temporary object"),
-        ("SELECT pg_advisory_lock(1)", "session advisory lock"),
-        ("LISTEN news", "LISTEN"),
         (
             "BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT",
             "cursor WITH HOLD",

@@ -136,6 +136,18 @@ pub fn nextval_literal(sql: &str) -> Option<String> {
     found
 }
 
+/// Whether a text is one SELECT, without a FROM at any depth.
+#[must_use]
+pub fn selects_without_from(sql: &str) -> bool {
+    let parse = SourceFile::parse(sql);
+    let tree = parse.tree();
+    let from = |e: squawk_syntax::SyntaxElement| {
+        e.as_token()
+            .is_some_and(|t| t.kind() == SyntaxKind::FROM_KW)
+    };
+    single(sql) == Kind::Read && !tree.syntax().descendants_with_tokens().any(from)
+}
+
 /// The PREPARE of `name` alone, from the text of the query that it came in: PostgreSQL shows the
 /// whole query for each statement that was prepared in it. `None` where it cannot be found.
 #[must_use]

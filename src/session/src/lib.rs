@@ -11,6 +11,7 @@ pub mod grammar;
 pub mod journal;
 pub mod kept;
 pub mod keyword;
+pub mod locks;
 pub mod reads;
 pub mod reply;
 pub mod sequences;

@@ -12,6 +12,7 @@ use helios_api::protection::Unprotected;
 use crate::grammar;
 use crate::kept::COLUMN_BYTES;
 use crate::keyword::{Hint, Unit};
+use crate::locks::{Lock, Locks, MAX_LOCKS};
 
 /// A statement prepared with a Parse message.
 #[derive(Debug, Clone)]
@@ -138,6 +139,12 @@ pub struct Snapshot {
     pub prepared: Vec<(String, String)>,
     /// Names of the protocol's prepared statements.
     pub protocol_prepared: Vec<String>,
+    /// Session advisory locks.
+    pub locks: Locks,
+    /// The server was made to count them.
+    pub counted: bool,
+    /// Channels that are listened to.
+    pub channels: Vec<String>,
     /// State that cannot be moved yet: the reason, and which.
     pub immovable: Vec<(Unprotected, String)>,
 }
@@ -153,9 +160,10 @@ UNION ALL SELECT 'u', 'session_authorization', SESSION_USER::pg_catalog.text \
 UNION ALL SELECT CASE WHEN from_sql THEN 'p' ELSE 'q' END, name, statement \
 FROM pg_catalog.pg_prepared_statements \
 UNION ALL SELECT 'x', 'cursor WITH HOLD', name FROM pg_catalog.pg_cursors WHERE is_holdable \
-UNION ALL SELECT 'x', 'LISTEN', c FROM pg_catalog.pg_listening_channels() c \
-UNION ALL SELECT 'x', 'session advisory lock', objid::pg_catalog.text FROM pg_catalog.pg_locks \
-WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid() \
+UNION ALL SELECT 'l', c, '' FROM pg_catalog.pg_listening_channels() c \
+UNION ALL SELECT 'a', pg_catalog.concat_ws(' ', objsubid, classid, objid), mode \
+FROM pg_catalog.pg_locks \
+WHERE locktype = 'advisory' AND granted AND pid = pg_catalog.pg_backend_pid() \
 UNION ALL (SELECT 'x', 'temporary object', relname::pg_catalog.text FROM pg_catalog.pg_class \
 WHERE relnamespace = pg_catalog.pg_my_temp_schema() LIMIT 1) \
 UNION ALL (SELECT 'x', 'temporary object', proname::pg_catalog.text FROM pg_catalog.pg_proc \
@@ -186,6 +194,25 @@ impl Snapshot {
             "u" if value != login => self.session_authorization = Some(value.to_owned()),
             "p" => self.prepared.push((name.to_owned(), value.to_owned())),
             "q" => self.protocol_prepared.push(name.to_owned()),
+            "l" => self.channels.push(name.to_owned()),
+            "a" if self.locks.len() >= MAX_LOCKS => {
+                let which = format!("more than {MAX_LOCKS} session advisory locks");
+                self.immovable.push((Unprotected::AdvisoryLock, which));
+            }
+            "a" => {
+                if let Some(lock) = Lock::from_row(name, value) {
+                    self.locks.insert(lock, None);
+                } else {
+                    let which = "an unknown kind of advisory lock".into();
+                    self.immovable.push((Unprotected::AdvisoryLock, which));
+                }
+            }
+            "c" => {
+                let at = name.parse::<usize>().ok();
+                if let Some(count) = at.and_then(|at| self.locks.values_mut().nth(at)) {
+                    *count = value.parse().ok();
+                }
+            }
             "x" => {
                 let reason = immovable(name);
                 let which = format!("{} \"{value}\"", reason.text());
@@ -224,16 +251,16 @@ impl Snapshot {
             grammar::prepare_of(text, name).unwrap_or_else(|| text.clone())
         };
         sql.extend(self.prepared.iter().map(alone));
+        let listen = |channel: &String| format!("LISTEN {}", identifier(channel));
+        sql.extend(self.channels.iter().map(listen));
         sql
     }
 
-    /// Whether there is nothing to restore.
+    /// Whether others can tell that the session has no backend: somebody else could take its locks,
+    /// or notify it in vain.
     #[must_use]
-    pub fn is_default(&self) -> bool {
-        self.settings.is_empty()
-            && self.role.is_none()
-            && self.session_authorization.is_none()
-            && self.prepared.is_empty()
+    pub fn is_felt_by_others(&self) -> bool {
+        !self.locks.is_empty() || !self.channels.is_empty()
     }
 }
 
@@ -241,10 +268,15 @@ impl Snapshot {
 fn immovable(name: &str) -> Unprotected {
     match name {
         "cursor WITH HOLD" => Unprotected::CursorWithHold,
-        "LISTEN" => Unprotected::Listen,
-        "session advisory lock" => Unprotected::AdvisoryLock,
         _ => Unprotected::TemporaryObject,
     }
+    }
+}
+
+/// A quoted identifier.
+#[must_use]
+pub fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// A string literal that means the same whatever `standard_conforming_strings` is.
@@ -303,6 +335,7 @@ mod tests {
         s.add_row("u", "session_authorization", "app", "app");
         s.add_row("g", "search_path", "a, \"B\"", "app");
         s.add_row("g", "my.x", "it's \\", "app");
+        s.add_row("l", "New \"s", "", "app");
         assert_eq!(
             s.restore_sql(),
             [
@@ -310,6 +343,7 @@ mod tests {
                  pg_catalog.set_config('search_path', 'a, \"B\"', false)",
                 "SET ROLE 'boss'",
                 "PREPARE q AS SELECT 1",
+                "LISTEN \"New \"\"s\"",
             ]
         );
     }

@@ -159,6 +159,8 @@ pub struct MigrationConfig {
     pub capture_set_parameters: bool,
     /// Prepared statements move.
     pub capture_prepared_statements: bool,
+    /// Payload of a notification on each channel of a client that others may not have reached.
+    pub lost_notification_payload: Option<String>,
     /// How long a session may take to move before its client gets an error.
     pub migration_timeout: Duration,
 }
@@ -168,6 +170,7 @@ impl Default for MigrationConfig {
         Self {
             capture_set_parameters: true,
             capture_prepared_statements: true,
+            lost_notification_payload: None,
             migration_timeout: Duration::from_secs(60),
         }
     }

@@ -225,6 +225,11 @@ fn migration(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Proble
             &mut to.capture_prepared_statements,
             boolean,
         )
+        .set_some(
+            "lost_notification_payload",
+            &mut to.lost_notification_payload,
+            text,
+        )
         .set("migration_timeout", &mut to.migration_timeout, duration);
     section.finish();
 }

@@ -97,7 +97,9 @@ impl Session {
     /// Notes the protection, shows it in the list of sessions, and counts the time by it.
     pub(super) fn show_protection(&mut self) {
         self.note_protection(self.noted.inside);
-        lock(&self.entry().shown).unprotected = self.unprotected();
+        let mut shown = lock(&self.entry().shown);
+        shown.unprotected = self.unprotected();
+        shown.listens = !self.state.channels.is_empty();
     }
 
     fn note_protection(&mut self, inside: bool) {

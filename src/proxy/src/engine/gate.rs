@@ -26,6 +26,8 @@ pub enum Phase {
     Freeze,
     /// Statements in flight are cut off or cancelled, where that is safe.
     Cut,
+    /// All stand: those who listen take what their backends have not passed on yet.
+    Still,
     /// There is a new primary: sessions rebuild themselves and replay completed exchanges.
     Replay,
     /// Exchanges that were in flight are sent again.
@@ -39,7 +41,7 @@ impl Phase {
         match self {
             Self::Open => "running",
             Self::Hold | Self::Freeze => "draining",
-            Self::Cut => "held",
+            Self::Cut | Self::Still => "held",
             Self::Replay | Self::Send => "resuming",
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! The end of a thousand backends takes a server a third of a second, and would be a part of the
 //! pause. The invariant: only a session leaves that stands outside a transaction, has nothing that
-//! could not be restored, and has a backend waiting on the candidate; should its client speak
+//! could not be restored, nothing that others would miss meanwhile, and has a backend waiting on the candidate; should its client speak
 //! before the move, or should there be none, it logs in again.
 
 use std::sync::Arc;
@@ -96,7 +96,8 @@ impl Session {
         let movable = self.tracker.mode() != ReplayMode::None
             && self.shared.options.move_on_maintenance
             && self.unprotected().is_none();
-        self.gate.phase == Phase::Open && quiet && nothing_under_way && movable
+        let missed = self.state.is_felt_by_others();
+        self.gate.phase == Phase::Open && quiet && nothing_under_way && movable && !missed
     }
 }
 

@@ -19,6 +19,7 @@ mod moving;
 pub(crate) mod opening;
 mod own;
 mod own_answers;
+mod presence;
 pub mod protection;
 mod pump;
 mod reads;

@@ -50,6 +50,7 @@ impl Session {
     pub(super) fn server_lost(&mut self) {
         self.server = None;
         self.entry().uncut.store(false, Ordering::Relaxed);
+        self.heard &= self.tracker.is_quiet();
         self.held();
         self.lost_since.get_or_insert_with(Instant::now);
         self.retry_at = None;
@@ -80,6 +81,11 @@ impl Session {
                 self.cut_in_flight();
                 Ok(())
             }
+            Phase::Still => {
+                self.held();
+                self.hear_out();
+                Ok(())
+            }
             Phase::Replay | Phase::Send => {
                 self.held();
                 self.begin_if_moved();
@@ -107,6 +113,7 @@ impl Session {
         self.cut &= self.server.is_some() && !self.tracker.is_between();
         self.send_in_flight();
         if self.server.is_some() {
+            self.heard = false;
             self.released();
         } else if self.must_rebuild() {
             self.retry_at = None;
@@ -343,13 +350,13 @@ impl Session {
             self.begin_migration();
         }
         if self.epoch == topology.epoch && self.must_rebuild() {
-            if !self.shared.options.replay_on_connection_loss {
+            if self.owes() && !self.shared.options.replay_on_connection_loss {
                 self.forced = Some("replay after a lost connection is switched off".into());
             }
             self.end_old_backend(topology).await?;
         }
         let began = Instant::now();
-        let had_work = self.must_rebuild();
+        let had_work = self.owes();
         self.rebuild_on(server, topology).await?;
         if had_work {
             self.shared

@@ -32,7 +32,7 @@ pub(super) fn ask(out: &mut BytesMut, ask: Ask) {
         }
         Ask::Inline => {
             let sql = b"SELECT pg_catalog.pg_current_xact_id_if_assigned()";
-            extended(out, sql).map(|()| front::flush(out))
+            extended(out, NAME, sql).map(|()| front::flush(out))
         }
     };
     debug_assert!(built.is_ok(), "constant messages can be built");
@@ -110,16 +110,25 @@ fn call(out: &mut BytesMut, oid: u32) -> Result<(), BuildError> {
     front::function_call(out, oid, Format::Binary, &[], Format::Binary)
 }
 
-fn extended(out: &mut BytesMut, sql: &[u8]) -> Result<(), BuildError> {
-    front::parse(out, NAME, sql, &[])?;
-    front::bind(out, NAME, NAME, &[], &[], &[])?;
-    front::execute(out, NAME, 0)?;
-    front::close(out, Target::Statement, NAME)
+fn extended(out: &mut BytesMut, name: &[u8], sql: &[u8]) -> Result<(), BuildError> {
+    front::parse(out, name, sql, &[])?;
+    front::bind(out, name, name, &[], &[], &[])?;
+    front::execute(out, name, 0)?;
+    front::close(out, Target::Statement, name)
 }
 
 /// Appends the question for the session's state; `custom` are settings that no view lists.
 pub(super) fn snapshot<'a>(out: &mut BytesMut, custom: impl Iterator<Item = &'a str>) {
-    let built = extended(out, snapshot_query(custom).as_bytes());
-    debug_assert!(built.is_ok(), "a text without zero bytes can be sent");
+    statements(out, &[snapshot_query(custom)]);
+}
+
+/// Appends statements of our own as one exchange.
+pub(super) fn statements(out: &mut BytesMut, all: &[String]) {
+    for (at, sql) in all.iter().enumerate() {
+        // A portal stays until the end of the transaction.
+        let name = format!("_helios{at}");
+        let built = extended(out, name.as_bytes(), sql.as_bytes());
+        debug_assert!(built.is_ok(), "a text without zero bytes can be sent");
+    }
     front::sync(out);
 }

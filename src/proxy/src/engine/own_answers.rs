@@ -4,6 +4,7 @@
 
 use helios_api::protection::Unprotected;
 use helios_session::TxnStatus;
+use helios_session::locks::{carry_counts, count_sql};
 use helios_session::state::Snapshot;
 use helios_wire::frontend;
 use helios_wire::message::back;
@@ -30,22 +31,60 @@ impl Session {
         let Some(server) = self.server.as_mut() else {
             return;
         };
-        self.tracker.push_own_exchange();
+        self.tracker.push_own_exchange(1);
         own::snapshot(&mut server.link.output, self.tracker.custom_settings());
         self.asking = Some(Snapshot::default());
     }
 
     /// Behind a dropped frame: the answer to the question for the state may be complete.
     pub(super) fn after_drop(&mut self) {
-        if self.asking.is_some() && self.tracker.is_quiet() {
-            if let Some(state) = self.asking.take() {
-                self.learn_state(state);
-            }
+        if self.asking.is_some()
+            && self.tracker.is_quiet()
+            && let Some(state) = self.asking.take()
+            && let Some(state) = self.with_counts(state)
+        {
+            self.learn_state(state);
             back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
         }
     }
 
-    pub(super) fn learn_state(&mut self, state: Snapshot) {
+    /// The server refused a question for the state.
+    pub(super) fn state_refused(&mut self) {
+        if let Some(state) = &mut self.asking {
+            let reason = Unprotected::StateUnknown;
+            state.immovable.push((reason, reason.text().into()));
+        }
+    }
+
+    /// The state with how often each advisory lock was taken; `None` when the server is being asked.
+    fn with_counts(&mut self, mut state: Snapshot) -> Option<Snapshot> {
+        if state.counted {
+            if state.locks.values().any(Option::is_none) {
+                // Some may have been given up before it failed.
+                let reason = "session advisory locks, which could not be counted";
+                state
+                    .immovable
+                    .push((Unprotected::AdvisoryLock, reason.into()));
+                self.refuse = Some(super::answers::retryable(reason));
+            }
+            return Some(state);
+        }
+        let calls = self.tracker.take_calls();
+        let known = carry_counts(&self.state.locks, &mut state.locks, calls);
+        let server = self.server.as_mut().filter(|_| !known);
+        let Some(server) = server else {
+            return Some(state);
+        };
+        let sql = count_sql(&state.locks);
+        self.tracker.push_own_exchange(sql.len());
+        own::statements(&mut server.link.output, &sql);
+        state.counted = true;
+        self.asking = Some(state);
+        None
+    }
+
+    pub(super) fn learn_state(&mut self, mut state: Snapshot) {
+        state.counted = false;
         let names: std::collections::BTreeSet<&str> =
             state.protocol_prepared.iter().map(String::as_str).collect();
         self.tracker

@@ -151,7 +151,7 @@ impl Session {
         match self.gate.phase {
             Phase::Open => false,
             Phase::Hold => boundary && !self.tracker.projects_open(),
-            Phase::Freeze | Phase::Cut => boundary,
+            Phase::Freeze | Phase::Cut | Phase::Still => boundary,
             Phase::Replay => true,
             Phase::Send => self.resend_left == 0,
         }
@@ -345,6 +345,8 @@ impl Session {
             ServerStep::Own(to) => {
                 if tag == backend::DATA_ROW && to == Expect::Execute {
                     self.state_row(at, len);
+                } else if tag == backend::ERROR_RESPONSE {
+                    self.state_refused();
                 }
                 Ok(Verdict::Drop)
             }

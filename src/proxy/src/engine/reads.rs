@@ -21,7 +21,8 @@ use crate::backend::{self, Login};
 /// How deep views may stand on views.
 const MAX_DEPTH: usize = 16;
 
-/// Volatile functions of PostgreSQL's own that write nothing and change no state.
+/// Volatile functions of PostgreSQL's own that write nothing, and change nothing but what ends with
+/// their backend.
 const HARMLESS: &str = "'{random,random_normal,clock_timestamp,timeofday,gen_random_uuid,uuidv4,\
 uuidv7,pg_sleep,pg_sleep_for,pg_sleep_until,pg_stat_get_activity,pg_lock_status,\
 pg_prepared_statement,pg_cursor,pg_prepared_xact,pg_is_in_recovery,pg_current_wal_lsn,\
@@ -29,7 +30,10 @@ pg_current_wal_insert_lsn,pg_current_wal_flush_lsn,pg_current_xact_id_if_assigne
 pg_xact_status,pg_relation_size,pg_total_relation_size,pg_table_size,pg_indexes_size,\
 pg_database_size,pg_tablespace_size,pg_size_pretty,pg_blocking_pids,pg_backend_pid,\
 pg_show_all_settings,pg_show_all_file_settings,pg_stat_get_wal_receiver,\
-pg_stat_get_wal_senders}'::pg_catalog.name[]";
+pg_stat_get_wal_senders,set_config,pg_listening_channels,pg_advisory_lock,\
+pg_advisory_lock_shared,pg_try_advisory_lock,pg_try_advisory_lock_shared,pg_advisory_xact_lock,\
+pg_advisory_xact_lock_shared,pg_try_advisory_xact_lock,pg_try_advisory_xact_lock_shared,\
+pg_advisory_unlock,pg_advisory_unlock_shared,pg_advisory_unlock_all}'::pg_catalog.name[]";
 
 /// Whether a function `p` cannot write: PostgreSQL's own that are not volatile, or are listed;
 /// functions in C that are declared so. A function in another language may call anything.

@@ -228,6 +228,7 @@ impl Session {
             Err(e) if e.is_transient() => Err(retry(e)),
             Err(e) => {
                 // The backend is in an unknown state; the abort needs a fresh one.
+                self.give_up_locks(&e);
                 self.forced = Some(e.to_string());
                 self.shared
                     .metrics
@@ -334,6 +335,7 @@ impl Session {
                 self.known.insert(name.clone(), value.clone());
             }
         }
+        self.tell_listener(server.pid);
         self.server = Some(server);
         self.attempts = 0;
         self.retry_at = None;
@@ -388,6 +390,10 @@ impl Session {
         let fields = retryable(reason);
         let prepared = match self.restore_behind_abort(&mut server).await {
             Ok(prepared) => prepared,
+            Err(e) if self.give_up_locks(&e) => {
+                self.forced = Some(format!("{reason}; {e}"));
+                return Err(retry(e));
+            }
             Err(e) if e.is_transient() => {
                 self.forced = Some(reason.to_owned());
                 return Err(retry(e));

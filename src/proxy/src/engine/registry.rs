@@ -28,6 +28,8 @@ pub struct Shown {
     pub instance: Option<InstanceName>,
     /// Why a failover now would cost it an error.
     pub unprotected: Option<String>,
+    /// It listens to notifications.
+    pub listens: bool,
     /// Moves it has been through.
     pub migrations: u64,
 }

@@ -11,6 +11,7 @@ use std::task::Poll;
 use helios_session::TxnStatus;
 use helios_session::expect::Violation;
 use helios_session::journal::Record;
+use helios_session::locks::{Locks, take_again_sql};
 use helios_session::state::{Prepared, Snapshot};
 use helios_session::tracker::{ServerStep, Tracker};
 use helios_wire::message::{back, front, read};
@@ -36,6 +37,14 @@ pub(super) enum ReplayError {
     /// The session's state cannot be had again.
     #[error("session state could not be restored: {0}")]
     State(String),
+    /// A session advisory lock cannot be had again.
+    #[error("session advisory lock {lock} is lost: {why}")]
+    Lock {
+        /// Which one.
+        lock: String,
+        /// What the server said.
+        why: String,
+    },
     /// The replay gave something else than the client has seen.
     #[error("replay differs in statement {statement}: {what}")]
     Different {
@@ -154,6 +163,29 @@ pub(super) async fn next_frame(link: &mut Link) -> Result<(u8, bytes::BytesMut),
     }
 }
 
+/// How long a restored session waits for one of its advisory locks, in milliseconds: backends that
+/// are about to end may still hold it. Well below the barrier's limit.
+const LOCK_WAIT_MS: u32 = 2000;
+
+/// Takes session advisory locks again, as often as they were held.
+async fn take_locks(link: &mut Link, locks: &Locks) -> Result<(), ReplayError> {
+    if locks.is_empty() {
+        return Ok(());
+    }
+    let names = locks.keys().map(|l| Some(l.to_string()));
+    let names = std::iter::once(None).chain(names).chain([None]);
+    for (sql, lock) in take_again_sql(locks, LOCK_WAIT_MS).iter().zip(names) {
+        match (simple(link, sql).await, lock) {
+            (Ok(_), _) => {}
+            (Err(ReplayError::State(why)), Some(lock)) => {
+                return Err(ReplayError::Lock { lock, why });
+            }
+            (Err(e), _) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
 /// Restores what the session was outside its transaction: settings, role, statements, in this
 /// order (design rule 5.3), in one flight.
 ///
@@ -164,6 +196,7 @@ pub(super) async fn restore(
     state: &Snapshot,
     prepared: &[(Vec<u8>, Prepared)],
 ) -> Result<(), ReplayError> {
+    take_locks(link, &state.locks).await?;
     let mut cycles = 0;
     let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
     for sql in state.restore_sql() {

@@ -124,6 +124,8 @@ pub struct Session {
     /// The backend is gone while it was needed, since then.
     pub(super) lost_since: Option<Instant>,
     pub(super) attempts: u32,
+    /// Every notification through the proxy has reached it, since sessions stand still.
+    pub(super) heard: bool,
     /// It has been idle since it was asked to watch that.
     pub(super) idle: bool,
     /// When the session was last held, for the pause.
@@ -219,6 +221,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         epoch,
         lost_since: None,
         attempts: 0,
+        heard: false,
         idle: false,
         held_since: None,
         resend: None,
@@ -344,7 +347,7 @@ impl Session {
         let yes = match self.gate.phase {
             Phase::Open => true,
             Phase::Hold => stands && self.tracker.status() == TxnStatus::Idle,
-            Phase::Freeze | Phase::Cut => stands,
+            Phase::Freeze | Phase::Cut | Phase::Still => stands,
             Phase::Replay => self.rebuilt || !self.must_rebuild(),
             Phase::Send => !self.rebuilt,
         };
@@ -354,13 +357,6 @@ impl Session {
             }
             self.member.acknowledge(step);
         }
-    }
-
-    /// Whether there is something that must be had again before the session can go on.
-    pub(super) fn must_rebuild(&self) -> bool {
-        self.tracker.status() != TxnStatus::Idle
-            || !self.tracker.is_between()
-            || self.asking.is_some()
     }
 
     pub(super) fn next_timer(&self) -> Option<Instant> {

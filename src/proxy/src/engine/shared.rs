@@ -60,6 +60,9 @@ pub struct EngineOptions {
     pub capture_settings: bool,
     /// Prepared statements move; otherwise a session that has them is unprotected.
     pub capture_prepared: bool,
+    /// Payload of the notification that a client gets on each of its channels when others may have
+    /// been lost; without it there is a warning only.
+    pub lost_notification: Option<String>,
     /// A transaction is replayed when only its connection broke.
     pub replay_on_connection_loss: bool,
     /// Sessions move when the primary fails; otherwise their connections end.
@@ -93,6 +96,7 @@ impl Default for EngineOptions {
             barrier_limit: Duration::from_secs(5),
             capture_settings: true,
             capture_prepared: true,
+            lost_notification: None,
             replay_on_connection_loss: true,
             move_on_failure: true,
             move_on_maintenance: true,

@@ -13,6 +13,7 @@ use helios_api::protection::Unprotected;
 
 use super::{CommandError, ProxyHandle};
 use crate::engine::gate::Phase;
+use crate::engine::registry::lock;
 
 /// How long open transactions may go on by themselves once new ones are held, before they are
 /// frozen: long enough for short ones to end, short enough not to be noticed.
@@ -26,6 +27,9 @@ const UNCUT_GRACE: Duration = Duration::from_millis(250);
 
 /// How long a statement that cannot be cut may still take when the request's limit is over.
 const LAST_GRACE: Duration = Duration::from_millis(500);
+
+/// How long backends may take to pass on the last notifications.
+const LAST_WORD: Duration = Duration::from_millis(500);
 
 /// Pause between two looks.
 const LOOK: Duration = Duration::from_millis(10);
@@ -51,6 +55,7 @@ impl ProxyHandle {
             self.0.shared.gate.publish(Phase::Open, None, None);
             self.wait_for_uncut(deadline).await;
         };
+        self.hear_out().await;
         let mut report = DrainReport {
             micros: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX),
             ..DrainReport::default()
@@ -95,6 +100,16 @@ impl ProxyHandle {
             }
         }
         true
+    }
+
+    /// Where all stand, nobody notifies any more: backends pass on the last notifications.
+    async fn hear_out(&self) {
+        let shared = &self.0.shared;
+        let listens = shared.registry.all().iter().any(|e| lock(&e.shown).listens);
+        if listens && shared.gate.all_acknowledged(Duration::ZERO).await {
+            shared.gate.publish(Phase::Still, None, None);
+            shared.gate.all_acknowledged(LAST_WORD).await;
+        }
     }
 
     fn is_in_the_way(&self, deadline: Instant) -> bool {

@@ -230,18 +230,15 @@ impl Tracker {
         }
     }
 
-    /// Expects an exchange of the proxy's own (Parse, Bind, Execute, Close, Sync), between
-    /// exchanges of the client.
-    pub fn push_own_exchange(&mut self) {
-        for e in [
-            Expect::Parse,
-            Expect::Bind,
-            Expect::Execute,
-            Expect::Close,
-            Expect::Sync,
-        ] {
-            self.expect.push(e, Owner::Proxy);
+    /// Expects an exchange of the proxy's own, between exchanges of the client: so many times Parse,
+    /// Bind, Execute, Close, then Sync.
+    pub fn push_own_exchange(&mut self, statements: usize) {
+        for _ in 0..statements {
+            for e in [Expect::Parse, Expect::Bind, Expect::Execute, Expect::Close] {
+                self.expect.push(e, Owner::Proxy);
+            }
         }
+        self.expect.push(Expect::Sync, Owner::Proxy);
     }
 }
 

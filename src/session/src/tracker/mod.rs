@@ -13,6 +13,7 @@ use crate::evidence::{GtidSource, Mark};
 use crate::expect::{Expect, ExpectQueue, Violation};
 use crate::journal::Journal;
 use crate::keyword::{Hint, Unit};
+use crate::locks::Calls;
 use crate::reply::Reply;
 use crate::state::{Prepared, PreparedStatements};
 use crate::{ReplayMode, TxnStatus};
@@ -177,6 +178,8 @@ pub struct Tracker {
     chained: bool,
     /// Custom settings that statements of this session may have set.
     custom: BTreeSet<String>,
+    /// Calls of advisory lock functions since somebody took note.
+    calls: Calls,
     gtids: GtidSource,
     /// What goes in front of the client's next frame.
     lead: Option<Lead>,
@@ -208,6 +211,7 @@ impl Tracker {
             touched: false,
             chained: false,
             custom: BTreeSet::new(),
+            calls: Calls::None,
             gtids: GtidSource::default(),
             lead: None,
             marks_refused: false,
@@ -355,6 +359,11 @@ impl Tracker {
         std::mem::take(&mut self.touched)
     }
 
+    /// Calls of advisory lock functions since this was asked last.
+    pub fn take_calls(&mut self) -> Calls {
+        std::mem::take(&mut self.calls)
+    }
+
     /// The open transaction is gone (aborted by us): the status is what the new backend has.
     pub fn abandon(&mut self, status: TxnStatus) {
         self.journal.abandon();
@@ -363,6 +372,7 @@ impl Tracker {
         self.xids.clear();
         self.chained = false;
         self.touched = false;
+        self.calls = Calls::None;
         self.expect = ExpectQueue::default();
         self.named.clear();
         self.asked.clear();

@@ -8,6 +8,7 @@ use super::{MAX_CUSTOM, Named, ServerStep, Tracker};
 use crate::expect::{Expect, Explained, Owner, Violation};
 use crate::grammar::{self, Kind};
 use crate::keyword::{tag_lets_go, tag_touches_session};
+use crate::locks::Calls;
 use crate::{ReplayMode, TxnStatus};
 
 impl Tracker {
@@ -245,8 +246,9 @@ impl Tracker {
         })
     }
 
-    /// Remembers the custom settings that the exchange in front names.
-    pub(super) fn note_custom_settings(&mut self) {
+    /// Remembers the custom settings and the calls of advisory lock functions that the exchange in
+    /// front names.
+    pub(super) fn note_texts(&mut self) {
         let Some(front) = self.journal.in_flight().front().filter(|e| e.touches) else {
             return;
         };
@@ -259,6 +261,11 @@ impl Tracker {
         if texts.iter().any(|t| grammar::binds_setting(t)) {
             names.extend(self.bound_names(messages));
         }
+        let calls = match front.cut {
+            true => Calls::Many,
+            false => Calls::of(&texts, &front.reply),
+        };
+        self.calls = self.calls.and(calls);
         let room = MAX_CUSTOM.saturating_sub(self.custom.len());
         self.custom.extend(names.into_iter().take(room));
     }
@@ -276,7 +283,7 @@ impl Tracker {
     /// The exchange in front is answered: moves journal, ids and statements on.
     pub(super) fn finish(&mut self, status: TxnStatus) {
         self.note_end_inside(status);
-        self.note_custom_settings();
+        self.note_texts();
         let Some(exchange) = self.journal.complete(status) else {
             return;
         };

@@ -52,6 +52,15 @@ pub fn backend_key_data(out: &mut BytesMut, pid: i32, secret: &[u8]) {
     });
 }
 
+/// Appends NotificationResponse.
+pub fn notification(out: &mut BytesMut, pid: i32, channel: &str, payload: &str) {
+    framed(out, backend::NOTIFICATION_RESPONSE, |out| {
+        out.put_i32(pid);
+        put_text(out, channel);
+        put_text(out, payload);
+    });
+}
+
 /// Appends ReadyForQuery with the transaction status `I`, `T` or `E`.
 pub fn ready_for_query(out: &mut BytesMut, status: u8) {
     framed(out, backend::READY_FOR_QUERY, |out| out.put_u8(status));

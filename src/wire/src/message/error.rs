@@ -15,6 +15,8 @@ pub struct SqlState(pub [u8; 5]);
 impl SqlState {
     /// successful_completion.
     pub const SUCCESS: Self = Self(*b"00000");
+    /// warning.
+    pub const WARNING: Self = Self(*b"01000");
     /// protocol_violation.
     pub const PROTOCOL_VIOLATION: Self = Self(*b"08P01");
     /// connection_failure.
