@@ -231,13 +231,14 @@ mod tests {
 
     #[test]
     fn calls() {
-        let done = |tag: &[u8]| Reply {
-            commands: vec![crate::reply::CommandResult {
+        let done = |tag: &[u8]| {
+            let mut reply = Reply::default();
+            reply.commands.push(crate::reply::CommandResult {
                 outcome: Outcome::Complete(Tag::new(tag)),
                 rows: 1,
                 rows_hash: 0,
-            }],
-            ..Reply::default()
+            });
+            reply
         };
         let of = |text: &str, tag: &[u8]| Calls::of(&[text.to_owned()], &done(tag));
         let one = b"SELECT 1";
