@@ -270,7 +270,6 @@ fn immovable(name: &str) -> Unprotected {
         "cursor WITH HOLD" => Unprotected::CursorWithHold,
         _ => Unprotected::TemporaryObject,
     }
-    }
 }
 
 /// A quoted identifier.

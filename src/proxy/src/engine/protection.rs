@@ -353,7 +353,10 @@ mod tests {
                 scope.spawn(|| (0..20_000).for_each(|_| meter.read()));
             }
             for n in 0..20_000 {
-                meter.set((n % 3 == 0).then_some(Unprotected::CursorWithHold), n % 2 == 0);
+                meter.set(
+                    (n % 3 == 0).then_some(Unprotected::CursorWithHold),
+                    n % 2 == 0,
+                );
             }
         });
         let least = clock.elapsed().as_secs_f64() - began;
