@@ -255,7 +255,8 @@ async fn who_waits_for_a_lock_goes_on_waiting() -> std::result::Result<(), Shown
 }
 
 async fn waits() -> Result<()> {
-    let mut bench = bench().await?;
+    let mut bench = Bench::start(EngineOptions::default(), "").await?;
+    bench.known().await?;
     for how in [Move::Planned, Move::Crash] {
         let mut holder = Session::new(&bench, "holder").await?;
         let mut waiter = Session::new(&bench, "waiter").await?;
