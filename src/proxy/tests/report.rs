@@ -172,7 +172,7 @@ async fn time_counts_by_what_it_is_spent_with_while_it_passes() {
     }
     let sql = "SELECT reason, transaction_seconds >= 0.05, transactions \
                FROM helios_proxy.protection \
-               WHERE application_name = 'till' AND reason IS NOT NULL";
+               WHERE application_name = 'till' AND reason = 'cursor_with_hold'";
     assert_eq!(rows(&watcher, sql).await, ["cursor_with_hold t 0"]);
     let gauge = "helios_unprotected_sessions{reason=\"cursor_with_hold\"}";
     assert_eq!(scrape(&bench).await.get(gauge), Some(&1.0));
