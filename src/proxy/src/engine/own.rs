@@ -60,7 +60,7 @@ pub(super) fn prepared(out: &mut BytesMut, gid: &str) {
          WHERE gid OPERATOR(pg_catalog.=) {}",
         literal(gid)
     );
-    let built = extended(out, sql.as_bytes());
+    let built = extended(out, NAME, sql.as_bytes());
     debug_assert!(built.is_ok(), "a text without zero bytes can be sent");
     front::sync(out);
 }
