@@ -25,7 +25,7 @@ fuzz_target!(|data: &[u8]| {
     let _ = error::sqlstate(data);
     let _ = ErrorFields::parse(data);
     if let Ok((mechanism, Some(message))) = read::sasl_initial_response(data) {
-        let server = Server::new(Verifier::mock("nobody", &[7; 32]), None);
+        let server = Server::new(Verifier::mock("nobody", &[7; 32], 4096), None);
         if let Ok((server, _)) = server.first(mechanism, message) {
             // Nobody has the password of a verifier that was made up.
             assert!(server.finish(message).is_err());

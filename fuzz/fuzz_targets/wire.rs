@@ -97,7 +97,7 @@ fn every_reader(data: &[u8]) {
 }
 
 fn scram(data: &[u8]) {
-    let verifier = || Verifier::mock("user", &[1; 32]);
+    let verifier = || Verifier::mock("user", &[1; 32], 4096);
     let _ = std::str::from_utf8(data).map(|text| text.parse::<Verifier>().is_ok());
     let server = || Server::new(verifier(), Some(vec![2; 32]));
     let _ = server().first(b"SCRAM-SHA-256", data);
