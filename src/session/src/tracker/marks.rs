@@ -194,9 +194,11 @@ impl Tracker {
     }
 
     /// The server refused the mark: the exchange in front was not done. Where its statement was
-    /// not there any more, the next backend gets it again.
+    /// not there any more, or the server is going away, the next backend gets it again.
     fn mark_refused(&mut self, frame: &[u8]) {
-        self.marks_refused |= &sqlstate(frame) != UNDEFINED_STATEMENT;
+        let state = sqlstate(frame);
+        let away = state.starts_with(b"57P") || state.starts_with(b"08");
+        self.marks_refused |= &state != UNDEFINED_STATEMENT && !away;
         if let Some(front) = self.journal.in_flight_mut().front_mut() {
             front.undone = true;
         }
@@ -254,6 +256,19 @@ mod tests {
             answer(&mut t, b"CZ312C12nC3Z");
             assert!(!send(&mut t, "insert into t values (5)").unwrap().prepare);
             answer(&mut t, b"2C12nC3Z");
+        }
+    }
+
+    #[test]
+    fn a_server_that_goes_away_does_not_end_marks() {
+        for (state, ends) in [("57P01", false), ("57P02", false), ("42501", true)] {
+            let mut t = Tracker::new(ReplayMode::Transaction);
+            send(&mut t, "insert into t values (1)");
+            let frame = [b"E\0\0\0\x0cC", state.as_bytes(), b"\0\0"].concat();
+            let step = t.server_frame(b'E', &frame).unwrap();
+            assert_eq!(step, ServerStep::MarkRefused);
+            let lead = send(&mut t.successor(&[]), "insert into t values (2)");
+            assert_eq!(lead.is_none(), ends, "{state}");
         }
     }
 
