@@ -50,11 +50,20 @@ impl Positions {
         self.0.back().filter(|p| p.epoch == epoch).copied()
     }
 
-    /// The last one of an epoch that was told before `until`.
+    /// The last one of an epoch that was told before `until`, and that a recovery cannot end
+    /// before.
     fn before(&self, epoch: Epoch, until: u64) -> Option<Position> {
-        let mut known = self.0.iter().rev();
-        known.find(|p| p.epoch == epoch && p.told <= until).copied()
+        let fits = |p: &&Position| p.epoch == epoch && p.told <= until && is_between_records(p.at);
+        self.0.iter().rev().find(fits).copied()
     }
+}
+
+/// Whether a flushed position is the end of a record. One at the end of a page can be in the middle
+/// of a record (`XLogBackgroundFlush` in `src/backend/access/transam/xlog.c` writes whole pages),
+/// and a recovery ends in front of that record when the rest of it is lost. Pages have 1 KiB or
+/// a multiple of it.
+fn is_between_records(at: Lsn) -> bool {
+    !at.0.is_multiple_of(1024)
 }
 
 /// What is known of the life that a transaction ran in.
@@ -84,7 +93,7 @@ impl Life {
     pub(super) fn from(&self, known: &Positions) -> Option<From> {
         let last = known.before(self.epoch, self.answered);
         let own = last.filter(|p| p.asked >= self.since).map(|p| p.at);
-        match own.max(self.floor) {
+        match own.max(self.floor.filter(|at| is_between_records(*at))) {
             Some(at) => Some(From { at, exact: true }),
             None => last.map(|p| From {
                 at: p.at,
@@ -151,6 +160,11 @@ mod tests {
         assert_eq!(from(1, 5, None, 9), None);
         assert_eq!(from(2, 5, None, 45), Some((4000, true)));
         assert_eq!(from(3, 5, None, 45), None);
+        // the end of a page may be the middle of a record
+        assert_eq!(from(1, 21, Some(2048), 30), Some((2000, false)));
+        let mut known = known();
+        known.note(Epoch(1), (31, 32), Lsn(8192));
+        assert_eq!(known.before(Epoch(1), 35).map(|p| p.at), Some(Lsn(3000)));
     }
 
     #[test]
@@ -180,10 +194,11 @@ mod tests {
     fn old_positions_are_forgotten() {
         let mut known = Positions::default();
         for n in 0..1_000 {
-            known.note(Epoch(1), (n, n), Lsn(n));
+            known.note(Epoch(1), (n, n), Lsn(n * 1024 + 8));
         }
         assert_eq!(known.0.len(), KEPT);
-        assert_eq!(known.before(Epoch(1), 1_000).map(|p| p.at), Some(Lsn(999)));
+        let last = known.before(Epoch(1), 1_000).map(|p| p.at);
+        assert_eq!(last, Some(Lsn(999 * 1024 + 8)));
         assert_eq!(known.before(Epoch(1), 10), None);
     }
 }
