@@ -227,16 +227,11 @@ async fn cut(bench: &mut Bench, ending: &Ending, fault: Fault, cut: Cut) -> Resu
         client.until(b'Z').await?;
     }
     let logins = bench.logins();
-    // A cut of one way takes answers of the other with it: the one about a prepared transaction,
-    // and results, when the Sync has just passed.
-    let results_cut = match cut.way {
-        Way::FromServer => Some(cut.after),
-        Way::ToServer => Some(if ending.needed > 0 { 0 } else { u64::MAX }),
-    };
+    let (way, after) = (cut.way, cut.after);
     let order = Order::new(cut, 1);
     if let Some(between) = &bench.between {
         between.set(|rules| {
-            rules.cut = Some(order);
+            rules.cut = Some(std::sync::Arc::clone(&order));
             if fault == Fault::Crash {
                 rules.refuse = vec![Class::Session, Class::Service];
             }
@@ -253,6 +248,14 @@ async fn cut(bench: &mut Bench, ending: &Ending, fault: Fault, cut: Cut) -> Resu
     if let Some(between) = &bench.between {
         between.set(|rules| rules.cut = None);
     }
+    // A cut of one way takes answers of the other with it: the one about a prepared transaction,
+    // and results, but only when what commits has just passed.
+    let committing = matches!(order.hits().last(), Some(Some(b'S' | b'Q')));
+    let results_cut = match way {
+        Way::FromServer => Some(after),
+        Way::ToServer if ending.needed > 0 => Some(0),
+        Way::ToServer => committing.then_some(u64::MAX),
+    };
     judge(bench, ending, &answer, results_cut).await?;
     goes_on(&mut client, ending).await?;
     Ok(fault == Fault::Crash || bench.logins() != logins)
