@@ -100,11 +100,13 @@ impl Stopped {
             }
             () = tokio::time::sleep(MOVE_LIMIT) => return Err("nothing moves".into()),
         };
-        let stopped = stopped.then_some(Self { order, resume });
-        if stopped.is_none() {
-            forget(bench);
+        if stopped {
+            return Ok(Some(Self { order, resume }));
         }
-        Ok(stopped)
+        // A message that comes later waits for nobody.
+        order.release();
+        forget(bench);
+        Ok(None)
     }
 
     /// Lets the replay go on, if somebody is left to go on, and waits for the end of the move.
