@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use helios_e2e::driver::Target;
 use helios_e2e::raw::{
-    Message, RawClient, bind, close, describe, execute, extended, parse, query, sync,
+    Message, RawClient, bind, close, describe, execute, extended, frame, parse, query, sync,
 };
 use helios_e2e::{Result, Shown};
 use helios_proxy::engine::shared::EngineOptions;
@@ -168,6 +168,27 @@ fn by_themselves() -> Vec<Ending> {
             id: "vacuum",
             messages: query("vacuum t"),
             rows: "0",
+            ..Ending::default()
+        },
+    ]
+}
+
+/// COPY FROM STDIN, all of it sent at once: a Sync in front of the data is ignored by the server.
+fn copies() -> Vec<Ending> {
+    let data = [frame(b'd', b"x\n"), frame(b'c', b"")].concat();
+    let began = [parse("", "copy t from stdin"), bind("", "", &[])].concat();
+    let began = [began, execute("", 0), sync()].concat();
+    vec![
+        Ending {
+            id: "copy",
+            messages: [query("copy t from stdin"), data.clone()].concat(),
+            wanted: "GCZ",
+            ..Ending::default()
+        },
+        Ending {
+            id: "copy, extended",
+            messages: [began, data, sync()].concat(),
+            wanted: "12GCZ",
             ..Ending::default()
         },
     ]
@@ -371,6 +392,11 @@ async fn what_commits_by_itself_is_cut_at_each_message() -> std::result::Result<
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn copies_are_cut_at_each_message() -> std::result::Result<(), Shown> {
+    Ok(Box::pin(at_each_message(copies())).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn ends_of_prepared_transactions_are_cut_at_each_message() -> std::result::Result<(), Shown> {
     Ok(Box::pin(at_each_message(of_prepared())).await?)
 }
@@ -384,6 +410,7 @@ async fn ends_of_blocks_are_cut_at_each_message() -> std::result::Result<(), Sho
 async fn all_of_them_meet_a_crash() -> std::result::Result<(), Shown> {
     let all = by_themselves()
         .into_iter()
+        .chain(copies())
         .chain(of_prepared())
         .chain(of_blocks());
     Ok(Box::pin(with_crashes(all.collect())).await?)
@@ -402,6 +429,9 @@ async fn recycled() -> Result<()> {
     let oldest = "select min(name) from pg_ls_waldir() where name like '0%'";
     for behind_commit in [false, true] {
         let bench = start().await?;
+        let keep = "alter system set wal_keep_size = 0";
+        bench.direct.batch_execute(keep).await?;
+        bench.column("select pg_reload_conf()").await?;
         let mut client = log_in(&bench).await?;
         // Close, Parse, Bind, Execute of the mark; five for the statement; not ReadyForQuery.
         let cut = Cut {

@@ -51,7 +51,9 @@ impl Bench {
         let _ = helios_telemetry::init(helios_telemetry::LogFormat::Text, &filter, None);
         let settings = PgOptions::default()
             .config("log_connections = on")
-            .config("max_prepared_transactions = 10");
+            .config("max_prepared_transactions = 10")
+            // As an agent sets it: a restart must not take the log with the marks away.
+            .config("wal_keep_size = 64MB");
         let server = PgServer::start(settings).await?;
         let direct = server.connect().await.map_err(Error::other)?;
         let role = format!("create role {SERVICE} superuser login");

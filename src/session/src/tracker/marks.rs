@@ -106,9 +106,12 @@ impl Tracker {
         }
     }
 
+    /// A Sync that the server reads in copy mode commits nothing, and what it answers comes only
+    /// behind the end of the data: that one may be the first of two, sent before the copy began.
     fn flush_before_commit(&self) -> Before {
         let open = self.journal.in_flight().back();
-        if open.is_some_and(|e| !e.closed && e.mark.is_some()) {
+        let marked = open.is_some_and(|e| (!e.closed || e.copy_tail) && e.mark.is_some());
+        if marked && !self.expect.ignores_sync() {
             Before::Flush
         } else {
             Before::Go
