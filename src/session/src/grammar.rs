@@ -6,6 +6,8 @@
 use squawk_syntax::ast::{self, AstNode};
 use squawk_syntax::{SourceFile, SyntaxKind};
 
+use crate::state::Change;
+
 /// What a statement may do to the transaction that it runs in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -163,6 +165,40 @@ pub fn prepare_of(sql: &str, name: &str) -> Option<String> {
         given.is_some_and(|given| bare(given.trim()) == name)
     });
     of_name.next().map(|p| p.syntax().text().to_string())
+}
+
+/// What a text prepares and gives up by name, in order.
+#[must_use]
+pub fn changes(sql: &str) -> Vec<Change> {
+    let parse = SourceFile::parse(sql);
+    let changed = |node: squawk_syntax::SyntaxNode| match node.kind() {
+        SyntaxKind::DEALLOCATE => {
+            let tokens = node
+                .descendants_with_tokens()
+                .filter_map(|e| e.into_token());
+            let words = tokens.filter(|t| {
+                let kind = t.kind();
+                !matches!(kind, SyntaxKind::WHITESPACE | SyntaxKind::COMMENT) && t.text() != ";"
+            });
+            let last = words.last()?;
+            Some(match last.text().eq_ignore_ascii_case("all") {
+                true => Change::AllDeallocated,
+                false => Change::Deallocated(bare(last.text())),
+            })
+        }
+        _ => {
+            let prepare = ast::Prepare::cast(node)?;
+            let name = prepare.name()?.syntax().text().to_string();
+            let text = prepare.syntax().text().to_string();
+            Some(Change::Prepared(bare(name.trim()), text))
+        }
+    };
+    parse
+        .tree()
+        .syntax()
+        .children()
+        .filter_map(changed)
+        .collect()
 }
 
 /// The identifier of the last PREPARE TRANSACTION in a text, when it is a plain literal.
@@ -361,6 +397,17 @@ mod tests {
         assert_eq!(found("a").as_deref(), Some("prepare a (int) as select $1"));
         assert_eq!(found("B").as_deref(), Some("PREPARE \"B\" AS table t"));
         assert_eq!(found("b"), None);
+    }
+
+    #[test]
+    fn what_is_prepared_and_given_up() {
+        let sql = "deallocate a; DEALLOCATE PREPARE \"B\"; prepare c as select 1; select 2; \
+                   deallocate prepare all; prepare transaction 'x'";
+        let gone = |name: &str| Change::Deallocated(name.into());
+        let found = changes(sql);
+        assert_eq!(found[..2], [gone("a"), gone("B")]);
+        assert!(matches!(&found[2], Change::Prepared(name, _) if name == "c"));
+        assert_eq!(found[3..], [Change::AllDeallocated]);
     }
 
     #[test]

@@ -149,6 +149,17 @@ pub struct Snapshot {
     pub immovable: Vec<(Unprotected, String)>,
 }
 
+/// A change of the statements that are prepared by name, as SQL makes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// PREPARE: name, and the statement whole.
+    Prepared(String, String),
+    /// DEALLOCATE of a name, of either kind of statement.
+    Deallocated(String),
+    /// DEALLOCATE ALL.
+    AllDeallocated,
+}
+
 /// The question whose rows [`Snapshot::add_row`] takes: kind, name, value, all text.
 ///
 /// Names are qualified, because the session's own `search_path` is in force.
@@ -254,6 +265,16 @@ impl Snapshot {
         let listen = |channel: &String| format!("LISTEN {}", identifier(channel));
         sql.extend(self.channels.iter().map(listen));
         sql
+    }
+
+    /// Gives up what a change gives up of the statements that PREPARE made.
+    pub fn give_up(&mut self, change: &Change) {
+        match change {
+            Change::Prepared(name, _) | Change::Deallocated(name) => {
+                self.prepared.retain(|(n, _)| n != name);
+            }
+            Change::AllDeallocated => self.prepared.clear(),
+        }
     }
 
     /// Whether others can tell that the session has no backend: somebody else could take its locks,

@@ -16,6 +16,9 @@ use super::registry::lock;
 use super::replay;
 use super::session::{End, Session};
 
+/// Why something is lost that came behind a change of the session that nobody had asked for yet.
+pub(super) const STATE_UNKNOWN: &str = "the session's new state was not known yet";
+
 impl Session {
     /// A COMMIT is known to have committed: the client gets what is still missing of its answer.
     pub(super) fn deliver_commit(&mut self) -> Result<(), Attempt> {
@@ -97,7 +100,7 @@ impl Session {
         self.ended_by_us();
         if self.tracker.take_touched() {
             // What it changed in the session went with its backend.
-            let fields = retryable("the session's new state was not known yet");
+            let fields = retryable(STATE_UNKNOWN);
             self.failed(&fields, "state unknown");
             self.refuse = Some(fields);
         }
@@ -172,7 +175,7 @@ impl Session {
         back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
         self.tracker.abandon(TxnStatus::Idle);
         self.ended_by_us();
-        let fields = retryable("the session's new state was not known yet");
+        let fields = retryable(STATE_UNKNOWN);
         self.failed(&fields, "state unknown");
         self.refuse = Some(fields);
     }

@@ -148,6 +148,11 @@ impl Session {
         if boundary && self.entry().cancel_under_way.load(Ordering::Relaxed) {
             return true;
         }
+        // What would run in a state that nobody knows could not run again in the same.
+        let due = self.state_due && !self.tracker.projects_open();
+        if boundary && (due || self.tracker.changes_state()) {
+            return true;
+        }
         match self.gate.phase {
             Phase::Open => false,
             Phase::Hold => boundary && !self.tracker.projects_open(),

@@ -10,12 +10,12 @@ use helios_api::control::{MoveReason, Topology};
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, replay_or_abort};
 use helios_session::evidence::{Ended, Fate};
-use helios_session::state::{Prepared, Snapshot};
+use helios_session::state::{Change, Prepared, Snapshot};
 use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
 use helios_wire::message::back;
 use helios_wire::{ErrorFields, SqlState};
 
-use super::answers::retryable;
+use super::answers::{STATE_UNKNOWN, retryable};
 use super::evidence;
 use super::gate::Phase;
 use super::reads;
@@ -57,8 +57,8 @@ impl Session {
             let plan = match self.plan() {
                 _ if !self.may_move(topology) => Plan::Disconnect,
                 // Only where nothing can have committed: a COMMIT in flight is resolved first.
-                Plan::Replay if self.forced.is_some() => Plan::Abort {
-                    reason: self.forced.take().unwrap_or_default(),
+                Plan::Replay if self.forced.is_some() || self.state_due => Plan::Abort {
+                    reason: self.forced.take().unwrap_or_else(|| STATE_UNKNOWN.into()),
                 },
                 plan => plan,
             };
@@ -197,6 +197,9 @@ impl Session {
 
     /// Nothing has committed: runs everything again, or gives up where that cannot be.
     pub(super) async fn again(&mut self, server: Server) -> Result<(), Attempt> {
+        if self.state_due {
+            self.forced.get_or_insert_with(|| STATE_UNKNOWN.into());
+        }
         if let Some(reason) = self.forced.take() {
             return self.abort(server, &reason).await;
         }
@@ -337,8 +340,8 @@ impl Session {
         }
         self.tell_listener(server.pid);
         self.server = Some(server);
-        self.attempts = 0;
-        self.retry_at = None;
+        (self.attempts, self.retry_at) = (0, None);
+        self.state_due = false;
         // One that is still under way is for a backend of the past.
         self.entry().cancel_under_way.store(false, Ordering::SeqCst);
         self.show_instance();
@@ -361,35 +364,54 @@ impl Session {
         self.client.passing = 0;
     }
 
-    /// Restores what an abort leaves: the state as of BEGIN, and the protocol's prepared statements
-    /// as they are now, for PostgreSQL does not take those back. One that was made inside the
-    /// transaction may need what is lost with it; that one is lost too. Returns those that are there.
+    /// Restores what an abort leaves: the state as of BEGIN, and prepared statements as they are
+    /// now, for PostgreSQL does not take those back. One that was made inside the transaction may
+    /// need what is lost with it; that one is lost too. Returns the state, and those statements of
+    /// the protocol, that are there.
     async fn restore_behind_abort(
         &self,
         server: &mut Server,
-    ) -> Result<Vec<(Vec<u8>, Prepared)>, ReplayError> {
+    ) -> Result<(Snapshot, Vec<(Vec<u8>, Prepared)>), ReplayError> {
         let now = self.tracker.prepared().now();
         let now = now.map(|(name, p)| (name.to_vec(), p.clone()));
         let (mut inside, mut there): (Vec<_>, Vec<_>) = now.partition(|(_, p)| p.made_inside);
-        replay::restore(&mut server.link, &self.state, &there).await?;
-        // The unnamed one last, as there.
-        inside.sort_by_key(|(name, _)| name.is_empty());
-        for one in inside {
-            let nothing = Snapshot::default();
-            match replay::restore(&mut server.link, &nothing, std::slice::from_ref(&one)).await {
-                Ok(()) => there.push(one),
-                Err(e) if e.is_transient() => return Err(e),
-                Err(e) => tracing::debug!(error = %e, "a prepared statement is lost"),
+        let mut state = self.state.clone();
+        let mut made: Vec<(String, String)> = Vec::new();
+        for change in self.tracker.changes() {
+            state.give_up(&change);
+            match change {
+                Change::Prepared(name, text) => made.push((name, text)),
+                Change::Deallocated(name) => made.retain(|(n, _)| *n != name),
+                Change::AllDeallocated => made.clear(),
             }
         }
-        Ok(there)
+        replay::restore(&mut server.link, &state, &there).await?;
+        for one in made {
+            let alone = Snapshot {
+                prepared: vec![one.clone()],
+                ..Snapshot::default()
+            };
+            if is_there(replay::restore(&mut server.link, &alone, &[]).await)? {
+                state.prepared.push(one);
+            }
+        }
+        // The unnamed one last, as there.
+        inside.sort_by_key(|(name, _)| name.is_empty());
+        let nothing = Snapshot::default();
+        for one in inside {
+            let alone = std::slice::from_ref(&one);
+            if is_there(replay::restore(&mut server.link, &nothing, alone).await)? {
+                there.push(one);
+            }
+        }
+        Ok((state, there))
     }
 
     /// The transaction (or state) is lost; the client is told as soon as it can be.
     pub(super) async fn abort(&mut self, mut server: Server, reason: &str) -> Result<(), Attempt> {
         let fields = retryable(reason);
-        let prepared = match self.restore_behind_abort(&mut server).await {
-            Ok(prepared) => prepared,
+        let (state, prepared) = match self.restore_behind_abort(&mut server).await {
+            Ok(restored) => restored,
             Err(e) if self.give_up_locks(&e) => {
                 self.forced = Some(format!("{reason}; {e}"));
                 return Err(retry(e));
@@ -417,10 +439,23 @@ impl Session {
             self.skip = None;
             self.instead = Some(fields);
         }
+        self.state = state;
         self.state.immovable.clear();
         self.install(server, next);
         self.show_protection();
         Ok(())
+    }
+}
+
+/// Whether a statement could be prepared again.
+fn is_there(restored: Result<(), ReplayError>) -> Result<bool, ReplayError> {
+    match restored {
+        Err(e) if e.is_transient() => Err(e),
+        Err(e) => {
+            tracing::debug!(error = %e, "a prepared statement is lost");
+            Ok(false)
+        }
+        Ok(()) => Ok(true),
     }
 }
 

@@ -93,7 +93,7 @@ impl Tracker {
         let runs = tag == frontend::FUNCTION_CALL;
         exchange.runs |= runs || hint.is_some_and(|h| h != Hint::Empty);
         exchange.doubtful |= runs || several || matches!(hint, Some(Hint::Write | Hint::Copy));
-        exchange.touches |= touches;
+        exchange.touches |= touches || hint == Some(Hint::Session);
         exchange.mixed |= unit == Some(Unit::Other) || tag == frontend::FUNCTION_CALL;
         match tag {
             frontend::QUERY | frontend::FUNCTION_CALL => {

@@ -15,12 +15,13 @@ use crate::journal::Journal;
 use crate::keyword::{Hint, Unit};
 use crate::locks::Calls;
 use crate::reply::Reply;
-use crate::state::{Prepared, PreparedStatements};
+use crate::state::{Change, Prepared, PreparedStatements};
 use crate::{ReplayMode, TxnStatus};
 
 mod client;
 mod endings;
 mod marks;
+mod named;
 mod server;
 mod texts;
 
@@ -189,6 +190,8 @@ pub struct Tracker {
     marking: Marking,
     /// Identifier of a prepared transaction that is to be asked about.
     gid: Option<String>,
+    /// What the open transaction has prepared and given up by SQL.
+    changes: Vec<Change>,
 }
 
 impl Tracker {
@@ -218,6 +221,7 @@ impl Tracker {
             holds: false,
             marking: Marking::default(),
             gid: None,
+            changes: Vec::new(),
         }
     }
 
@@ -372,6 +376,7 @@ impl Tracker {
         self.xids.clear();
         self.chained = false;
         self.touched = false;
+        self.changes.clear();
         self.calls = Calls::None;
         self.expect = ExpectQueue::default();
         self.named.clear();

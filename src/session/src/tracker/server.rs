@@ -284,6 +284,7 @@ impl Tracker {
     pub(super) fn finish(&mut self, status: TxnStatus) {
         self.note_end_inside(status);
         self.note_texts();
+        self.note_changes(status);
         let Some(exchange) = self.journal.complete(status) else {
             return;
         };

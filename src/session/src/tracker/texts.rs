@@ -20,8 +20,17 @@ impl Tracker {
     /// The statements that a sequence of client messages runs.
     #[must_use]
     pub fn kinds_of(&self, messages: &[u8]) -> Vec<Kind> {
+        self.kinds_behind(&mut Vec::new(), messages)
+    }
+
+    /// The same behind other messages whose Parses, not answered yet, are in `parsed`.
+    fn kinds_behind<'a>(
+        &self,
+        parsed: &mut Vec<(&'a [u8], Kind)>,
+        messages: &'a [u8],
+    ) -> Vec<Kind> {
         let mut kinds = Vec::new();
-        let mut parsed: Vec<(&[u8], Kind)> = Vec::new();
+        let before = parsed.len();
         let mut rest = messages;
         while let Ok(Some(header)) = helios_wire::peek_header(rest) {
             let frame = rest.get(..header.len).unwrap_or(rest);
@@ -33,12 +42,15 @@ impl Tracker {
                 frontend::BIND => {
                     let portal = until_zero(body);
                     let name = until_zero(body.get(portal.len() + 1..).unwrap_or_default());
-                    let here = parsed
-                        .iter()
-                        .rev()
-                        .find(|(n, _)| *n == name)
-                        .map(|(_, k)| *k);
+                    let here = parsed.iter().rposition(|(n, _)| *n == name);
                     let known = || self.prepared.get(name).map(|p| parse_kind(&p.parse).1);
+                    let here = here.and_then(|at| {
+                        let kind = parsed.get(at)?.1;
+                        // It may have been refused, because there is one of this name.
+                        let refused = at < before && !name.is_empty();
+                        let other = refused.then(known).flatten().filter(|k| *k != kind);
+                        Some(other.map_or(kind, |_| Kind::Opaque))
+                    });
                     let gone = || self.prepared.at_begin().find(|(n, _)| *n == name);
                     let kind = here
                         .or_else(known)
@@ -46,7 +58,7 @@ impl Tracker {
                     kinds.push(kind.unwrap_or(Kind::Opaque));
                 }
                 // Continues a portal that is open already.
-                frontend::EXECUTE if !kinds.is_empty() || !parsed.is_empty() => {}
+                frontend::EXECUTE if !kinds.is_empty() || parsed.len() > before => {}
                 frontend::EXECUTE => kinds.push(Kind::Read),
                 _ => {}
             }
@@ -112,9 +124,14 @@ impl Tracker {
     #[must_use]
     pub fn in_flight(&self) -> Vec<InFlight> {
         let exchanges = self.journal.in_flight().iter().enumerate();
+        let mut parsed = Vec::new();
+        let mut kinds = |e: &Exchange| {
+            let messages = self.journal.exchange_bytes(e);
+            (!e.cut).then(|| self.kinds_behind(&mut parsed, messages))
+        };
         exchanges
             .map(|(at, e)| InFlight {
-                kinds: self.kinds(e),
+                kinds: kinds(e),
                 commit_answered: e.reply.completed(b"COMMIT")
                     || e.reply.completed(b"PREPARE TRANSACTION"),
                 failed: e.reply.failed(),
