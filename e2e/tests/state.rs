@@ -301,7 +301,7 @@ async fn a_lock_that_somebody_else_has_is_an_honest_error() -> std::result::Resu
 
 async fn taken() -> Result<()> {
     let mut bench = bench().await?;
-    for inside in [false, true] {
+    for (inside, crash) in [(false, false), (true, false), (false, true), (true, true)] {
         let mut holder = Session::new(&bench, "holder").await?;
         holder.all("select pg_advisory_lock(7)").await?;
         holder
@@ -310,19 +310,17 @@ async fn taken() -> Result<()> {
         if inside {
             holder.all("begin; insert into t values (2)").await?;
         }
-        bench.drain().await?;
-        let kill = "select pg_terminate_backend(pid, 10000) from pg_stat_activity \
-                    where application_name = 'holder'";
-        bench.column(kill).await?;
-        bench.column("select pg_advisory_lock(7)").await?;
-        bench.resume().await?;
+        take_meanwhile(&mut bench, crash).await?;
         holder.raw.send(&query("select 1")).await?;
         let error = holder.raw.until(b'E').await?.pop();
         let said = error.map(|e| (e.sqlstate(), e.field(b'D').unwrap_or_default()));
         match said {
             Some((Some(code), detail))
                 if code == "40001" && detail.contains("advisory lock 7 is lost") => {}
-            other => return Err(format!("inside {inside}: told {other:?}").into()),
+            other => {
+                let when = format!("inside {inside}, crash {crash}");
+                return Err(format!("{when}: told {other:?}").into());
+            }
         }
         holder.raw.until(b'Z').await?;
         if inside {
@@ -339,6 +337,27 @@ async fn taken() -> Result<()> {
     }
     let rows = bench.column("select count(*) from t").await?;
     same("the database", "rows", &rows, &["0"])
+}
+
+/// A move in which the lock is taken past the proxy before its holder comes back.
+async fn take_meanwhile(bench: &mut Bench, crash: bool) -> Result<()> {
+    let refuse = |bench: &Bench, classes: &[Class]| {
+        if let Some(between) = &bench.between {
+            between.set(|rules| rules.refuse = classes.to_vec());
+        }
+    };
+    if crash {
+        refuse(bench, &[Class::Session]);
+        bench.crash().await?;
+    } else {
+        bench.drain().await?;
+        let kill = "select pg_terminate_backend(pid, 10000) from pg_stat_activity \
+                    where application_name = 'holder'";
+        bench.column(kill).await?;
+    }
+    bench.column("select pg_advisory_lock(7)").await?;
+    refuse(bench, &[]);
+    Ok(bench.resume().await?)
 }
 
 /// Channels are listened to again before anybody can notify; a client learns when something may

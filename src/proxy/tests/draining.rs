@@ -120,6 +120,15 @@ async fn a_statement_that_never_ends_is_left_to_the_evidence() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_pipelined_behind_a_lock_wait_is_cut_off_and_taken_up_again() {
+    commit_behind_a_lock_wait(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_pipelined_behind_a_lock_wait_commits_once_after_a_crash() {
+    commit_behind_a_lock_wait(true).await;
+}
+
+async fn commit_behind_a_lock_wait(crash: bool) {
     let mut bench = bench().await;
     let (holder, waiter) = (bench.client().await.unwrap(), bench.client().await.unwrap());
     let change = "BEGIN; UPDATE t SET v = v + 1 WHERE id = 1";
@@ -135,8 +144,12 @@ async fn a_commit_pipelined_behind_a_lock_wait_is_cut_off_and_taken_up_again() {
     });
     let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted";
     until(&bench, waits).await;
-    // Should the pipeline not be cut off, the drain would last for its whole limit.
-    drain(&bench, 4 * PATIENCE).await;
+    if crash {
+        bench.crash().await.unwrap();
+    } else {
+        // Should the pipeline not be cut off, the drain would last for its whole limit.
+        drain(&bench, 4 * PATIENCE).await;
+    }
     bench.resume().await.unwrap();
     tokio::select! {
         () = until(&bench, waits) => {}

@@ -374,22 +374,52 @@ async fn a_difference_aborts_and_the_session_lives_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_move_is_known_beforehand_and_never_lost_silently() {
     let mut bench = bench().await;
-    for (sql, what) in [
-        ("CREATE TEMP TABLE tt (a int)", "temporary object"),
-        (
-            "BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT",
-            "cursor WITH HOLD",
-        ),
+    bench
+        .direct
+        .batch_execute("CREATE TABLE t (v text)")
+        .await
+        .unwrap();
+    let temporary = ("CREATE TEMP TABLE tt (a int)", "temporary object");
+    let held = (
+        "BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT",
+        "cursor WITH HOLD",
+    );
+    for ((sql, what), crash, inside) in [
+        (temporary, false, false),
+        (held, false, false),
+        (temporary, true, false),
+        (held, true, false),
+        (temporary, true, true),
+        (held, true, true),
     ] {
         let client = bench.client().await.unwrap();
         client.batch_execute(sql).await.unwrap();
         let reason = bench.proxy.sessions().pop().unwrap().unprotected.unwrap();
         assert!(reason.contains(what), "{reason}");
-        bench.switchover().await.unwrap();
+        if inside {
+            let begin = "BEGIN; INSERT INTO t VALUES ('lost')";
+            client.batch_execute(begin).await.unwrap();
+        }
+        if crash {
+            bench.crash().await.unwrap();
+        } else {
+            bench.switchover().await.unwrap();
+        }
         let error = client.batch_execute("SELECT 1").await.unwrap_err();
         assert_eq!(error.code().unwrap().code(), "40001", "{what}");
+        let detail = error.as_db_error().unwrap().detail().unwrap();
+        assert!(detail.contains(what), "{detail}");
+        if inside {
+            client.batch_execute("ROLLBACK").await.unwrap();
+        }
+        let (schema, fetch) = ("SELECT * FROM tt", "FETCH c");
+        let gone = client.batch_execute(if what == held.1 { fetch } else { schema });
+        let code = gone.await.unwrap_err().code().unwrap().code().to_owned();
+        assert!(["42P01", "34000"].contains(&code.as_str()), "{code}");
         client.batch_execute("SELECT 1").await.unwrap();
     }
+    let rows = bench.column("SELECT count(*) FROM t").await.unwrap();
+    assert_eq!(rows, ["0"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
