@@ -23,6 +23,9 @@ enum Wanted {
     Exactly(&'static str),
     /// The same, or 08007 and its row at most once.
     OrUnknown(&'static str),
+    /// The same, or 08007 that says that the first of its transactions was committed, and that
+    /// one's row.
+    OrFirst(&'static str),
     /// This error, and no row.
     Error(&'static str),
 }
@@ -51,8 +54,15 @@ fn insert(id: &str) -> String {
     format!("insert into auto select '{id}' from {SLEEP}")
 }
 
+fn block_of(id: &str, between: &str) -> String {
+    format!(
+        "do $$begin insert into auto values ('{id}'); {between} {}; end$$",
+        insert(id)
+    )
+}
+
 fn forms() -> Vec<Form> {
-    use Wanted::{Error, Exactly, OrUnknown};
+    use Wanted::{Error, Exactly, OrFirst, OrUnknown};
     let pipeline = [
         extended(&insert("pipeline"), &[]),
         sync(),
@@ -72,6 +82,10 @@ fn forms() -> Vec<Form> {
     let returning = format!("{} returning id", insert("returning"));
     let with = format!("with w as ({} returning id) table w", insert("with"));
     let several = format!("insert into auto values ('several'); {}", insert("several"));
+    let parts = format!(
+        "insert into auto values ('parts'); commit; {}",
+        insert("parts")
+    );
     let block = format!("begin; {}; commit", insert("block"));
     let into = format!("create table auto_made as select 1 as a from {SLEEP}");
     let duplicate = format!("insert into auto_unique select 1 from {SLEEP}");
@@ -104,8 +118,9 @@ fn forms() -> Vec<Form> {
         simple("view", "table auto_view".to_owned(), 0, Exactly("TDCZ")),
         simple("ddl", into, 0, Exactly("CZ")),
         simple("duplicate", duplicate, 0, Error("23505")),
-        simple("several", several, 2, OrUnknown("CCZ")),
-        simple("block", block, 1, OrUnknown("CCCZ")),
+        simple("several", several, 2, Exactly("CCZ")),
+        simple("block", block, 1, Exactly("CCCZ")),
+        simple("parts", parts, 2, OrFirst("CCCZ")),
         simple(
             "function",
             "select auto_write('function')".to_owned(),
@@ -116,7 +131,27 @@ fn forms() -> Vec<Form> {
             "call",
             "call auto_commits('call')".to_owned(),
             2,
-            OrUnknown("CZ"),
+            OrFirst("CZ"),
+        ),
+        simple(
+            "call whole",
+            "call auto_whole('call whole')".to_owned(),
+            2,
+            Exactly("CZ"),
+        ),
+        Form {
+            id: "call, extended",
+            messages: [extended("call auto_whole('call, extended')", &[]), sync()].concat(),
+            syncs: 1,
+            rows: 2,
+            wanted: Exactly("12CZ"),
+        },
+        simple("code", block_of("code", ""), 2, Exactly("CZ")),
+        simple(
+            "do parts",
+            block_of("do parts", "commit;"),
+            2,
+            OrFirst("CZ"),
         ),
     ]
 }
@@ -138,6 +173,9 @@ async fn prepare(subject: &Subject) -> Result<()> {
          create procedure auto_commits(id text) language plpgsql as
            $$begin insert into auto values (id); commit;
              insert into auto select id from {SLEEP}; commit; end$$;
+         create procedure auto_whole(id text) language plpgsql as
+           $$begin insert into auto values (id);
+             insert into auto select id from {SLEEP}; end$$;
          grant all on all tables in schema public to \"{user}\";
          grant create on schema public to \"{user}\""
     );
@@ -171,11 +209,19 @@ fn judge(form: &Form, messages: &[Message], found: i64) -> Option<String> {
             let unknown = state.as_deref() == Some("08007") && found <= form.rows;
             unknown || (got == want && found == form.rows)
         }
+        Wanted::OrFirst(want) => {
+            let first = "the first transaction of the request was committed";
+            let is_told = |m: &Message| m.field(b'M').is_some_and(|text| text.starts_with(first));
+            let told = state.as_deref() == Some("08007") && messages.iter().any(is_told);
+            (told && found == 1) || (got == want && found == form.rows)
+        }
         Wanted::Error(want) => state.as_deref() == Some(want) && found == 0,
     };
     (!fine).then(|| {
+        let error = messages.iter().find(|m| m.tag == b'E');
+        let text = error.map(|m| (m.field(b'M'), m.field(b'D')));
         format!(
-            "{}: got {got} {state:?} and {found} rows, wanted {:?} and {}",
+            "{}: got {got} {state:?} {text:?} and {found} rows, wanted {:?} and {}",
             form.id, form.wanted, form.rows
         )
     })

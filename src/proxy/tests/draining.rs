@@ -100,7 +100,8 @@ async fn a_statement_that_never_ends_is_left_to_the_evidence() {
     let mut bench = bench().await;
     let (slow, quick) = (bench.client().await.unwrap(), bench.client().await.unwrap());
     let calls = tokio::spawn(async move {
-        let sql = "DO $$ BEGIN UPDATE t SET v = 9 WHERE id = 1; PERFORM pg_sleep(600); END $$";
+        let sql = "DO $$ BEGIN UPDATE t SET v = 9 WHERE id = 1; \
+                   PERFORM pg_sleep(600); ROLLBACK; END $$";
         (slow.batch_execute(sql).await, slow)
     });
     until(&bench, SLEEPS).await;

@@ -115,9 +115,16 @@ async fn the_report_counts_what_would_not_survive_and_why() {
     run(&till, "BEGIN").await;
     run(&till, "ROLLBACK").await;
     assert_eq!(rows(&watcher, COUNTS).await, ["protected 4 3"]);
-    // may commit and go on: a crash would leave nobody who knows
     run(&till, "DO $$ BEGIN NULL; END $$").await;
     run(&till, "SELECT 1; INSERT INTO t VALUES (3)").await;
+    assert_eq!(rows(&watcher, COUNTS).await, ["protected 4 5"]);
+    // may commit and go on: a crash would leave nobody who knows
+    run(&till, "DO $$ BEGIN COMMIT; END $$").await;
+    run(
+        &till,
+        "INSERT INTO t VALUES (3); COMMIT; INSERT INTO t VALUES (4)",
+    )
+    .await;
     // protected itself, what comes then is not
     run(&till, "CREATE TEMPORARY TABLE mine (a int)").await;
     run(&till, "SELECT a FROM t").await;
@@ -131,7 +138,7 @@ async fn the_report_counts_what_would_not_survive_and_why() {
     let want = [
         "chained 1 0",
         "outcome_unknowable 0 2",
-        "protected 4 5",
+        "protected 4 7",
         "temporary_object 1 2",
     ];
     assert_eq!(rows(&watcher, COUNTS).await, want);
@@ -142,7 +149,7 @@ async fn the_report_counts_what_would_not_survive_and_why() {
         ("transaction", "protected", 4.0),
         ("transaction", "chained", 1.0),
         ("transaction", "temporary_object", 1.0),
-        ("statement", "protected", 5.0),
+        ("statement", "protected", 7.0),
         ("statement", "temporary_object", 2.0),
         ("statement", "outcome_unknowable", 2.0),
     ] {

@@ -4,6 +4,7 @@ use helios_api::Xid;
 
 use crate::evidence::{Ended, Fate};
 use crate::grammar::Kind;
+use crate::script::{Inside, Speaks};
 use crate::{ReplayMode, TxnStatus};
 
 /// What is known of the open transaction's id when its connection broke.
@@ -34,6 +35,8 @@ pub struct InFlight {
     pub answered: bool,
     /// The mark of a transaction that commits by itself.
     pub mark: MarkState,
+    /// How much of it the mark speaks for.
+    pub speaks: Speaks,
     /// The client has ended copy data in it.
     pub copy_ended: bool,
     /// Whether it is proven that it only reads, once that was asked.
@@ -94,6 +97,13 @@ pub enum Plan {
         /// Index of the exchange.
         at: usize,
     },
+    /// Find out what this exchange does to transactions while it runs, and decide again.
+    ProveInside {
+        /// Index of the exchange.
+        at: usize,
+    },
+    /// The first transaction of exchange 0 has committed; what followed it is not known.
+    FirstCommitted,
     /// Exchange 0 is over, outside a transaction; only ReadyForQuery is missing.
     Finish,
     /// Exchange 0 has committed by itself, and its results are lost.
@@ -156,13 +166,27 @@ fn by_mark(at: usize, exchange: &InFlight) -> Option<Plan> {
         // The server still waits for data.
         MarkState::Sent if is_copy(exchange) && !exchange.copy_ended => Plan::Replay,
         MarkState::Sent => Plan::FindMarks,
-        MarkState::Found(Fate::NotCommitted) => Plan::Replay,
-        MarkState::Found(Fate::Committed) if at == 0 && exchange.answered => Plan::Finish,
-        MarkState::Found(Fate::Committed) if at == 0 => Plan::ResultsLost,
-        MarkState::Found(Fate::Committed | Fate::Unknown) | MarkState::Mixed => {
-            Plan::Unknown { at }
-        }
+        MarkState::Found(fate) => by_fate(at, exchange, fate),
+        MarkState::Mixed => Plan::Unknown { at },
     })
+}
+
+/// What the fate of the transaction with the mark says of the exchange.
+fn by_fate(at: usize, exchange: &InFlight, fate: Fate) -> Plan {
+    use Inside::{Commits, Nothing, Unknown};
+    match (fate, exchange.speaks) {
+        (Fate::Unknown, _) => Plan::Unknown { at },
+        (Fate::Committed, _) if at > 0 => Plan::Unknown { at },
+        (_, Speaks::Calls(None)) => Plan::ProveInside { at },
+        // It may have rolled back what was marked, and committed what followed.
+        (Fate::NotCommitted, Speaks::Calls(Some(Unknown))) => Plan::Unknown { at },
+        (Fate::NotCommitted, _) => Plan::Replay,
+        // Its answer came in front of the last commit.
+        (Fate::Committed, Speaks::Calls(Some(Commits | Unknown))) => Plan::FirstCommitted,
+        (Fate::Committed, _) if exchange.answered => Plan::Finish,
+        (Fate::Committed, Speaks::All | Speaks::Calls(Some(Nothing))) => Plan::ResultsLost,
+        (Fate::Committed, Speaks::First) => Plan::FirstCommitted,
+    }
 }
 
 /// Nothing in flight can have committed: whether what was open can be had again.
@@ -325,6 +349,7 @@ mod tests {
             evidence,
             answered: false,
             mark: MarkState::None,
+            speaks: Speaks::All,
             copy_ended: false,
             only_reads: None,
             ended: None,
@@ -534,6 +559,44 @@ mod tests {
             plan(TxnStatus::Open, &[marked(yes, false, false)]),
             Plan::Replay
         );
+    }
+
+    #[test]
+    fn marks_of_several_transactions() {
+        use Inside::{Commits, Nothing, Unknown};
+        use MarkState::{Found, Sent};
+        use Speaks::{All, Calls, First};
+        let (yes, no) = (Found(Fate::Committed), Found(Fate::NotCommitted));
+        let doubt = Plan::Unknown { at: 0 };
+        let prove = Plan::ProveInside { at: 0 };
+        let cases = [
+            (First, Sent, false, Plan::FindMarks),
+            (First, no, false, Plan::Replay),
+            (First, yes, false, Plan::FirstCommitted),
+            (First, yes, true, Plan::Finish),
+            (All, yes, false, Plan::ResultsLost),
+            (Calls(None), Sent, true, Plan::FindMarks),
+            (Calls(None), no, false, prove.clone()),
+            (Calls(None), yes, true, prove),
+            (Calls(Some(Nothing)), no, false, Plan::Replay),
+            (Calls(Some(Nothing)), yes, false, Plan::ResultsLost),
+            (Calls(Some(Nothing)), yes, true, Plan::Finish),
+            (Calls(Some(Commits)), no, false, Plan::Replay),
+            (Calls(Some(Commits)), yes, true, Plan::FirstCommitted),
+            (Calls(Some(Unknown)), no, false, doubt.clone()),
+            (Calls(Some(Unknown)), yes, false, Plan::FirstCommitted),
+            (Calls(None), Found(Fate::Unknown), false, doubt),
+        ];
+        for (speaks, mark, answered, want) in cases {
+            let exchange = InFlight {
+                mark,
+                speaks,
+                answered,
+                ..flight(&[Opaque], Evidence::Unknown)
+            };
+            let got = plan(TxnStatus::Idle, &[exchange]);
+            assert_eq!(got, want, "{speaks:?} {mark:?} {answered}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use helios_api::protection::Unprotected;
 use crate::TxnStatus;
 use crate::evidence::{Ended, Fate, Mark};
 use crate::reply::Reply;
+use crate::script::Speaks;
 use crate::tracker::Alone;
 
 /// Bytes of one exchange in flight that are kept although its transaction's journal is lost.
@@ -63,6 +64,10 @@ pub struct Exchange {
     pub undone: bool,
     /// Outside a transaction block: the mark that went in front of its first writing statement.
     pub mark: Option<Mark>,
+    /// How much of it the mark speaks for.
+    pub speaks: Speaks,
+    /// Number of statements, where it is a simple query of several with a mark in front.
+    pub statements: usize,
     /// What became of the transaction with the mark, once it was looked for.
     pub fate: Option<Fate>,
     /// It ends a prepared transaction: what the server told of that one in front, its id as log
@@ -102,6 +107,12 @@ impl Exchange {
         self.reply_at.filter(|_| !self.shown)
     }
 
+    /// A simple query of several statements, all of which have been answered.
+    #[must_use]
+    pub fn all_answered(&self) -> bool {
+        self.statements > 0 && self.reply.commands.len() >= self.statements
+    }
+
     /// The server waits for copy data, or for their end.
     #[must_use]
     pub fn is_copying(&self) -> bool {
@@ -115,7 +126,7 @@ impl Exchange {
         if !self.runs || before != TxnStatus::Idle || after != TxnStatus::Idle {
             return Alone::Nothing;
         }
-        let marked = self.mark.is_some() && !self.mixed;
+        let marked = self.mark.is_some() && !self.mixed && self.speaks == Speaks::All;
         if marked || !(self.doubtful || self.mark.is_some()) {
             Alone::Provable
         } else {

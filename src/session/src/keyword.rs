@@ -4,6 +4,8 @@
 //! state). A wrong hint costs a question or makes an outcome unknown; it never makes one wrong.
 //! Whatever decides what may be replayed is read with the grammar (`grammar`).
 
+use crate::script::{self, Inside};
+
 /// What the first word of a statement suggests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hint {
@@ -66,6 +68,8 @@ pub enum Unit {
     Writes,
     /// The same, and reads copy data from the client.
     Copies,
+    /// CALL, or a DO that may end transactions while it runs.
+    Calls,
     /// Ends no transaction; writes only through functions.
     Reads,
     /// Ends or begins transactions itself, cannot run beside another, is more than one, or is not
@@ -100,18 +104,35 @@ const ALONE: [&[u8]; 5] = [
     b"concurrently",
 ];
 
-/// What a text is, outside a transaction block. A text with a semicolon inside counts as several.
+/// What a text is, outside a transaction block, if it holds one statement.
 #[must_use]
 pub fn unit(sql: &[u8]) -> Unit {
     let trimmed = sql.trim_ascii_end();
     let one = trimmed.strip_suffix(b";").unwrap_or(trimmed);
-    if one.contains(&b';') {
-        return Unit::Other;
+    if !one.contains(&b';') {
+        return single_unit(one);
     }
+    match script::split(one).as_deref() {
+        Some([one]) => single_unit(one),
+        _ => Unit::Other,
+    }
+}
+
+/// What a single statement is.
+pub(crate) fn single_unit(one: &[u8]) -> Unit {
     let word = first_word(one);
     let is = |w: &[u8]| word.eq_ignore_ascii_case(w);
     if WRITING.iter().any(|w| is(w)) {
         return Unit::Writes;
+    }
+    if is(b"call") {
+        return Unit::Calls;
+    }
+    if is(b"do") {
+        return match script::inside_block(one) {
+            Inside::Nothing => Unit::Writes,
+            Inside::Commits | Inside::Unknown => Unit::Calls,
+        };
     }
     if is(b"copy") {
         return if contains_any(one, &[b"stdin"]) {
@@ -135,6 +156,12 @@ pub fn unit(sql: &[u8]) -> Unit {
         Hint::Read | Hint::Empty => Unit::Reads,
         _ => Unit::Other,
     }
+}
+
+/// Whether the first word of a text is this one, in any case.
+#[must_use]
+pub fn begins_with(sql: &str, word: &str) -> bool {
+    first_word(sql.as_bytes()).eq_ignore_ascii_case(word.as_bytes())
 }
 
 /// Whether a text begins like COMMIT PREPARED or ROLLBACK PREPARED.
@@ -169,7 +196,7 @@ fn next_word_is(sql: &[u8], word: &[u8], next: &[u8]) -> bool {
 }
 
 /// The word after `word`, which is a part of `sql`.
-fn next_word<'a>(sql: &'a [u8], word: &[u8]) -> &'a [u8] {
+pub(crate) fn next_word<'a>(sql: &'a [u8], word: &[u8]) -> &'a [u8] {
     let offset = word.as_ptr() as usize - sql.as_ptr() as usize + word.len();
     sql.get(offset..).map_or(&[], first_word)
 }
@@ -234,7 +261,7 @@ pub fn touches_session(sql: &[u8]) -> bool {
 }
 
 /// Whether a text holds one of the words (in lower case), in any case.
-fn contains_any(sql: &[u8], words: &[&[u8]]) -> bool {
+pub(crate) fn contains_any(sql: &[u8], words: &[&[u8]]) -> bool {
     let mut first = [false; 256];
     for word in words {
         first[usize::from(word[0])] = true;
@@ -313,7 +340,12 @@ mod tests {
             ("insert into t values (1)", Unit::Writes),
             ("INSERT INTO t VALUES (1) ; ", Unit::Writes),
             ("insert into t values (1); commit", Unit::Other),
-            ("insert into t values (';')", Unit::Other),
+            ("insert into t values (';')", Unit::Writes),
+            ("insert into t values (';'); commit", Unit::Other),
+            (
+                "create function f() returns int as $$ select 1; $$ language sql",
+                Unit::Writes,
+            ),
             (
                 "/* x */ with a as (delete from t returning 1) table a",
                 Unit::Writes,
@@ -325,8 +357,9 @@ mod tests {
             ("explain analyze delete from t", Unit::Writes),
             ("explain delete from t", Unit::Reads),
             ("select 1", Unit::Reads),
-            ("call p()", Unit::Other),
-            ("do $$ begin end $$", Unit::Other),
+            ("call p()", Unit::Calls),
+            ("do $$ begin end $$", Unit::Writes),
+            ("do $$ begin commit; end $$", Unit::Calls),
             ("vacuum", Unit::Other),
             ("begin", Unit::Other),
             ("commit prepared 'x'", Unit::Other),

@@ -14,6 +14,7 @@ pub mod keyword;
 pub mod locks;
 pub mod reads;
 pub mod reply;
+pub mod script;
 pub mod sequences;
 pub mod state;
 pub mod tables;

@@ -29,6 +29,14 @@ pub fn words(sql: &str) -> Option<BTreeSet<String>> {
     if !kinds.iter().all(reads) {
         return None;
     }
+    let words = names(sql)?;
+    // SELECT … INTO makes a table.
+    (!words.contains("into")).then_some(words)
+}
+
+/// All words of a text, as names are folded by PostgreSQL; `None` when it cannot be read.
+#[must_use]
+pub fn names(sql: &str) -> Option<BTreeSet<String>> {
     let parse = SourceFile::parse(sql);
     let tree = parse.tree();
     let tokens = tree
@@ -39,8 +47,8 @@ pub fn words(sql: &str) -> Option<BTreeSet<String>> {
     let mut words = BTreeSet::new();
     for token in tokens {
         let text = token.text();
-        // SELECT … INTO makes a table; Unicode escapes spell names otherwise.
-        if text.eq_ignore_ascii_case("into") || text.get(..2).is_some_and(is_unicode_escape) {
+        // Unicode escapes spell names otherwise.
+        if text.get(..2).is_some_and(is_unicode_escape) {
             return None;
         }
         let first = text.chars().next()?;

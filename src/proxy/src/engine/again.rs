@@ -4,6 +4,7 @@
 
 use std::sync::atomic::Ordering;
 
+use helios_session::script::Speaks;
 use helios_session::tracker::{Form, Lead};
 use helios_wire::backend;
 
@@ -19,7 +20,7 @@ impl Session {
             .fetch_min(lead.mark.floor.0, Ordering::Relaxed);
         let alone = self.tracker.is_between();
         if let Some(server) = self.server.as_mut() {
-            if alone {
+            if alone && lead.speaks == Speaks::All {
                 let running = &self.registered.entry.running;
                 running.begin(lead.mark.gtid, server.pid);
             }

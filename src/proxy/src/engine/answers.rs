@@ -111,19 +111,58 @@ impl Session {
         lock(&self.shared.report).resolved += 1;
     }
 
-    /// The statement in front has committed by itself, and what it returned is lost, or is not what
-    /// the client was given.
+    /// What is in front has committed by itself, and what it returned is lost, or is not what the
+    /// client was given.
     pub(super) fn results_lost(&mut self) -> Result<(), Attempt> {
+        let front = self.tracker.journal().in_flight().front();
+        let several = front.is_some_and(|e| e.statements > 1);
+        let text = match several {
+            true => "the statements were committed, but their results were lost",
+            false => "the statement was committed, but its result was lost",
+        };
         let fields = ErrorFields::error(
             SqlState::TRANSACTION_RESOLUTION_UNKNOWN,
-            "the statement was committed, but its result was lost, because the primary failed",
+            format!("{text}, because the primary failed"),
         )
-        .hint("Do not run it again: it took effect once.");
-        self.shared
-            .metrics
-            .commit_resolution(CommitOutcome::Committed);
+        .hint(match several {
+            true => "Do not run them again: they took effect once.",
+            false => "Do not run it again: it took effect once.",
+        });
         self.failed(&fields, "results lost");
-        self.answer_in_flight(&fields)
+        self.answer_front(&fields)
+    }
+
+    /// What is in front is several transactions: the first has committed, and nobody knows how far
+    /// the others came.
+    pub(super) fn first_committed(&mut self) -> Result<(), Attempt> {
+        let fields = ErrorFields::error(
+            SqlState::TRANSACTION_RESOLUTION_UNKNOWN,
+            "the first transaction of the request was committed, and what became of the rest is \
+             unknown, because the primary failed while it ran",
+        )
+        .detail("Statements, a procedure or a block committed, and may have gone on.")
+        .hint("Look in the database how far it came before trying the rest again.");
+        self.failed(&fields, "rest unknown");
+        self.answer_front(&fields)
+    }
+
+    /// Answers the exchange in front, which has committed, with an error; those behind it have
+    /// their own outcomes.
+    fn answer_front(&mut self, fields: &ErrorFields) -> Result<(), Attempt> {
+        let front = self.tracker.journal().in_flight().front();
+        let whole = |e: &&Exchange| e.closed && !e.reply.inside_message();
+        let Some(front) = front.filter(whole).filter(|_| self.client.passing == 0) else {
+            return self.answer_in_flight(fields);
+        };
+        if !front.reply.failed() {
+            fields.write_error(&mut self.client.output);
+        }
+        for _ in 0..front.ready_owed {
+            back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
+        }
+        (self.skip, self.forced) = (None, None);
+        self.resolved_front();
+        Ok(())
     }
 
     pub(super) fn outcome_unknown(&mut self, why: &str) -> Result<(), Attempt> {

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use helios_api::{Endpoint, Epoch};
+use helios_session::evidence::GtidSource;
+use helios_session::tracker::Tracker;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -60,6 +62,13 @@ pub(crate) async fn open_ahead(
         }
         Err(_) => None,
     }
+}
+
+/// The tracker of a new session on this backend.
+pub(super) fn follow(shared: &Shared, conn: &BackendConn) -> Tracker {
+    let ids = GtidSource::new(rand::random());
+    let tracker = Tracker::new(shared.options.mode).with_ids(ids);
+    tracker.on(&conn.parameters)
 }
 
 /// Opens the first backend; waits while no primary can be had. The error is a frame for the client.

@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use helios_api::control::Topology;
 use helios_api::{Endpoint, Epoch};
-use helios_session::reads::words;
+use helios_session::keyword;
+use helios_session::reads::{names, words};
+use helios_session::script::{Inside, inside_block};
 use helios_session::state::literal;
 
 use super::link::Link;
@@ -69,16 +71,7 @@ pub(super) async fn only_read(
     texts: Vec<String>,
 ) -> Result<bool, ReplayError> {
     let mut slot = shared.proofs.lock().await;
-    let fits = |p: &Proofs| {
-        p.epoch == topology.epoch
-            && p.endpoint == topology.primary.endpoint
-            && p.database == database
-    };
-    // Taken out while it is used: a question that is broken off leaves no half-read answer.
-    let mut proofs = match slot.take().filter(fits) {
-        Some(proofs) => proofs,
-        None => open(shared, topology, database).await?,
-    };
+    let mut proofs = take(&mut slot, shared, topology, database).await?;
     let proven = match proofs.known.get(&texts) {
         Some(known) => *known,
         None => {
@@ -89,6 +82,72 @@ pub(super) async fn only_read(
     };
     *slot = Some(proofs);
     Ok(proven)
+}
+
+/// The connection to ask on. It is taken out while it is used: a question that is broken off leaves
+/// no half-read answer.
+async fn take(
+    slot: &mut Option<Proofs>,
+    shared: &Shared,
+    topology: &Topology,
+    database: &str,
+) -> Result<Proofs, ReplayError> {
+    let fits = |p: &Proofs| {
+        p.epoch == topology.epoch
+            && p.endpoint == topology.primary.endpoint
+            && p.database == database
+    };
+    match slot.take().filter(fits) {
+        Some(proofs) => Ok(proofs),
+        None => open(shared, topology, database).await,
+    }
+}
+
+/// What these CALL and DO statements, which ran in `database`, do to transactions while they run. A
+/// procedure that has settings of its own, or the rights of its owner, may end none
+/// (`ExecuteCallStmt` in `src/backend/commands/functioncmds.c`), nor may one in SQL.
+///
+/// # Errors
+/// The connection's; it may be tried again.
+pub(super) async fn inside(
+    shared: &Arc<Shared>,
+    topology: &Topology,
+    database: &str,
+    texts: &[String],
+) -> Result<Inside, ReplayError> {
+    let mut worst = match texts {
+        [] => Inside::Unknown,
+        _ => Inside::Nothing,
+    };
+    for text in texts {
+        if keyword::begins_with(text, "do") {
+            worst = worst.max(inside_block(text.as_bytes()));
+            continue;
+        }
+        let Some(words) = names(text) else {
+            return Ok(Inside::Unknown);
+        };
+        let words: Vec<String> = words.iter().map(|w| literal(w)).collect();
+        let sql = format!(
+            "SELECT max(CASE WHEN p.prosecdef OR p.proconfig IS NOT NULL OR l.lanname = 'sql' THEN 0 \
+             WHEN l.lanname <> 'plpgsql' OR p.prosrc ~* '(rollback|call|\\mdo\\M)' THEN 2 \
+             WHEN p.prosrc ~* 'commit' THEN 1 ELSE 0 END)::text \
+             FROM pg_proc AS p JOIN pg_language AS l ON l.oid = p.prolang \
+             WHERE p.prokind = 'p' AND p.proname = ANY (ARRAY[{}]::name[])",
+            words.join(",")
+        );
+        let mut slot = shared.proofs.lock().await;
+        let mut proofs = take(&mut slot, shared, topology, database).await?;
+        let rows = simple(&mut proofs.link, &sql).await?;
+        *slot = Some(proofs);
+        let found = rows.first().and_then(|r| r.first()).cloned().flatten();
+        worst = worst.max(match found.as_deref() {
+            Some("0") => Inside::Nothing,
+            Some("1") => Inside::Commits,
+            _ => Inside::Unknown,
+        });
+    }
+    Ok(worst)
 }
 
 async fn open(shared: &Shared, topology: &Topology, database: &str) -> Result<Proofs, ReplayError> {

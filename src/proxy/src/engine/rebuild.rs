@@ -10,6 +10,7 @@ use helios_api::control::{MoveReason, Topology};
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, replay_or_abort};
 use helios_session::evidence::{Ended, Fate};
+use helios_session::script::Speaks;
 use helios_session::state::{Change, Prepared, Snapshot};
 use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
 use helios_wire::message::back;
@@ -72,6 +73,8 @@ impl Session {
                     self.finish_front();
                 }
                 Plan::Finish | Plan::ResultsLost => self.results_lost()?,
+                Plan::ProveInside { at } => self.prove_inside(at, topology).await?,
+                Plan::FirstCommitted => self.first_committed()?,
                 Plan::Complete => self.deliver_commit()?,
                 Plan::Unknown { .. } => self.outcome_unknown("the evidence is missing")?,
                 Plan::Resolve { at, xid } => {
@@ -131,7 +134,11 @@ impl Session {
         let in_flight = self.tracker.journal_mut().in_flight_mut();
         for exchange in in_flight.iter_mut().filter(|e| e.fate.is_none()) {
             let Some(mark) = exchange.mark else { continue };
-            let known = self.registered.entry.running.id_of(mark.gtid);
+            // What runs later in it may have another one.
+            let known = match exchange.speaks {
+                Speaks::All => self.registered.entry.running.id_of(mark.gtid),
+                Speaks::First | Speaks::Calls(_) => None,
+            };
             let fate = evidence::fate(&shared, topology, ran_on, mark, known).await;
             let fate = fate.map_err(retry)?;
             tracing::debug!(gtid = %mark.gtid, ?fate, "outcome of a statement");
@@ -182,6 +189,25 @@ impl Session {
         let proven = proven.map_err(retry)?;
         if let Some(exchange) = self.tracker.journal_mut().in_flight_mut().get_mut(at) {
             exchange.only_reads = Some(proven);
+        }
+        Ok(())
+    }
+
+    /// Finds out what an exchange does to transactions while it runs.
+    async fn prove_inside(&mut self, at: usize, topology: &Topology) -> Result<(), Attempt> {
+        let Some(exchange) = self.tracker.journal().in_flight().get(at) else {
+            return Ok(());
+        };
+        let texts = match exchange.cut {
+            true => Vec::new(),
+            false => self.tracker.calls_of(exchange),
+        };
+        let database = self.entry().login.database.clone();
+        let inside = reads::inside(&self.shared, topology, &database, &texts).await;
+        let inside = inside.map_err(retry)?;
+        tracing::debug!(?inside, "what a call does to transactions");
+        if let Some(exchange) = self.tracker.journal_mut().in_flight_mut().get_mut(at) {
+            exchange.speaks = Speaks::Calls(Some(inside));
         }
         Ok(())
     }
@@ -324,7 +350,7 @@ impl Session {
     }
 
     pub(super) fn install(&mut self, server: Server, next: helios_session::tracker::Tracker) {
-        self.tracker = next;
+        self.tracker = next.on(&server.link.parameters);
         self.epoch = server.epoch;
         self.timeline = self.gate.topology.timeline;
         self.old_pid = Some(server.pid);

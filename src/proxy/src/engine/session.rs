@@ -14,7 +14,6 @@ use helios_api::control::Backend;
 use helios_api::{Endpoint, Epoch, Timeline};
 use helios_journal::Account;
 use helios_session::TxnStatus;
-use helios_session::evidence::GtidSource;
 use helios_session::state::Snapshot;
 use helios_session::tracker::Tracker;
 use helios_wire::message::back;
@@ -26,7 +25,7 @@ use super::events::{Moving, Noted};
 use super::gate::{GateState, Member, Phase};
 use super::link::Link;
 use super::moving::LastWords;
-use super::opening::open_first;
+use super::opening::{follow, open_first};
 use super::registry::{Entry, Registered, lock};
 use super::shared::Shared;
 use super::tables::Rows;
@@ -202,7 +201,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let account = shared.pool.account(shared.options.max_journal_bytes);
     let member = shared.gate.join(Arc::clone(&registered.entry.bell));
     let session = Box::new(Session {
-        tracker: Tracker::new(shared.options.mode).with_ids(GtidSource::new(rand::random())),
+        tracker: follow(&shared, &conn),
         known: conn.parameters.clone(),
         server: Some(Server::new(conn, epoch)),
         gate: gate.borrow_and_update().clone(),

@@ -10,6 +10,7 @@ use super::{Ask, ClientStep, Named, Tracker, XidKnowledge};
 use crate::ReplayMode;
 use crate::expect::{Expect, Owner};
 use crate::keyword::{Hint, Unit, hint, touches_session, unit};
+use crate::script::Speaks;
 use crate::state::Prepared;
 
 impl Tracker {
@@ -95,6 +96,10 @@ impl Tracker {
         exchange.doubtful |= runs || several || matches!(hint, Some(Hint::Write | Hint::Copy));
         exchange.touches |= touches || hint == Some(Hint::Session);
         exchange.mixed |= unit == Some(Unit::Other) || tag == frontend::FUNCTION_CALL;
+        if unit == Some(Unit::Calls) {
+            exchange.mixed |= exchange.mark.is_none();
+            exchange.speaks = Speaks::Calls(None);
+        }
         match tag {
             frontend::QUERY | frontend::FUNCTION_CALL => {
                 exchange.closed = true;

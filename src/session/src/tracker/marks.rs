@@ -3,6 +3,8 @@
 //! The invariant: a mark goes in front of the first statement of an implicit transaction that may
 //! write, and of nothing that PostgreSQL refuses to run behind another statement.
 
+use std::collections::BTreeMap;
+
 use helios_api::Lsn;
 use helios_wire::{backend, frontend};
 
@@ -13,6 +15,7 @@ use crate::expect::{Expect, Owner};
 use crate::journal::Exchange;
 use crate::keyword::{Hint, Unit, drops_statements, names_parameter, unit};
 use crate::reply::sqlstate;
+use crate::script::{Script, Speaks, script};
 
 /// SQLSTATE of a prepared statement that is not there.
 const UNDEFINED_STATEMENT: &[u8; 5] = b"26000";
@@ -41,13 +44,12 @@ impl Tracker {
         if self.has_mark(tag) {
             return Before::Go;
         }
-        let form = match (tag, self.unit_of(tag, frame)) {
-            (frontend::QUERY, Unit::Writes) => Form::Extended,
-            (frontend::QUERY, Unit::Copies) => Form::ExtendedCopy,
-            (_, Unit::Writes | Unit::Copies) => Form::AsIs,
-            _ => return Before::Go,
+        let Some((form, speaks, script)) = self.marked_form(tag, frame) else {
+            return Before::Go;
         };
         let lead = Lead {
+            speaks,
+            script,
             mark: Mark {
                 gtid: self.gtids.next_id(),
                 floor,
@@ -123,28 +125,66 @@ impl Tracker {
         !self.opens_exchange(tag) && open.is_some_and(|e| e.mark.is_some())
     }
 
-    /// What a frame runs; [`Unit::Other`] for one that runs nothing, or where a mark would not
-    /// speak for it.
-    fn unit_of(&self, tag: u8, frame: &[u8]) -> Unit {
+    /// How a frame is sent behind a mark, and what the mark speaks for; `None` for one that runs
+    /// nothing, or that has no mark in front.
+    fn marked_form(&self, tag: u8, frame: &[u8]) -> Option<(Form, Speaks, Option<Script>)> {
         let body = frame.get(5..).unwrap_or_default();
+        let calls = Speaks::Calls(None);
         match tag {
             frontend::QUERY if self.opens_exchange(tag) => {
-                let header = helios_wire::peek_header(frame);
-                let whole = header.is_ok_and(|h| h.is_some_and(|h| h.len == frame.len()));
+                let header = helios_wire::peek_header(frame).ok()??;
                 let sql = until_zero(body);
-                if whole && !names_parameter(sql) {
-                    unit(sql)
-                } else {
-                    Unit::Other
+                if header.len != frame.len() {
+                    return None;
+                }
+                let unit = unit(sql);
+                if unit == Unit::Other {
+                    let script = script(sql)?;
+                    return Some((Form::AsIs, script.speaks, Some(script)));
+                }
+                if names_parameter(sql) {
+                    return None;
+                }
+                match unit {
+                    Unit::Writes => Some((Form::Extended, Speaks::All, None)),
+                    Unit::Copies => Some((Form::ExtendedCopy, Speaks::All, None)),
+                    Unit::Calls if self.marks_calls => Some((Form::Extended, calls, None)),
+                    Unit::Calls | Unit::Reads | Unit::Other => None,
                 }
             }
             frontend::BIND => {
                 let portal = until_zero(body);
                 let name = until_zero(body.get(portal.len() + 1..).unwrap_or_default());
-                self.statement(name).map_or(Unit::Other, |s| s.unit)
+                match self.statement(name)?.unit {
+                    Unit::Writes | Unit::Copies => Some((Form::AsIs, Speaks::All, None)),
+                    Unit::Calls if self.marks_calls => Some((Form::AsIs, calls, None)),
+                    Unit::Calls | Unit::Reads | Unit::Other => None,
+                }
             }
-            _ => Unit::Other,
+            _ => None,
         }
+    }
+
+    /// On a server with these parameters. From version 18 on everything behind a mark is in an
+    /// implicit transaction block (`start_xact_command` in `src/backend/tcop/postgres.c`), in which
+    /// procedures may not commit.
+    #[must_use]
+    pub fn on(mut self, parameters: &BTreeMap<String, String>) -> Self {
+        let version = parameters.get("server_version");
+        let digits = |v: &String| {
+            let end = v.find(|c: char| !c.is_ascii_digit()).unwrap_or(v.len());
+            v.get(..end).and_then(|v| v.parse::<u32>().ok())
+        };
+        self.marks_calls = version.and_then(digits).is_some_and(|major| major < 18);
+        self
+    }
+
+    /// The texts in an exchange that may end transactions while they run.
+    #[must_use]
+    pub fn calls_of(&self, exchange: &Exchange) -> Vec<String> {
+        let mut texts = self.texts_of(self.journal.exchange_bytes(exchange));
+        texts.retain(|t| unit(t.as_bytes()) == Unit::Calls);
+        texts
     }
 
     /// Expects the replies to a simple query in its extended form: Parse, Bind, Describe, Execute,
@@ -260,6 +300,42 @@ mod tests {
             assert!(!send(&mut t, "insert into t values (5)").unwrap().prepare);
             answer(&mut t, b"2C12nC3Z");
         }
+    }
+
+    #[test]
+    fn what_a_mark_speaks_for() {
+        let mut t = Tracker::new(ReplayMode::Transaction);
+        let told = |lead: Option<Lead>| lead.map(|l| (l.form, l.speaks));
+        assert_eq!(send(&mut t, "call p()"), None, "the version is not known");
+        answer(&mut t, b"CZ");
+        for (version, want) in [
+            ("15.18 (Debian 15.18-0+deb12u1)", true),
+            ("17rc1", true),
+            ("18beta1", false),
+            ("", false),
+        ] {
+            let parameters = [("server_version".to_owned(), version.to_owned())];
+            t = t.on(&parameters.into());
+            assert_eq!(t.marks_calls, want, "{version}");
+        }
+        t.marks_calls = true;
+        let calls = Some((Form::Extended, Speaks::Calls(None)));
+        assert_eq!(told(send(&mut t, "call p()")), calls);
+        answer(&mut t, b"312C12nC3Z");
+        let one = Some((Form::Extended, Speaks::All));
+        assert_eq!(told(send(&mut t, "do $$begin; end$$")), one);
+        answer(&mut t, b"2C12nC3Z");
+        let all = "insert into t values (1); delete from t";
+        assert_eq!(told(send(&mut t, all)), Some((Form::AsIs, Speaks::All)));
+        assert!(!t.in_flight()[0].answered);
+        answer(&mut t, b"2CCC");
+        assert!(t.in_flight()[0].answered);
+        answer(&mut t, b"Z");
+        let first = "delete from t; commit; delete from u";
+        assert_eq!(told(send(&mut t, first)), Some((Form::AsIs, Speaks::First)));
+        assert_eq!(t.in_flight()[0].speaks, Speaks::First);
+        answer(&mut t, b"2CCCCZ");
+        assert!(t.is_between() && t.is_quiet());
     }
 
     #[test]

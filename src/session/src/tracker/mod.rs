@@ -15,6 +15,7 @@ use crate::journal::Journal;
 use crate::keyword::{Hint, Unit};
 use crate::locks::Calls;
 use crate::reply::Reply;
+use crate::script::{Script, Speaks};
 use crate::state::{Change, Prepared, PreparedStatements};
 use crate::{ReplayMode, TxnStatus};
 
@@ -48,6 +49,10 @@ pub struct Lead {
     pub form: Form,
     /// The mark's statement has to be prepared first.
     pub prepare: bool,
+    /// What the mark speaks for.
+    pub speaks: Speaks,
+    /// The frame holds several statements.
+    pub script: Option<Script>,
 }
 
 /// How a client's frame is sent.
@@ -185,6 +190,8 @@ pub struct Tracker {
     /// What goes in front of the client's next frame.
     lead: Option<Lead>,
     marks_refused: bool,
+    /// The server lets a CALL commit behind a mark.
+    marks_calls: bool,
     /// The session holds state that cannot be moved.
     holds: bool,
     marking: Marking,
@@ -218,6 +225,7 @@ impl Tracker {
             gtids: GtidSource::default(),
             lead: None,
             marks_refused: false,
+            marks_calls: false,
             holds: false,
             marking: Marking::default(),
             gid: None,
@@ -308,12 +316,18 @@ impl Tracker {
         if form == Form::AsIs {
             self.push_request(expect, looked.named.take());
         } else {
-            looked.unit = Some(Unit::Writes);
             self.push_converted(form);
         }
         if let (Some(lead), Some(last)) = (lead, self.journal.in_flight_mut().back_mut()) {
             last.mark = Some(lead.mark);
+            last.speaks = lead.speaks;
+            last.statements = lead.script.map_or(0, |s| s.statements);
+            last.touches |= lead.script.is_some_and(|s| s.session);
             last.sync_owed = matches!(form, Form::ExtendedCopy | Form::ExtendedHeld);
+            if tag == frontend::QUERY {
+                // The mark speaks for it.
+                looked.unit = Some(Unit::Writes);
+            }
         }
         self.note(tag, frame, &looked);
         step.closed = self.back_closed();
@@ -342,6 +356,7 @@ impl Tracker {
         next.custom.clone_from(&self.custom);
         next.gtids = self.gtids;
         next.marks_refused = self.marks_refused;
+        next.marks_calls = self.marks_calls;
         next.holds = self.holds;
         next
     }

@@ -140,7 +140,10 @@ impl Tracker {
                 only_reads: e.only_reads,
                 ended: e.ended,
                 copy_ended: e.copies_ended > 0,
-                answered: at == 0 && e.closed && self.expect.only_sync_is_owed(),
+                answered: at == 0
+                    && e.closed
+                    && (self.expect.only_sync_is_owed() || e.all_answered()),
+                speaks: e.speaks,
                 mark: match (e.mark, e.fate) {
                     (None, _) => MarkState::None,
                     (Some(_), _) if e.mixed => MarkState::Mixed,
