@@ -1,13 +1,11 @@
 //! What an agent must remember through its own death: `agent.json`.
 //!
-//! Written before it is acted on, whole or not at all: a temporary file, fsync, rename, fsync of
-//! the folder. A file that cannot be read stops the agent; it never starts from nothing while a
-//! data directory may be fenced.
+//! Written before it is acted on, whole or not at all ([`RecordFile`]). A file that cannot be read
+//! stops the agent; it never starts from nothing while a data directory may be fenced.
 
-use std::fs::File;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use helios_api::agent::AgentError;
 use helios_api::{Epoch, Lsn, Xid};
@@ -16,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::AgentFailure;
 use crate::error::{failed, file_failed};
+use crate::record::RecordFile;
 
 /// The record itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +58,7 @@ pub(crate) struct Evidence {
 #[derive(Debug)]
 pub(crate) struct Store {
     record: Durable,
-    file: Arc<RecordFile>,
+    file: Arc<Writer>,
     /// Number of the last write.
     writes: u64,
 }
@@ -67,45 +66,48 @@ pub(crate) struct Store {
 /// The file, written by one at a time and never with an older record over a newer one: a write
 /// that was begun aside may come late.
 #[derive(Debug)]
-struct RecordFile {
+struct Writer {
     path: PathBuf,
-    written: Mutex<u64>,
+    written: Mutex<(u64, RecordFile)>,
 }
 
-impl RecordFile {
+impl Writer {
     /// Whether the write of this number is on the disk.
     fn holds(&self, number: u64) -> bool {
-        *self.written.lock().unwrap_or_else(PoisonError::into_inner) == number
+        self.lock().0 == number
     }
 
     fn write(&self, number: u64, record: &Durable) -> Result<(), AgentError> {
-        let bytes = serde_json::to_vec_pretty(record).map_err(failed)?;
-        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let (written, file) = &mut *self.lock();
         if number > *written {
-            write_whole(&self.path, &bytes)
+            file.write(record)
                 .map_err(file_failed("could not write state file", &self.path))?;
             *written = number;
         }
         Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (u64, RecordFile)> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Store {
     /// Reads the record; a missing file is a new instance.
     pub(crate) fn open(path: PathBuf) -> Result<Self, AgentFailure> {
-        let record = match std::fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| AgentFailure::StateFile {
-                path: path.clone(),
-                why: e.to_string(),
-            })?,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Durable::default(),
-            Err(e) => return Err(AgentFailure::file("could not read", &path, e)),
-        };
+        let (file, record) =
+            RecordFile::open::<Durable>(path.clone()).map_err(|e| match e.kind() {
+                ErrorKind::InvalidData | ErrorKind::UnexpectedEof => AgentFailure::StateFile {
+                    path: path.clone(),
+                    why: e.to_string(),
+                },
+                _ => AgentFailure::file("could not read", &path, e),
+            })?;
         Ok(Self {
-            record,
-            file: Arc::new(RecordFile {
+            record: record.unwrap_or_default(),
+            file: Arc::new(Writer {
                 path,
-                written: Mutex::new(0),
+                written: Mutex::new((0, file)),
             }),
             writes: 0,
         })
@@ -158,21 +160,6 @@ impl Pending {
             Some(writing) => writing.await.map_err(failed)?,
             None => Ok(()),
         }
-    }
-}
-
-/// Replaces a file's content, whole or not at all, through a crash of the machine too.
-pub(crate) fn write_whole(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let mut file = File::create(&temporary)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    std::fs::rename(&temporary, path)?;
-    match path.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
     }
 }
 

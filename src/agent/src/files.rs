@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use helios_api::agent::AgentError;
 
-use crate::durable::write_whole;
 use crate::error::{file_failed, refused};
+use crate::record;
 use crate::{AgentConfig, AgentFailure};
 
 const STATIC: &str = "helios.conf";
@@ -373,7 +373,7 @@ pub(crate) fn write_dynamic_through(
     dynamic.write(config)?;
     let path = config.data_dir.join(DYNAMIC);
     let text = std::fs::read(&path).map_err(file_failed("could not read", &path))?;
-    write_whole(&path, &text)
+    record::replace(&path, &text, 0o600)
         .and_then(|()| own(config, &path))
         .map_err(file_failed("could not write", &path))
 }

@@ -22,6 +22,7 @@ mod observer;
 mod postmaster;
 mod process;
 mod promote;
+pub mod record;
 mod server;
 mod source;
 mod sql;

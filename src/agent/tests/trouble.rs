@@ -15,6 +15,7 @@ use common::{
     processes, shows, wait_for,
 };
 use helios_agent::client::{AgentClient, ClientError};
+use helios_agent::record::RecordFile;
 use helios_agent::{AgentConfig, AgentFailure};
 use helios_api::Epoch;
 use helios_api::agent::{AgentCommand, AgentError, AgentRequest, InstanceState};
@@ -109,10 +110,10 @@ async fn a_killed_agent_is_succeeded_by_one_that_knows() {
     // A fence outlives the agent that was told of it: whatever still runs is killed.
     second.kill();
     let path = config.data_dir.parent().unwrap().join("agent.json");
-    let mut record: serde_json::Value =
-        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    let (mut file, record) = RecordFile::open::<serde_json::Value>(path).unwrap();
+    let mut record = record.unwrap();
     record["fenced_at"] = 3.into();
-    std::fs::write(&path, record.to_string()).unwrap();
+    file.write(&record).unwrap();
     let third = Process::start(&config).await;
     let state = third.client.state().await.unwrap();
     assert!(state.fenced);

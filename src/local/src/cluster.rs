@@ -236,6 +236,7 @@ impl Inner {
                 ..helios_cluster::Settings::default()
             },
             state_file: prepared.layout.state_file(),
+            record: Arc::clone(&prepared.record),
             agents: Arc::clone(&agents),
             proxy: Arc::clone(&proxy),
             asks: inbox,

@@ -5,10 +5,11 @@
 //! next state that something follows from: the pause of a move is made of such waits for the disk.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use helios_agent::AgentConfig;
+use helios_agent::record::RecordFile;
 use helios_api::Endpoint;
 use helios_api::control::{LostCommits, ProxyStatus};
 use helios_cluster::{
@@ -20,7 +21,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agents::Agents;
 use crate::error::LocalError;
-use crate::files;
 use crate::flush::Flush;
 use crate::sessions::MoveSessions;
 use crate::status::Progress;
@@ -56,6 +56,7 @@ pub(crate) type ProxySlot = Arc<OnceLock<Arc<dyn MoveSessions>>>;
 pub(crate) struct Controller {
     pub(crate) settings: Settings,
     pub(crate) state_file: PathBuf,
+    pub(crate) record: Arc<Mutex<RecordFile>>,
     pub(crate) agents: Arc<Agents>,
     pub(crate) proxy: ProxySlot,
     pub(crate) asks: mpsc::Receiver<Ask>,
@@ -209,10 +210,13 @@ impl Controller {
     }
 
     async fn save(&self, state: &ClusterState) -> Result<(), LocalError> {
-        let (path, state) = (self.state_file.clone(), state.clone());
-        let write = move || files::write_json(&path, &state, 0o600);
+        let (record, state) = (Arc::clone(&self.record), state.clone());
+        let write = move || {
+            let mut record = record.lock().unwrap_or_else(PoisonError::into_inner);
+            record.write(&state)
+        };
         match tokio::task::spawn_blocking(write).await {
-            Ok(result) => result,
+            Ok(result) => result.map_err(|e| LocalError::io("write", &self.state_file, e)),
             Err(error) => Err(LocalError::Control(error.to_string())),
         }
     }

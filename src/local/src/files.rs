@@ -1,10 +1,10 @@
 //! Small files that must survive a power cut: written beside, fsynced, renamed, folder fsynced.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::Path;
 
+use helios_agent::record;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -29,29 +29,7 @@ pub(crate) fn write_json<T: Serialize>(
 
 /// Like [`write_json`] for bytes.
 pub(crate) fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), LocalError> {
-    let failed = |what| move |e| LocalError::io(what, path, e);
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(mode)
-        .open(&beside)
-        .map_err(failed("write"))?;
-    // An older file of that name keeps its mode otherwise.
-    file.set_permissions(fs::Permissions::from_mode(mode))
-        .map_err(failed("write"))?;
-    file.write_all(bytes).map_err(failed("write"))?;
-    file.sync_data().map_err(failed("flush"))?;
-    drop(file);
-    fs::rename(&beside, path).map_err(failed("rename"))?;
-    if let Some(folder) = path.parent() {
-        File::open(folder)
-            .and_then(|f| f.sync_all())
-            .map_err(failed("flush the folder of"))?;
-    }
-    Ok(())
+    record::replace(path, bytes, mode).map_err(|e| LocalError::io("write", path, e))
 }
 
 /// Reads a file; `None` when it does not exist.

@@ -2,17 +2,19 @@
 //! application's role and database.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use helios_agent::record::RecordFile;
 use helios_agent::{AgentConfig, User};
 use helios_api::{Host, InstanceName};
 use helios_cluster::ClusterState;
 
 use crate::credentials::{self, Credentials, SERVICE_USER};
 use crate::error::LocalError;
-use crate::files;
 use crate::layout::Layout;
 use crate::lock::Lock;
 use crate::options::LocalOptions;
@@ -34,6 +36,8 @@ pub(crate) struct Prepared {
     pub(crate) credentials: Credentials,
     pub(crate) bin: BinDir,
     pub(crate) names: Vec<InstanceName>,
+    /// Where the state is kept.
+    pub(crate) record: Arc<Mutex<RecordFile>>,
 }
 
 /// Takes the directory, or creates it.
@@ -44,7 +48,7 @@ pub(crate) fn prepare(options: &LocalOptions) -> Result<Prepared, LocalError> {
     recognise(&layout)?;
     folder(layout.root(), 0o755)?;
     let lock = Lock::take(&layout.lock_file(), layout.root())?;
-    let stored: Option<ClusterState> = files::read_json(&layout.state_file())?;
+    let (record, stored) = open_state(&layout.state_file())?;
     if stored.is_none() && layout.root().join("instances").exists() && has_data(&layout) {
         return Err(LocalError::NotACluster {
             path: layout.root().to_owned(),
@@ -94,6 +98,17 @@ pub(crate) fn prepare(options: &LocalOptions) -> Result<Prepared, LocalError> {
         credentials,
         bin,
         names,
+        record: Arc::new(Mutex::new(record)),
+    })
+}
+
+fn open_state(path: &Path) -> Result<(RecordFile, Option<ClusterState>), LocalError> {
+    RecordFile::open(path.to_owned()).map_err(|e| match e.kind() {
+        ErrorKind::InvalidData | ErrorKind::UnexpectedEof => LocalError::Corrupt {
+            path: path.to_owned(),
+            why: e.to_string(),
+        },
+        _ => LocalError::io("read", path, e),
     })
 }
 

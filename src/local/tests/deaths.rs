@@ -239,9 +239,8 @@ async fn postgres_operator_354_a_state_that_cannot_be_saved_demotes_nobody() {
     let before = common::whole(&cluster).await;
     let writers = Writers::start(&cluster, 3).await;
     writers.more(20).await;
-    // A folder where the new state would be written: not even root can.
-    let obstacle = dir.path().join("cluster.json.new");
-    std::fs::create_dir(&obstacle).unwrap();
+    // A folder where the state would be written: not even root can.
+    let obstacle = common::Obstacle::put(dir.path());
     let refused = cluster.switchover(None);
     let refused = tokio::time::timeout(Duration::from_secs(2), refused).await;
     assert!(!matches!(refused, Ok(Ok(_))), "moved without a record");
@@ -264,7 +263,7 @@ async fn postgres_operator_354_a_state_that_cannot_be_saved_demotes_nobody() {
         standbys(&status)[0].role == "standby",
         "acted without a record"
     );
-    std::fs::remove_dir(&obstacle).unwrap();
+    obstacle.remove();
     common::until(&cluster, "failover", |s| {
         s.epoch > before.epoch && is_whole(s)
     })

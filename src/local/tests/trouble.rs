@@ -13,8 +13,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{
-    Notes, Writers, builder, connect, crash, instance, is_whole, ledger, primary, sound, until,
-    whole,
+    Notes, Obstacle, Writers, builder, connect, crash, instance, is_whole, ledger, primary, sound,
+    until, whole,
 };
 use helios_api::control::LostCommits;
 use helios_local::client::LocalClient;
@@ -79,8 +79,7 @@ async fn a_state_that_cannot_be_saved_refuses_what_is_asked() {
     create_ledger(&cluster).await;
     let before = whole(&cluster).await;
     // In the way of the next save, for root too.
-    let beside = dir.path().join("cluster.json.new");
-    std::fs::create_dir(&beside).unwrap();
+    let obstacle = Obstacle::put(dir.path());
     let error = cluster.switchover(None).await.unwrap_err();
     println!("{error}");
     assert!(matches!(error, LocalError::Refused(_)));
@@ -91,7 +90,7 @@ async fn a_state_that_cannot_be_saved_refuses_what_is_asked() {
         (before.epoch, &before.primary)
     );
     commits(&cluster).await;
-    std::fs::remove_dir(&beside).unwrap();
+    obstacle.remove();
     let moved = cluster.switchover(None).await.unwrap();
     assert_ne!(Some(moved.to), before.primary);
     cluster.shutdown().await;

@@ -4,7 +4,7 @@
 pub mod supervised;
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
@@ -26,6 +26,27 @@ pub fn builder(dir: &Path) -> LocalBuilder {
         .parameter("shared_buffers", "16MB")
         .parameter("max_connections", "50")
         .parameter("fsync", "off")
+}
+
+/// A folder in the place of the file that keeps the cluster's state: it cannot be saved.
+pub struct Obstacle {
+    file: PathBuf,
+    aside: PathBuf,
+}
+
+impl Obstacle {
+    pub fn put(data_dir: &Path) -> Self {
+        let file = data_dir.join("cluster.json");
+        let aside = data_dir.join("cluster.json.aside");
+        std::fs::rename(&file, &aside).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        Self { file, aside }
+    }
+
+    pub fn remove(self) {
+        std::fs::remove_dir(&self.file).unwrap();
+        std::fs::rename(&self.aside, &self.file).unwrap();
+    }
 }
 
 pub async fn connect(cluster: &LocalCluster) -> Client {
