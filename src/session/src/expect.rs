@@ -149,6 +149,18 @@ impl ExpectQueue {
         self.copying
     }
 
+    /// Takes everything off up to the end of so many of the client's request cycles: they are over,
+    /// and their server is gone.
+    pub fn drop_cycles(&mut self, cycles: u32) {
+        let mut left = cycles;
+        while left > 0
+            && let Some((expect, owner)) = self.queue.pop_front()
+        {
+            let ends = matches!(expect, Expect::Query | Expect::Sync | Expect::FunctionCall);
+            left -= u32::from(ends && owner == Owner::Client);
+        }
+    }
+
     /// Takes the Syncs off that the server swallowed in copy mode since the last call.
     pub fn take_dropped_syncs(&mut self) -> u32 {
         std::mem::take(&mut self.dropped_syncs)
@@ -386,6 +398,24 @@ mod tests {
             !queue.ignores_sync(),
             "it failed: the server waits for Sync"
         );
+    }
+
+    #[test]
+    fn cycles_that_are_over_are_owed_nothing() {
+        use Expect::{Bind, Execute, FunctionCall, Sync};
+        let mut queue = ExpectQueue::default();
+        for _ in 0..2 {
+            queue.push(Bind, Owner::Mark);
+            queue.push(Execute, Owner::Converted);
+            queue.push(Sync, Owner::Client);
+            queue.push(FunctionCall, Owner::Proxy);
+        }
+        queue.drop_cycles(1);
+        assert!(queue.head_is_own() && queue.len() == 5);
+        queue.drop_cycles(1);
+        assert_eq!(queue.len(), 1);
+        queue.drop_cycles(1);
+        assert!(queue.is_empty());
     }
 
     #[test]

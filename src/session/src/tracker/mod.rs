@@ -369,6 +369,9 @@ impl Tracker {
 
     /// The exchange in front was answered by the proxy: its transaction has committed.
     pub fn committed_front(&mut self) {
+        let front = self.journal.in_flight().front();
+        let cycles = front.map_or(0, |e| e.ready_owed.saturating_sub(u32::from(e.sync_owed)));
+        self.expect.drop_cycles(cycles);
         self.finish(TxnStatus::Idle);
     }
 
