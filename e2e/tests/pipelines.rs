@@ -1,0 +1,170 @@
+//! Requests that commit by themselves, sent without waiting for each other, cut off at each message:
+//! each one is told its own outcome.
+
+use std::sync::Arc;
+
+use helios_e2e::driver::Target;
+use helios_e2e::raw::{Message, RawClient, bind, describe, execute, parse, query, sync};
+use helios_e2e::{Result, Shown};
+use helios_proxy::engine::shared::EngineOptions;
+use helios_testkit::Bench;
+use helios_testkit::frames::Unit;
+use helios_testkit::interpose::{Class, Cut, Order, Way};
+
+/// Each row is written by one request.
+const ROWS: [&str; 4] = ["a", "b", "c", "d"];
+/// Messages of all of them there and back; a cut behind more of them hits nothing.
+const MOST: u64 = 70;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    /// The connection breaks, the server lives.
+    Broken,
+    /// `kill -9` of the server at that moment.
+    Crash,
+}
+
+/// One request for each row, of both protocols, and what their answers are.
+fn requests() -> (Vec<u8>, [&'static str; 4]) {
+    let insert = |row: &str| format!("insert into t values ('{row}')");
+    let returning = |row: &str| format!("insert into t values ('{row}') returning v");
+    let extended = |sql: &str| {
+        let run = [parse("", sql), bind("", "", &[]), describe('P', "")];
+        [run.concat(), execute("", 0), sync()].concat()
+    };
+    let all = [
+        query(&insert(ROWS[0])),
+        extended(&insert(ROWS[1])),
+        query(&returning(ROWS[2])),
+        extended(&returning(ROWS[3])),
+    ];
+    (all.concat(), ["C", "12nC", "TDC", "12TDC"])
+}
+
+/// What each request was answered, up to its ReadyForQuery.
+async fn answers(client: &mut RawClient) -> Result<Vec<Vec<Message>>> {
+    let mut all = Vec::new();
+    while all.len() < ROWS.len() {
+        let mut one = Vec::new();
+        loop {
+            let message = client.receive().await?.ok_or("the connection was closed")?;
+            match message.tag {
+                b'Z' => break,
+                b'N' | b'S' | b'A' => {}
+                _ => one.push(message),
+            }
+        }
+        all.push(one);
+    }
+    Ok(all)
+}
+
+/// Whether an answer fits what is in the table of its row.
+fn fits(answer: &[Message], wanted: &str, rows: usize) -> bool {
+    let tags: String = answer.iter().map(|m| char::from(m.tag)).collect();
+    if tags == wanted {
+        return rows == 1;
+    }
+    let Some((error, before)) = answer.split_last() else {
+        return false;
+    };
+    let begun: String = before.iter().map(|m| char::from(m.tag)).collect();
+    let unknown = wanted.starts_with(&begun) && error.sqlstate().as_deref() == Some("08007");
+    let text = error.field(b'M').unwrap_or_default();
+    match text.starts_with("the statement was committed") {
+        true => unknown && rows == 1,
+        false => unknown && rows <= 1,
+    }
+}
+
+/// Runs them, cut at a message; whether it was met, and how many were told that nobody knows.
+async fn cut(bench: &mut Bench, fault: Fault, cut: Cut) -> Result<(bool, usize)> {
+    bench.direct.batch_execute("truncate t").await?;
+    let target = Target {
+        host: "127.0.0.1".to_owned(),
+        port: bench.proxy.port(),
+        user: "postgres".to_owned(),
+        password: String::new(),
+        database: "postgres".to_owned(),
+    };
+    let mut client = RawClient::log_in(&target).await?;
+    let order = Order::new(cut, 1);
+    set(bench, Some(Arc::clone(&order)), fault == Fault::Crash);
+    let (messages, wanted) = requests();
+    client.send(&messages).await?;
+    if fault == Fault::Crash {
+        bench.crash().await?;
+    }
+    set(bench, Some(Arc::clone(&order)), false);
+    let answers = answers(&mut client).await?;
+    let met = !order.hits().is_empty();
+    set(bench, None, false);
+    let mut unknown = 0;
+    for ((row, wanted), answer) in ROWS.iter().zip(wanted).zip(&answers) {
+        let there = format!("select v from t where v = '{row}'");
+        let there = bench.column(&there).await?.len();
+        if !fits(answer, wanted, there) {
+            let told: Vec<_> = answers.iter().map(|a| shown(a)).collect();
+            return Err(format!("row {row} is there {there} times, told {told:?}").into());
+        }
+        unknown += usize::from(answer.iter().any(|m| m.tag == b'E'));
+    }
+    client.send(&query("select 1")).await?;
+    client.until(b'Z').await?;
+    Ok((met, unknown))
+}
+
+fn shown(answer: &[Message]) -> String {
+    let tags: String = answer.iter().map(|m| char::from(m.tag)).collect();
+    let texts = answer.iter().filter_map(|m| m.field(b'M'));
+    texts.fold(tags, |all, text| format!("{all} {text}"))
+}
+
+fn set(bench: &Bench, order: Option<Arc<Order>>, refuse: bool) {
+    if let Some(between) = &bench.between {
+        between.set(|rules| {
+            rules.cut = order;
+            rules.refuse = match refuse {
+                true => vec![Class::Session, Class::Service],
+                false => Vec::new(),
+            };
+        });
+    }
+}
+
+async fn at_each_message(fault: Fault, step: usize) -> Result<()> {
+    let schema = "create table t (v text)";
+    let mut bench = Bench::start(EngineOptions::default(), schema).await?;
+    bench.interpose()?;
+    let (mut met, mut unknown) = (0, 0);
+    for way in [Way::ToServer, Way::FromServer] {
+        for after in (0..MOST).step_by(step) {
+            bench.known().await?;
+            let order = Cut {
+                way,
+                unit: Unit::Messages,
+                after,
+            };
+            let done = cut(&mut bench, fault, order).await;
+            let (hit, told) = done.map_err(|e| format!("{way:?} {after}: {e}"))?;
+            met += usize::from(hit);
+            unknown += told;
+        }
+    }
+    eprintln!("{met} cuts were met, {unknown} requests were told 08007");
+    match met >= 40 / step {
+        true => Ok(()),
+        false => Err(format!("only {met} cuts were met").into()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_is_told_its_own_outcome_when_the_connection_breaks() -> std::result::Result<(), Shown>
+{
+    Ok(Box::pin(at_each_message(Fault::Broken, 1)).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_is_told_its_own_outcome_after_a_crash() -> std::result::Result<(), Shown> {
+    Ok(Box::pin(at_each_message(Fault::Crash, 5)).await?)
+}
