@@ -119,6 +119,46 @@ async fn a_statement_that_never_ends_is_left_to_the_evidence() {
     assert_eq!(v, ["0", "1"]);
 }
 
+/// Past the limit the old primary is fenced, and the evidence says that nothing was committed.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_waited_for_in_vain_runs_again() {
+    // Sleeps in its first run.
+    let sleep = "CASE WHEN nextval('runs') <= 2 THEN pg_sleep(600)::text END";
+    let block = "UPDATE t SET v = v + 1 WHERE id = 1";
+    let statements = [
+        format!("DO $$ BEGIN {block}; PERFORM {sleep}; END $$"),
+        format!("INSERT INTO t VALUES (3, 0); SELECT {sleep}"),
+    ];
+    let mut bench = bench().await;
+    let sequence = "CREATE SEQUENCE runs";
+    bench.direct.batch_execute(sequence).await.unwrap();
+    let mut running = Vec::new();
+    for sql in statements {
+        let client = bench.client().await.unwrap();
+        running.push(tokio::spawn(
+            async move { client.batch_execute(&sql).await },
+        ));
+    }
+    let two = SLEEPS.replacen("count(*)", "(count(*) = 2)::int", 1);
+    until(&bench, &two).await;
+    drain(&bench, Duration::from_millis(300)).await;
+    let fence = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+                 WHERE wait_event = 'PgSleep'";
+    bench.column(fence).await.unwrap();
+    let gone = SLEEPS.replacen("count(*)", "(count(*) = 0)::int", 1);
+    until(&bench, &gone).await;
+    bench.resume().await.unwrap();
+    for one in running {
+        tokio::time::timeout(PATIENCE, one)
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+    }
+    let v = bench.column("SELECT v FROM t ORDER BY id").await.unwrap();
+    assert_eq!(v, ["1", "0", "0"]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_pipelined_behind_a_lock_wait_is_cut_off_and_taken_up_again() {
     commit_behind_a_lock_wait(false).await;
