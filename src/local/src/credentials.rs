@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use helios_wire::scram::{DEFAULT_ITERATIONS, build_verifier};
 use serde::{Deserialize, Serialize};
 
 use crate::error::LocalError;
@@ -68,6 +69,13 @@ impl Credentials {
     pub fn load(data_dir: &Path) -> Result<Option<Self>, LocalError> {
         files::read_json(&data_dir.join(FILE))
     }
+}
+
+/// What a server is given of a password: what is sent to it is seen by its log, by statistics, and
+/// by whoever looks on.
+pub(crate) fn verifier(password: &str) -> String {
+    let salt: [u8; 16] = rand::random();
+    build_verifier(password, &salt, DEFAULT_ITERATIONS)
 }
 
 /// 32 letters and digits: 190 bits.

@@ -278,8 +278,8 @@ pub(crate) async fn create_role(
             .is_none()
         {
             let user = identifier(&credentials.user);
-            let password = literal(&credentials.password);
-            let service = literal(&credentials.service_password);
+            let password = literal(&credentials::verifier(&credentials.password));
+            let service = literal(&credentials::verifier(&credentials.service_password));
             // One transaction: a second start finds both or neither.
             let sql = format!(
                 "begin; create role {user} login password {password}; \

@@ -1,6 +1,7 @@
 //! `helios local start`, in the foreground and in the background.
 
 use std::fs::OpenOptions;
+use std::io::IsTerminal as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -73,11 +74,13 @@ async fn foreground(options: LocalOptions) -> Result<(), Failure> {
         _ = interrupt.recv() => return Err(Failure::interrupted()),
         _ = terminate.recv() => return Err(Failure::interrupted()),
     };
-    out::note(&format!(
-        "ready after {:.1} s: psql \"{}\"",
-        begun.elapsed().as_secs_f64(),
-        cluster.connection_string()
-    ));
+    // With the password for a person, who may see it, and not for a log.
+    let address = match std::io::stderr().is_terminal() {
+        true => cluster.connection_string(),
+        false => cluster.status().await.connection_string,
+    };
+    let took = begun.elapsed().as_secs_f64();
+    out::note(&format!("ready after {took:.1} s: psql \"{address}\""));
     let progress = tokio::spawn(follow(cluster.progress()));
     tokio::select! {
         () = cluster.stop_requested() => {}

@@ -5,6 +5,7 @@ use std::time::Duration;
 use helios_api::Host;
 use helios_api::v1alpha1::names;
 use helios_control::PostgresTls;
+use helios_wire::scram::{DEFAULT_ITERATIONS, build_verifier};
 use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, Config};
 
@@ -89,8 +90,11 @@ pub(super) async fn make_database(primary: &At, input: &Input) -> Result<(), Ope
             .await?;
         let role = "select 1 from pg_catalog.pg_roles where rolname = $1";
         if client.query_opt(role, &[&initdb.owner]).await?.is_none() {
-            let (owner, password) = (identifier(&initdb.owner), literal(password));
-            let sql = format!("create role {owner} login password {password}");
+            // A verifier: what is sent is seen by logs, statistics and whoever looks on.
+            let salt: [u8; 16] = rand::random();
+            let verifier = literal(&build_verifier(password, &salt, DEFAULT_ITERATIONS));
+            let owner = identifier(&initdb.owner);
+            let sql = format!("create role {owner} login password {verifier}");
             client.batch_execute(&sql).await?;
         }
         let database = "select 1 from pg_catalog.pg_database where datname = $1";
