@@ -1,12 +1,16 @@
 //! Bugs of peers that take a whole cluster. Each test has the name of the bug that it is about.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use helios_e2e::chaos::cluster::{Cluster, Shape, redundant};
+use helios_e2e::chaos::cluster::{Cluster, Shape, redundant, summary};
 use helios_e2e::chaos::experiment::RECOVERY_LIMIT;
-use helios_e2e::chaos::fault::{Act, Network};
+use helios_e2e::chaos::fault::{Act, Injector, Network};
+use helios_e2e::chaos::plan::Step;
+use helios_e2e::chaos::processes;
 use helios_e2e::{Result, Shown};
+use helios_local::LocalStatus;
 use tokio::sync::watch;
 use tokio_postgres::{Client, NoTls};
 
@@ -137,4 +141,167 @@ async fn rows(db: &Client, database: &str) -> Result<Vec<i32>> {
     let rows = db.query("select n from isolated", &[]).await;
     let rows = rows.map_err(|e| format!("database {database}: {e}"))?;
     Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Crashes of the primary one after the other, each as soon as the cluster is whole again: every
+/// failover ends, moves the primary once, and nobody moves it back.
+#[tokio::test(flavor = "multi_thread")]
+async fn cloudnative_pg_11346_11348_and_6091_a_failover_neither_stalls_nor_reverts()
+-> std::result::Result<(), Shown> {
+    let cluster = Cluster::start(&helios()?, SHAPE, &[]).await?;
+    let judged = Box::pin(failovers_in_a_row(&cluster)).await;
+    Box::pin(cluster.stop(judged.is_err())).await;
+    Ok(judged?)
+}
+
+/// Two instances, synchronous.
+const SHAPE: Shape = Shape {
+    instances: 2,
+    synchronous: true,
+    small_disks: false,
+};
+
+async fn failovers_in_a_row(cluster: &Cluster) -> Result<()> {
+    let config: tokio_postgres::Config = cluster.target().conninfo().parse()?;
+    let (client, connection) = config.connect(NoTls).await?;
+    tokio::spawn(connection);
+    let table = "create table isolated (n int)";
+    client.batch_execute(table).await?;
+    let (stop, stopped) = watch::channel(false);
+    let writer = tokio::spawn(insert(client, 0, stopped));
+    for _ in 0..3 {
+        let (primary, _) = cluster.roles().await?;
+        let before = cluster.status().await?;
+        processes::kill_server(primary.postmaster_pid.ok_or("no postmaster")?)?;
+        // Who was primary, in order, until the old one is a standby of the new one.
+        let mut primaries = vec![primary.name.clone()];
+        let deadline = Instant::now() + RECOVERY_LIMIT;
+        let after = loop {
+            let status = cluster.status().await?;
+            let now = status.primary.clone();
+            if let Some(now) = now.filter(|now| primaries.last() != Some(now)) {
+                primaries.push(now);
+            }
+            if primaries.len() > 1 && redundant(&status, cluster.shape) {
+                break status;
+            }
+            if Instant::now() > deadline {
+                return Err(format!("the failover stalls: {}", summary(&status)).into());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        };
+        if primaries.len() != 2 || after.epoch != before.epoch.next() {
+            let epochs = (before.epoch, after.epoch);
+            return Err(format!("primaries {primaries:?}, epochs {epochs:?}").into());
+        }
+        if after.timeline <= before.timeline {
+            return Err(format!("timeline {:?}", after.timeline).into());
+        }
+    }
+    stop.send(true)?;
+    let told = writer.await?;
+    let (now, _) = cluster.roles().await?;
+    let db = cluster.connect(&now).await?;
+    let rows = rows(&db, &cluster.target().database).await?;
+    let mut once = rows.clone();
+    once.sort_unstable();
+    once.dedup();
+    let lost = told.iter().filter(|(n, ..)| !rows.contains(n)).count();
+    match lost == 0 && once.len() == rows.len() && !told.is_empty() {
+        true => Ok(()),
+        false => Err(format!("{lost} of {} lost, {} rows", told.len(), rows.len()).into()),
+    }
+}
+
+/// The old primary has committed what nobody else has: it comes back as a standby by itself, with
+/// the new primary's data and none of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn cloudnative_pg_1836_and_9637_the_old_primary_rejoins_without_a_person()
+-> std::result::Result<(), Shown> {
+    let shape = Shape {
+        synchronous: false,
+        ..SHAPE
+    };
+    let cluster = Arc::new(Cluster::start(&helios()?, shape, &[]).await?);
+    let judged = Box::pin(rejoins(&cluster)).await;
+    if let Ok(cluster) = Arc::try_unwrap(cluster) {
+        Box::pin(cluster.stop(judged.is_err())).await;
+    }
+    Ok(judged?)
+}
+
+async fn rejoins(cluster: &Arc<Cluster>) -> Result<()> {
+    // What was held up can get there at the last moment: then the old primary has nothing to give up.
+    for round in 0..8 {
+        if Box::pin(rejoined(cluster, round * 100_000)).await? {
+            return Ok(());
+        }
+    }
+    Err("nothing has diverged".into())
+}
+
+/// One failover with a standby that lags; whether the old primary had commits of its own.
+async fn rejoined(cluster: &Arc<Cluster>, from: i32) -> Result<bool> {
+    let (old, _) = cluster.roles().await?;
+    let direct = cluster.connect(&old).await?;
+    direct
+        .batch_execute("create table if not exists isolated (n int)")
+        .await?;
+    let sender = "select pid from pg_stat_replication where state = 'streaming'";
+    let before = direct.query_one(sender, &[]).await?.get::<_, i32>(0);
+    let network = Network::install(cluster).await?;
+    // The standby comes again, through the go-between that will hold it up.
+    let deadline = Instant::now() + RECOVERY_LIMIT;
+    while direct
+        .query_opt(sender, &[])
+        .await?
+        .is_none_or(|row| row.get::<_, i32>(0) == before)
+    {
+        if Instant::now() > deadline {
+            return Err("the standby does not come back".into());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let whole = cluster.wait("redundant", RECOVERY_LIMIT, redundant);
+    let before = whole.await?;
+    let (stop, stopped) = watch::channel(false);
+    let past = tokio::spawn(insert(direct, from, stopped));
+    let step = Step {
+        at_ms: 500,
+        act: Act::CrashBehindLag { millis: 1000 },
+    };
+    let injector = Injector::new(Arc::clone(cluster), network, Instant::now());
+    let done = injector.run(&[step]).await?;
+    if !done.iter().all(|d| d.hit) {
+        return Err(format!("{done:?}").into());
+    }
+    let moved = |s: &LocalStatus, shape| s.primary != before.primary && redundant(s, shape);
+    cluster
+        .wait("moved and whole", RECOVERY_LIMIT, moved)
+        .await?;
+    // It has ended with its server.
+    stop.send_replace(true);
+    let told = past.await?;
+    let (primary, standbys) = cluster.roles().await?;
+    let database = &cluster.target().database;
+    let now = rows(&cluster.connect(&primary).await?, database).await?;
+    let diverged = told.iter().any(|(n, ..)| !now.contains(n));
+    let back = standbys.iter().find(|s| s.name == old.name);
+    let standby = cluster
+        .connect(back.ok_or("the old primary is not there")?)
+        .await?;
+    let deadline = Instant::now() + RECOVERY_LIMIT;
+    while rows(&standby, database).await? != now {
+        if Instant::now() > deadline {
+            let has = rows(&standby, database).await?.len();
+            return Err(format!("it has {has} rows, the primary {}", now.len()).into());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // And it could take over again.
+    let (what, moved) = cluster.switchover(RECOVERY_LIMIT).await?;
+    match moved && cluster.roles().await?.0.name == old.name {
+        true => Ok(diverged),
+        false => Err(what.into()),
+    }
 }
