@@ -162,10 +162,11 @@ pub enum Change {
 
 /// The question whose rows [`Snapshot::add_row`] takes: kind, name, value, all text.
 ///
-/// Names are qualified, because the session's own `search_path` is in force.
+/// Names and operators are qualified, because the session's own `search_path` is in force.
 pub const SNAPSHOT_QUERY: &str = "\
-SELECT 'g', name, setting FROM pg_catalog.pg_settings WHERE source = 'session' \
-AND name NOT IN ('transaction_isolation','transaction_read_only','transaction_deferrable') \
+SELECT 'g', name, setting FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session' \
+AND name OPERATOR(pg_catalog.<>) ALL \
+(ARRAY['transaction_isolation','transaction_read_only','transaction_deferrable']) \
 UNION ALL SELECT 'r', 'role', pg_catalog.current_setting('role') \
 UNION ALL SELECT 'u', 'session_authorization', SESSION_USER::pg_catalog.text \
 UNION ALL SELECT CASE WHEN from_sql THEN 'p' ELSE 'q' END, name, statement \
@@ -174,13 +175,14 @@ UNION ALL SELECT 'x', 'cursor WITH HOLD', name FROM pg_catalog.pg_cursors WHERE 
 UNION ALL SELECT 'l', c, '' FROM pg_catalog.pg_listening_channels() c \
 UNION ALL SELECT 'a', pg_catalog.concat_ws(' ', objsubid, classid, objid), mode \
 FROM pg_catalog.pg_locks \
-WHERE locktype = 'advisory' AND granted AND pid = pg_catalog.pg_backend_pid() \
+WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND granted \
+AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
 UNION ALL (SELECT 'x', 'temporary object', relname::pg_catalog.text FROM pg_catalog.pg_class \
-WHERE relnamespace = pg_catalog.pg_my_temp_schema() LIMIT 1) \
+WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1) \
 UNION ALL (SELECT 'x', 'temporary object', proname::pg_catalog.text FROM pg_catalog.pg_proc \
-WHERE pronamespace = pg_catalog.pg_my_temp_schema() LIMIT 1) \
+WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1) \
 UNION ALL (SELECT 'x', 'temporary object', typname::pg_catalog.text FROM pg_catalog.pg_type \
-WHERE typnamespace = pg_catalog.pg_my_temp_schema() LIMIT 1)";
+WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)";
 
 /// [`SNAPSHOT_QUERY`], with the custom settings that the session may have set.
 #[must_use]
