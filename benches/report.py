@@ -28,7 +28,7 @@ make bench ARGS='parts=pause sessions=1,100'                  # the pause alone
 THROUGHPUT = """
 ## Throughput
 
-pgbench's select-only and TPC-B-like scripts. *PostgreSQL* is the primary itself; *PgBouncer* and the proxy stand in front of a primary with the same settings, on this machine. The subjects run in turn, each round beginning with another. The first figure is the median of transactions a second; the ratio is the median of the ratios to PostgreSQL in the same round. Modes: replay off (`none`), `transaction`, `select`. PgBouncer 1.18 has no prepared statements with transaction pooling: n/a.
+pgbench's select-only and TPC-B-like scripts, and (*insert*) one INSERT outside of a transaction block, which modes `transaction` and `select` mark so that its outcome is known after a crash. *PostgreSQL* is the primary itself; *PgBouncer* and the proxy stand in front of a primary with the same settings, on this machine. The subjects run in turn, each round beginning with another. The first figure is the median of transactions a second; the ratio is the median of the ratios to PostgreSQL in the same round. Modes: replay off (`none`), `transaction`, `select`. PgBouncer 1.18 has no prepared statements with transaction pooling: n/a.
 
 | workload | protocol | clients | PostgreSQL | PgBouncer session | PgBouncer transaction | none | transaction | select |
 |---|---|---|---|---|---|---|---|---|

@@ -8,7 +8,7 @@ Settings, from the environment as below or as arguments in lower case:
 
 BENCH_SECONDS  length of one run of pgbench            (3)
 BENCH_REPEATS  runs of each case, in turn              (3)
-BENCH_CASES    workload/protocol/clients, with *       (*/*/*)   e.g. tpcb/prepared/8,select/*/1
+BENCH_CASES    workload/protocol/clients, with *       (*/*/*)   e.g. tpcb/prepared/8,insert/*/8
 BENCH_SCALE    pgbench's scale factor                  (10)
 BENCH_INSTANCES  servers of a cluster                  (2)
 BENCH_MOVES    switchovers for each number of sessions (5)
@@ -19,7 +19,9 @@ BENCH_OUT      where to write                          (docs/benchmarks.md)
 BENCH_HELIOS   the program                             (target/release/helios)
 """
 
+import atexit
 import fnmatch
+import functools
 import itertools
 import os
 import platform
@@ -36,10 +38,15 @@ import report
 from servers import HELIOS, ROOT, Cluster, PgBouncer
 from sessions import ServerError, idle_memory, switchover_pause
 
-WORKLOADS = ("select", "tpcb")
+WORKLOADS = ("select", "tpcb", "insert")
 PROTOCOLS = ("simple", "extended", "prepared")
 CLIENTS = (1, 8, 64)
 MODES = ("none", "transaction", "select")
+# A statement by itself, which the proxy marks so that its outcome is known after a crash. Run with
+# few cases: what it shows is the cost of the mark.
+INSERT = "insert into inserted values (:client_id, 'something to keep');"
+INSERT_TABLE = "create table inserted (client int, note text)"
+INSERT_CASES = (("simple", 8), ("prepared", 8))
 
 
 DEFAULTS = {
@@ -99,19 +106,36 @@ def pgbench(address, *options):
     return done.stdout
 
 
+def psql(address, sql):
+    command = [f"{pg_bindir()}/psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", sql]
+    subprocess.run(command, env=address.environment(), stdin=subprocess.DEVNULL, check=True, timeout=60)
+
+
 def measure(address, workload, protocol, clients, seconds):
     """Transactions a second, connecting left out."""
     options = ["-n", "-M", protocol, "-c", str(clients), "-j", str(min(clients, 2)), "-T", str(seconds)]
     if workload == "select":
         options.append("-S")
+    if workload == "insert":
+        options += ["-f", insert_script()]
     out = pgbench(address, *options)
     return float(re.search(r"tps = ([\d.]+) \(without initial", out).group(1))
+
+
+@functools.cache
+def insert_script():
+    with tempfile.NamedTemporaryFile("w", suffix=".sql", delete=False) as file:
+        file.write(INSERT)
+    atexit.register(os.unlink, file.name)
+    return file.name
 
 
 def cases():
     patterns = setting("CASES").split(",")
     for workload, protocol, clients in itertools.product(WORKLOADS, PROTOCOLS, CLIENTS):
         name = f"{workload}/{protocol}/{clients}"
+        if workload == "insert" and (protocol, clients) not in INSERT_CASES:
+            continue
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             yield workload, protocol, clients
 
@@ -201,6 +225,7 @@ def main():
             clusters[mode] = Cluster(folder, mode, instances)
             running.append(clusters[mode])
             pgbench(clusters[mode].direct, "-i", "-q", "-s", results["scale"])
+            psql(clusters[mode].direct, INSERT_TABLE)
         bouncers = {}
         for pool_mode in ("session", "transaction") if parts != ["pause"] else ():
             bouncers[pool_mode] = PgBouncer(folder, pool_mode, clusters["transaction"].direct, 1100)
@@ -223,6 +248,7 @@ def main():
                 say(f"could not stop: {error}")
         shutil.rmtree(folder, ignore_errors=True)
     out = ROOT / setting("OUT")
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(report.render(results))
     say(f"wrote {out}")
 
