@@ -9,6 +9,8 @@ use std::time::Duration;
 use helios_api::agent::{AgentError, AgentReply, InstanceState};
 use helios_api::control::{Fence, LostCommits};
 use helios_api::{Epoch, Lsn, Timeline, Xid};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
@@ -16,6 +18,7 @@ use crate::durable::{Evidence, Pending, Promotion};
 use crate::error::{failed, refused};
 use crate::files::Dynamic;
 use crate::instance::Instance;
+use crate::process;
 use crate::sql::{self, SqlError};
 use crate::wal::History;
 
@@ -37,6 +40,10 @@ select exists (select from pg_stat_activity where backend_type = 'walreceiver'),
        pg_last_wal_replay_lsn(),
        exists (select from pg_stat_activity where backend_type = 'startup'
                and wait_event in ('RecoveryWalStream', 'RecoveryRetrieveRetryInterval'))";
+
+/// The process that replays.
+const STARTUP: &str = "\
+select min(pid) from pg_stat_activity where backend_type = 'startup'";
 
 /// Frees replay from a pause and from queries that hold a snapshot.
 const CANCEL: &str = "\
@@ -106,7 +113,7 @@ impl Instance {
                 ..dynamic
             };
             without.write(&self.config)?;
-            self.running()?.reload()?;
+            self.reload_startup(client).await?;
         }
         let mut moved = Instant::now();
         let mut last = Lsn(0);
@@ -138,6 +145,18 @@ impl Instance {
                 acted = free_replay(client, still, acted).await?;
             }
             tokio::time::sleep(INTERVAL).await;
+        }
+    }
+
+    /// Has the startup process read the configuration again, which decides on its own whether there
+    /// is a receiver. All others would do so too if the postmaster were told, each backend in front
+    /// of its next statement (`PostgresMain` in `src/backend/tcop/postgres.c`): that is a millisecond
+    /// for each of the sessions that wait for the promotion.
+    async fn reload_startup(&self, client: &Client) -> Result<(), AgentError> {
+        let row = sql::one(client, STARTUP, sql::LIMIT).await?;
+        match sql::optional::<i32>(&row, 0)? {
+            Some(pid) => process::signal(Pid::from_raw(pid), Signal::SIGHUP),
+            None => self.running()?.reload(),
         }
     }
 
