@@ -10,7 +10,7 @@ use std::time::Duration;
 use helios_api::agent::AgentError;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getsid};
 use tokio::time::Instant;
 
 use crate::error::{failed, file_failed};
@@ -139,7 +139,10 @@ pub(crate) fn kill_at_once(postmaster: Option<Pid>, data_dir: &Path) -> Result<(
         // Behind its children: nobody is left to notice.
         found.sort_by_key(|pid| Some(*pid) == postmaster);
         for pid in found {
-            give_way(pid);
+            // It shares its session with whoever started it, and the others come first.
+            if Some(pid) != postmaster {
+                give_way(pid);
+            }
             signal(pid, Signal::SIGKILL)?;
             killed.insert(pid);
         }
@@ -168,8 +171,14 @@ fn stands_still(pid: Pid) -> bool {
 
 /// The end of a process costs processor time, and hundreds of them end at once: those that take over
 /// come first. Without the right to it they end as they would have.
+///
+/// Where each session has its share of the processors (`sched_autogroup`), the share of a whole
+/// session is changed: only of one that is the process's own, as PostgreSQL makes one for each child
+/// of the postmaster (`InitPostmasterChild` in `src/backend/utils/init/miscinit.c`).
 fn give_way(pid: Pid) {
-    let _ = std::fs::write(format!("/proc/{pid}/autogroup"), LOWEST.to_string());
+    if getsid(Some(pid)) == Ok(pid) {
+        let _ = std::fs::write(format!("/proc/{pid}/autogroup"), LOWEST.to_string());
+    }
     if let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw()) {
         let _ = rustix::process::setpriority_process(Some(pid), LOWEST);
     }
@@ -197,5 +206,52 @@ pub(crate) async fn kill_all(data_dir: &Path) -> Result<usize, AgentError> {
             )));
         }
         tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel says of a session's share, `None` where it has none.
+    fn share(pid: Pid) -> Option<String> {
+        std::fs::read_to_string(format!("/proc/{pid}/autogroup")).ok()
+    }
+
+    fn priority(pid: Pid) -> i32 {
+        rustix::process::getpriority_process(rustix::process::Pid::from_raw(pid.as_raw())).unwrap()
+    }
+
+    /// A postmaster's children have a session each; the postmaster has its starter's, and ours.
+    #[test]
+    fn whoever_ends_gives_way_and_its_session_does_not() {
+        // As an earlier version may have left it.
+        let _ = std::fs::write("/proc/self/autogroup", "0");
+        let before = share(Pid::this());
+        let sleep = |program: &str, arguments: &[&str]| {
+            std::process::Command::new(program)
+                .args(arguments)
+                .spawn()
+                .unwrap()
+        };
+        let ours = sleep("sleep", &["60"]);
+        let alone = sleep("setsid", &["sleep", "60"]);
+        let pid = |child: &std::process::Child| Pid::from_raw(child.id().try_into().unwrap());
+        while getsid(Some(pid(&alone))) != Ok(pid(&alone)) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        for child in [&ours, &alone] {
+            give_way(pid(child));
+            assert_eq!(priority(pid(child)), LOWEST);
+        }
+        assert_eq!(share(Pid::this()), before);
+        assert_eq!(priority(Pid::this()), 0);
+        if let Some(share) = share(pid(&alone)) {
+            assert!(share.trim_end().ends_with("nice 19"), "{share}");
+        }
+        for mut child in [ours, alone] {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
     }
 }

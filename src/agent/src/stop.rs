@@ -5,7 +5,7 @@
 //! back from the kernel. Whoever touches the data directory afterwards waits for the last of them
 //! ([`Instance::bury`]).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use helios_api::agent::{AgentError, AgentReply, InstanceState};
 use helios_api::{Lsn, Timeline};
@@ -35,8 +35,11 @@ impl Instance {
         if !clean && let Some(timeline) = self.last_timeline() {
             // Everybody waits: for what a clean stop would tell, and for the end of hundreds of
             // processes that can do nothing any more, nobody needs to.
+            let began = Instant::now();
             self.kill()?;
+            let killed = began.elapsed();
             record.done().await?;
+            tracing::debug!(?killed, recorded = ?began.elapsed(), "phases of the fence");
             self.hub.set(InstanceState::Stopped {
                 crashed: false,
                 clean: false,
