@@ -227,7 +227,7 @@ mod tests {
     fn whoever_ends_gives_way_and_its_session_does_not() {
         // As an earlier version may have left it.
         let _ = std::fs::write("/proc/self/autogroup", "0");
-        let before = share(Pid::this());
+        let before = (share(Pid::this()), priority(Pid::this()));
         let sleep = |program: &str, arguments: &[&str]| {
             std::process::Command::new(program)
                 .args(arguments)
@@ -244,9 +244,11 @@ mod tests {
             give_way(pid(child));
             assert_eq!(priority(pid(child)), LOWEST);
         }
-        assert_eq!(share(Pid::this()), before);
-        assert_eq!(priority(Pid::this()), 0);
-        if let Some(share) = share(pid(&alone)) {
+        assert_eq!((share(Pid::this()), priority(Pid::this())), before);
+        // Others than root may change a share once in a tenth of a second (`sched(7)` does not say
+        // so; `proc_sched_autogroup_set_nice` in the kernel's `kernel/sched/autogroup.c`).
+        let root = nix::unistd::geteuid().is_root();
+        if let Some(share) = share(pid(&alone)).filter(|_| root) {
             assert!(share.trim_end().ends_with("nice 19"), "{share}");
         }
         for mut child in [ours, alone] {

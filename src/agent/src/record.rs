@@ -58,7 +58,7 @@ impl RecordFile {
         let (first, second) = text.split_at(half);
         let newest = [first, second]
             .into_iter()
-            .filter_map(whole)
+            .filter_map(|slot| whole(slot, half))
             .max_by_key(|(number, _)| *number);
         let (record, content) = match newest {
             Some((number, content)) => (
@@ -172,7 +172,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 /// A slot with this content; `None` when it is too small.
 fn filled(number: u64, content: &[u8], slot: usize) -> Option<Vec<u8>> {
     let head = format!(
-        "{MAGIC} {number} {} {:016x}\n",
+        "{MAGIC} {number} {slot} {} {:016x}\n",
         content.len(),
         checksum(number, content)
     );
@@ -187,13 +187,17 @@ fn filled(number: u64, content: &[u8], slot: usize) -> Option<Vec<u8>> {
     Some(text)
 }
 
-/// Number and content of a slot whose last write was not cut short.
-fn whole(slot: &[u8]) -> Option<(u64, &[u8])> {
+/// Number and content of a slot whose last write was not cut short. The head says how long a slot
+/// is: in a file that lost its end, the older record would be found alone and be taken for the last.
+fn whole(slot: &[u8], size: usize) -> Option<(u64, &[u8])> {
     let end = slot.iter().take(128).position(|byte| *byte == b'\n')?;
     let (head, rest) = slot.split_at(end);
     let head = std::str::from_utf8(head).ok()?.strip_prefix(MAGIC)?;
     let mut words = head.split_ascii_whitespace();
     let number = words.next()?.parse().ok()?;
+    if words.next()?.parse() != Ok(size) {
+        return None;
+    }
     let length: usize = words.next()?.parse().ok()?;
     let sum = u64::from_str_radix(words.next()?, 16).ok()?;
     let content = rest.get(1..)?.get(..length)?;
@@ -291,14 +295,18 @@ mod tests {
         file.write(&of("slots")).unwrap();
         assert_eq!(read_again(&path), of("slots"));
         let mut text = std::fs::read(&path).unwrap();
-        let at = text.len() / 2 + 100;
-        assert!(text.len() > at);
+        // A file that lost its end: what is left of it is not the last record.
+        file.write(&of("later")).unwrap();
+        let later = std::fs::read(&path).unwrap();
+        let cut =
+            [1, SLOT / 2, SLOT, SLOT + SLOT / 2].map(|lost| later[..2 * SLOT - lost].to_vec());
         for byte in &mut text {
             if *byte == b'"' {
                 *byte = b'\'';
             }
         }
-        for damaged in [text, b"[\"cut".to_vec(), Vec::new()] {
+        let others = [text, b"[\"cut".to_vec(), Vec::new()];
+        for damaged in cut.iter().chain(&others) {
             std::fs::write(&path, damaged).unwrap();
             let error = RecordFile::open::<Record>(path.clone()).unwrap_err();
             assert!(
