@@ -240,6 +240,20 @@ async fn rejoins(cluster: &Arc<Cluster>) -> Result<()> {
     Err("nothing has diverged".into())
 }
 
+/// Waits for a standby that is served by another process than `before`; returns that process.
+async fn streaming(primary: &Client, before: Option<i32>) -> Result<i32> {
+    let sender = "select pid from pg_stat_replication where state = 'streaming'";
+    let deadline = Instant::now() + RECOVERY_LIMIT;
+    loop {
+        let row = primary.query_opt(sender, &[]).await?;
+        match row.map(|row| row.get(0)) {
+            Some(pid) if Some(pid) != before => return Ok(pid),
+            _ if Instant::now() > deadline => return Err("the standby does not come".into()),
+            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
 /// One failover with a standby that lags; whether the old primary had commits of its own.
 async fn rejoined(cluster: &Arc<Cluster>, from: i32) -> Result<bool> {
     let (old, _) = cluster.roles().await?;
@@ -247,21 +261,11 @@ async fn rejoined(cluster: &Arc<Cluster>, from: i32) -> Result<bool> {
     direct
         .batch_execute("create table if not exists isolated (n int)")
         .await?;
-    let sender = "select pid from pg_stat_replication where state = 'streaming'";
-    let before = direct.query_one(sender, &[]).await?.get::<_, i32>(0);
+    // Behind the switchover of the round before, the standby may still be on its way.
+    let before = streaming(&direct, None).await?;
     let network = Network::install(cluster).await?;
     // The standby comes again, through the go-between that will hold it up.
-    let deadline = Instant::now() + RECOVERY_LIMIT;
-    while direct
-        .query_opt(sender, &[])
-        .await?
-        .is_none_or(|row| row.get::<_, i32>(0) == before)
-    {
-        if Instant::now() > deadline {
-            return Err("the standby does not come back".into());
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    streaming(&direct, Some(before)).await?;
     let whole = cluster.wait("redundant", RECOVERY_LIMIT, redundant);
     let before = whole.await?;
     let (stop, stopped) = watch::channel(false);

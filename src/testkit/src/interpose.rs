@@ -3,7 +3,9 @@
 //!
 //! The server's socket file is moved aside and a listener of ours takes its place, so that nothing
 //! of the product knows of it. When the server starts anew it makes a new file, which is moved
-//! aside again. What a connection is for is read from its start-up packet.
+//! aside again; whoever connects in between meets the server itself, unless the file that was moved
+//! is a link to the server's own ([`crate::pg::PgServer`]). What a connection is for is read from
+//! its start-up packet.
 
 use std::io::Result;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};

@@ -92,6 +92,7 @@ impl PgServer {
         };
         server.initdb(&options)?;
         server.configure(&options)?;
+        server.link_socket()?;
         server.boot().await?;
         Ok(server)
     }
@@ -102,7 +103,8 @@ impl PgServer {
         self.dir.path().join("data")
     }
 
-    /// The directory of its Unix socket.
+    /// The directory of its Unix socket, as clients are to use it: a link to the server's own file,
+    /// so that a go-between keeps this place when the server starts anew.
     #[must_use]
     pub fn socket_dir(&self) -> &Path {
         self.dir.path()
@@ -278,7 +280,7 @@ impl PgServer {
             "\nlisten_addresses = '127.0.0.1'\nport = {}\nunix_socket_directories = '{}'\n\
              fsync = off\nmax_connections = 100\nshared_buffers = 32MB\nmin_wal_size = 8MB\n",
             self.port,
-            self.dir.path().display(),
+            self.own_sockets().display(),
         ));
         for line in &options.config {
             text.push_str(line);
@@ -290,6 +292,19 @@ impl PgServer {
             std::fs::write(self.data_dir().join("pg_hba.conf"), hba)?;
         }
         Ok(())
+    }
+
+    /// Where the server itself puts its Unix socket.
+    fn own_sockets(&self) -> PathBuf {
+        self.dir.path().join("own")
+    }
+
+    fn link_socket(&self) -> Result<()> {
+        let own = self.own_sockets();
+        std::fs::create_dir(&own)?;
+        give_to_server_user(&own)?;
+        let name = format!(".s.PGSQL.{}", self.port);
+        std::os::unix::fs::symlink(own.join(&name), self.socket_dir().join(name))
     }
 
     fn stop(&mut self, signal: Signal) {
