@@ -192,6 +192,30 @@ fn a_switchover_moves_the_primary_and_records_its_phases() {
     assert_eq!(world.durable.fences.len(), 1);
 }
 
+/// How many ticks after a switchover's end the old primary is started again.
+fn ticks_until_it_starts(durability: Durability) -> usize {
+    let mut world = running(2, durability);
+    world.request = Some(Request::Switchover { to: None });
+    world.step();
+    while world.durable.moving().is_some() {
+        world.step();
+    }
+    let mut ticks = 0;
+    while world.instances[&name(1)].role != Role::Standby {
+        world.step();
+        ticks += 1;
+    }
+    ticks
+}
+
+/// The old primary's start lets the clients' held statements go first, unless these wait for it.
+#[test]
+fn the_old_primary_comes_back_behind_the_clients_that_do_not_need_it() {
+    // A tick is 10 ms.
+    assert!(ticks_until_it_starts(Durability::Preferred) >= 10);
+    assert!(ticks_until_it_starts(Durability::Required) < 5);
+}
+
 /// Asks for a switchover and says how the old primary was stopped: whether cleanly, and whether
 /// everybody who may confirm commits stopped receiving beside it. `None`: it came to no fence.
 fn planned_fence(world: &mut World) -> Option<(bool, bool)> {

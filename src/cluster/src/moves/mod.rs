@@ -404,6 +404,21 @@ fn emit(ctx: &mut Ctx<'_>, m: &Move) {
     }
 }
 
+/// How long the old primary waits for its next start where nobody waits for it: its recovery reads
+/// and syncs its whole data directory, in the moment in which the clients' held statements run.
+const SETTLE_MS: u64 = 100;
+
+/// Lets the clients go first, unless commits wait for the old primary.
+fn settle_first(ctx: &Ctx<'_>, state: &mut ClusterState, from: &InstanceName) {
+    let waited_for = state.sync.target().contains(from);
+    if state.primary_name() != Some(from)
+        && !waited_for
+        && let Some(member) = state.members.get_mut(from)
+    {
+        member.retry_at = member.retry_at.max(ctx.now.plus_millis(SETTLE_MS));
+    }
+}
+
 /// Writes the record and goes back to upkeep.
 fn finish(ctx: &Ctx<'_>, state: &mut ClusterState, mut m: Move) {
     m.phases.push(PhaseDuration {
@@ -426,6 +441,7 @@ fn finish(ctx: &Ctx<'_>, state: &mut ClusterState, mut m: Move) {
         Some(fence) if to != m.from => fence.lost,
         _ => LostCommits::None,
     };
+    settle_first(ctx, state, &m.from);
     state.operations.push(OperationRecord {
         id: m.id,
         kind: m.kind,
