@@ -1,12 +1,17 @@
-//! Storage of the journal: memory with byte-exact accounting.
+//! Storage of the journal: accounts of memory and disk, exact to the byte, and the files that large
+//! journals go to.
 //!
-//! Touches no file yet. The invariant: what all accounts of a [`Pool`] hold never exceeds its
-//! limit, and an account gives back everything when it is dropped.
+//! The invariant: what all accounts of a [`Pool`] hold never exceeds its limit, and an account gives
+//! back everything when it is dropped.
+
+mod spill;
+
+pub use spill::SpillFile;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes that all journals of a proxy may hold together.
+/// Bytes that all journals of a proxy may hold together, in memory or on disk.
 #[derive(Debug)]
 pub struct Pool {
     used: AtomicUsize,

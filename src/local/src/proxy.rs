@@ -52,6 +52,11 @@ pub(crate) fn write_config(
         text,
         "\n[transaction_replay]\nmode = {mode}\nswitchover_drain_timeout_secs = {drain}"
     );
+    let folder = quoted(layout.root());
+    let _ = writeln!(
+        text,
+        "\n[session_migration]\ntransaction_buffer_path = {folder}"
+    );
     let _ = writeln!(text, "\n[backends]\nservice_user = \"{SERVICE_USER}\"");
     let _ = writeln!(text, "service_database = \"postgres\"");
     for name in names {

@@ -47,6 +47,14 @@ pub enum StartError {
     /// The service user's password cannot be read.
     #[error("could not read the service user's password file: {0}")]
     Password(std::io::Error),
+    /// No file can be made where large journals are to go.
+    #[error("transaction_buffer_path \"{}\" cannot be used: {why}", folder.display())]
+    Buffer {
+        /// The folder that was configured.
+        folder: std::path::PathBuf,
+        /// What the system says.
+        why: std::io::Error,
+    },
 }
 
 /// A command that was not carried out.
@@ -398,10 +406,16 @@ impl ProxyHandle {
         }
     }
 
-    /// Bytes that all journals hold; for tests of the accounting.
+    /// Bytes of memory that all journals hold; for tests of the accounting.
     #[must_use]
     pub fn journal_bytes(&self) -> usize {
         self.0.shared.pool.used()
+    }
+
+    /// Bytes of all journals on disk; for tests of the accounting.
+    #[must_use]
+    pub fn journal_disk_bytes(&self) -> usize {
+        self.0.shared.disk.used()
     }
 
     /// Refreshes the gauges and renders all metrics in Prometheus' text format.
@@ -411,6 +425,8 @@ impl ProxyHandle {
         let metrics = self.metrics();
         let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         metrics.journal_bytes.set(gauge(status.journal_bytes));
+        let disk = self.0.shared.disk.used();
+        metrics.journal_disk_bytes.set(gauge(disk as u64));
         metrics.protected_sessions.set(gauge(status.protected));
         self.0.shared.read_meters();
         let sessions = self.sessions();

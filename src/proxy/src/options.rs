@@ -1,13 +1,16 @@
 //! Everything a proxy is started with, in code or from a `helios_proxy.toml`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use helios_journal::SpillFile;
 use helios_telemetry::metrics::Metrics;
 
 use crate::auth::AuthMethod;
 use crate::backend::Login;
-use crate::config::{ProxyConfig, ReplayMode};
+use crate::config::{MigrationConfig, ProxyConfig, ReplayMode};
+use crate::engine::room::SpillOptions;
 use crate::engine::shared::EngineOptions;
 use crate::handle::StartError;
 use crate::tls::{BackendTls, ServerTls};
@@ -51,7 +54,7 @@ impl ProxyOptions {
     /// What a `helios_proxy.toml` says; reads the files that it names.
     ///
     /// # Errors
-    /// A certificate, key or password file cannot be used.
+    /// A certificate, key or password file cannot be used, or the folder for large journals.
     pub fn from_config(config: &ProxyConfig) -> Result<Self, StartError> {
         let (edge, backends) = (&config.proxy, &config.backends);
         let first = backends.instances.first();
@@ -69,7 +72,10 @@ impl ProxyOptions {
             login_timeout: edge.login_timeout,
             health_check_interval: first.map_or(HEALTH, |i| i.health_check_interval),
             health_check_timeout: first.map_or(HEALTH, |i| i.health_check_timeout),
-            engine: engine_options(config),
+            engine: EngineOptions {
+                spill: spill(&config.migration)?,
+                ..engine_options(config)
+            },
             metrics: Metrics::new(),
         })
     }
@@ -77,6 +83,28 @@ impl ProxyOptions {
 
 /// Interval and limit of health checks where no instance is configured.
 const HEALTH: Duration = Duration::from_secs(2);
+
+/// A folder that somebody chose has to work; without the system's own the proxy goes on.
+fn spill(migration: &MigrationConfig) -> Result<Option<Arc<SpillOptions>>, StartError> {
+    let folder = migration.transaction_buffer_path.clone();
+    if migration.transaction_buffer_size == 0 {
+        return Ok(None);
+    }
+    if let Some(folder) = &folder {
+        SpillFile::create(folder, migration.transaction_buffer_size).map_err(|why| {
+            StartError::Buffer {
+                folder: folder.clone(),
+                why,
+            }
+        })?;
+    }
+    let options = SpillOptions {
+        folder: folder.unwrap_or_else(std::env::temp_dir),
+        max_bytes: migration.transaction_buffer_size,
+        max_total_bytes: migration.transaction_buffer_total_size,
+    };
+    Ok(Some(Arc::new(options)))
+}
 
 fn engine_options(config: &ProxyConfig) -> EngineOptions {
     let (edge, replay, migration) = (&config.proxy, &config.replay, &config.migration);

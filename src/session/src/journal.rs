@@ -2,8 +2,9 @@
 //! was answered.
 //!
 //! One byte log holds the client's messages as they came; exchanges are ranges of it. Answered
-//! exchanges of the open transaction are records, the rest is in flight. The invariant: records and
-//! exchanges cover the log without a gap, in order.
+//! exchanges of the open transaction are records, the rest is in flight. The log is memory until it
+//! is given a place elsewhere ([`Spill`]); it comes back with the end of the transaction. The
+//! invariant: records and exchanges cover the log without a gap, in order.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -13,6 +14,8 @@ use helios_api::protection::Unprotected;
 
 use crate::TxnStatus;
 use crate::evidence::{Ended, Fate, Mark};
+use crate::log::Log;
+pub use crate::log::Spill;
 use crate::reply::Reply;
 use crate::script::Speaks;
 use crate::tracker::Alone;
@@ -138,12 +141,14 @@ impl Exchange {
 /// The journal.
 #[derive(Debug, Default)]
 pub struct Journal {
-    log: Vec<u8>,
+    log: Log,
     records: Vec<Record>,
     in_flight: VecDeque<Exchange>,
     heap: usize,
     /// Messages of the transaction or exchange are not kept any more, and why.
     lost: Option<(Unprotected, String)>,
+    /// Why the place of the log has not taken a message.
+    refused: Option<Box<str>>,
 }
 
 impl Journal {
@@ -176,8 +181,40 @@ impl Journal {
             exchange.cut = true;
             return;
         }
-        self.log.extend_from_slice(bytes);
-        exchange.end = self.log.len();
+        match self.log.append(bytes) {
+            Ok(()) => exchange.end = self.log.len(),
+            Err(why) => {
+                self.refused = Some(why.into());
+                self.log.truncate(exchange.start);
+                exchange.end = exchange.start;
+                exchange.cut = true;
+            }
+        }
+    }
+
+    /// Moves the log to another place than memory.
+    ///
+    /// # Errors
+    /// The place takes less than there is; the log stays where it is.
+    pub fn spill(&mut self, to: Box<dyn Spill>) -> Result<(), String> {
+        self.log.spill(to)
+    }
+
+    /// Whether the log is elsewhere.
+    #[must_use]
+    pub fn is_spilled(&self) -> bool {
+        !self.log.is_memory()
+    }
+
+    /// Whether a message could not be kept ([`Self::take_refusal`]).
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.refused.is_some()
+    }
+
+    /// Why a message could not be kept, once: the journal is to be given up ([`Self::lose`]).
+    pub fn take_refusal(&mut self) -> Option<String> {
+        self.refused.take().map(String::from)
     }
 
     /// Ends the exchange in front; its messages stay while a transaction is open.
@@ -210,15 +247,14 @@ impl Journal {
         self.heap = 0;
         if self.in_flight.is_empty() {
             self.lost = None;
-            self.log.clear();
-            self.log.shrink_to(KEEP);
+            self.log.clear(KEEP);
             return;
         }
         self.drain_to(end);
     }
 
     fn drain_to(&mut self, end: usize) {
-        self.log.drain(..end.min(self.log.len()));
+        self.log.drop_front(end);
         for exchange in &mut self.in_flight {
             exchange.start = exchange.start.saturating_sub(end);
             exchange.end = exchange.end.saturating_sub(end);
@@ -292,21 +328,27 @@ impl Journal {
     /// The messages of a record.
     #[must_use]
     pub fn record_bytes(&self, record: &Record) -> &[u8] {
-        self.log.get(record.range.clone()).unwrap_or_default()
+        let range = record.range.clone();
+        self.log.bytes().get(range).unwrap_or_default()
     }
 
     /// The messages of an exchange in flight.
     #[must_use]
     pub fn exchange_bytes(&self, exchange: &Exchange) -> &[u8] {
-        self.log
-            .get(exchange.start..exchange.end)
-            .unwrap_or_default()
+        let range = exchange.start..exchange.end;
+        self.log.bytes().get(range).unwrap_or_default()
     }
 
-    /// Bytes held: messages, records and their results.
+    /// Bytes held in memory: messages, records and their results.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.log.len() + self.records.len() * size_of::<Record>() + self.heap
+        self.log.in_memory() + self.records.len() * size_of::<Record>() + self.heap
+    }
+
+    /// Bytes held elsewhere.
+    #[must_use]
+    pub fn spilled_bytes(&self) -> usize {
+        self.log.len() - self.log.in_memory()
     }
 
     /// Highest WAL position that the open transaction was told.
@@ -343,6 +385,77 @@ mod tests {
         j.complete(TxnStatus::Open);
         assert_eq!(j.record_bytes(&j.records()[0]), b"begin2");
         assert_eq!(j.bytes(), 6 + size_of::<Record>());
+    }
+
+    /// A place for a few bytes.
+    #[derive(Debug, Default)]
+    struct Small(Vec<u8>);
+
+    impl Spill for Small {
+        fn append(&mut self, bytes: &[u8]) -> Result<(), String> {
+            self.0.extend_from_slice(bytes);
+            match self.0.len() > 20 {
+                true => Err("no more than 20".into()),
+                false => Ok(()),
+            }
+        }
+
+        fn truncate(&mut self, len: usize) {
+            self.0.truncate(len);
+        }
+
+        fn bytes(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
+    #[test]
+    fn a_log_that_went_elsewhere_is_the_same_and_comes_back() {
+        let mut j = Journal::default();
+        for (n, text) in [b"begin".as_slice(), b"write"].iter().enumerate() {
+            j.open(n as u64 + 1, 0, 0);
+            j.append(text);
+            j.complete(TxnStatus::Open);
+        }
+        j.spill(Box::<Small>::default()).unwrap();
+        assert_eq!(j.bytes(), 2 * size_of::<Record>());
+        assert_eq!(j.spilled_bytes(), 10);
+        j.open(3, 0, 0);
+        j.append(b"commit");
+        assert_eq!(j.record_bytes(&j.records()[1]), b"write");
+        assert_eq!(j.exchange_bytes(&j.in_flight()[0]), b"commit");
+        assert_eq!(j.spilled_bytes(), 16);
+        // What is behind the commit is in memory again.
+        j.open(4, 0, 0);
+        j.append(b"next");
+        j.complete(TxnStatus::Idle);
+        assert_eq!((j.bytes(), j.spilled_bytes()), (4, 0));
+        assert_eq!(j.exchange_bytes(&j.in_flight()[0]), b"next");
+    }
+
+    #[test]
+    fn what_finds_no_place_is_told_and_not_half_kept() {
+        let mut j = Journal::default();
+        j.open(1, 0, 0);
+        j.append(b"begin");
+        j.complete(TxnStatus::Open);
+        j.spill(Box::<Small>::default()).unwrap();
+        j.open(2, 0, 0);
+        j.append(b"too much for it");
+        assert_eq!(j.take_refusal(), None);
+        j.append(b"!");
+        assert_eq!(j.take_refusal().as_deref(), Some("no more than 20"));
+        assert_eq!(j.take_refusal(), None);
+        assert!(j.in_flight()[0].cut);
+        assert_eq!(j.spilled_bytes(), 5);
+        j.lose(Unprotected::JournalLimit, "full".into());
+        assert_eq!((j.bytes(), j.spilled_bytes()), (0, 0));
+        // One that does not take what there is changes nothing.
+        let mut j = Journal::default();
+        j.open(1, 0, 0);
+        j.append(&[7; 30]);
+        assert!(j.spill(Box::<Small>::default()).is_err());
+        assert_eq!(j.exchange_bytes(&j.in_flight()[0]), [7; 30]);
     }
 
     #[test]

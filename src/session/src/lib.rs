@@ -12,6 +12,7 @@ pub mod journal;
 pub mod kept;
 pub mod keyword;
 pub mod locks;
+mod log;
 pub mod reads;
 pub mod reply;
 pub mod script;

@@ -146,6 +146,15 @@ impl Bench {
         resumed.map(drop).map_err(Error::other)
     }
 
+    /// The second half of a restart in place: the same epoch.
+    ///
+    /// # Errors
+    /// The proxy refuses it.
+    pub async fn resume_here(&mut self) -> Result<()> {
+        let resumed = self.proxy.resume(topology(&self.server, self.epoch)?).await;
+        resumed.map(drop).map_err(Error::other)
+    }
+
     /// The server as one that may become primary.
     ///
     /// # Errors

@@ -138,6 +138,15 @@ pub struct SessionMigration {
     /// Whether prepared statements move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capture_prepared_statements: Option<bool>,
+    /// Most bytes of one session's journal on the proxy's disk, where it goes when it outgrows its
+    /// memory; 0: none goes there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1_099_511_627_776_i64))]
+    pub transaction_buffer_size: Option<i64>,
+    /// Most bytes of all journals on one proxy's disk together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1_099_511_627_776_i64))]
+    pub transaction_buffer_total_size: Option<i64>,
     /// How long a session waits for a new primary, for example `30s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[0-9]+(ms|s|m|h)$"), length(max = 20))]

@@ -21,6 +21,8 @@ pub(super) const DATA: &str = "/var/lib/helios";
 pub(super) const RUN: &str = "/run/helios";
 pub(super) const CONFIG: &str = "/etc/helios/config";
 pub(super) const TLS: &str = "/etc/helios/tls";
+/// Where the proxy's journals go that outgrow their memory.
+pub(super) const JOURNAL: &str = "/var/lib/helios-journal";
 /// The proxy's file in the ConfigMap.
 pub(super) const PROXY_FILE: &str = "helios_proxy.toml";
 
@@ -204,6 +206,15 @@ fn migration(spec: &SessionMigration) -> Option<Value> {
         (
             "capture_prepared_statements",
             flag(spec.capture_prepared_statements),
+        ),
+        ("transaction_buffer_path", Some(text(JOURNAL))),
+        (
+            "transaction_buffer_size",
+            integer(spec.transaction_buffer_size),
+        ),
+        (
+            "transaction_buffer_total_size",
+            integer(spec.transaction_buffer_total_size),
         ),
         (
             "migration_timeout",

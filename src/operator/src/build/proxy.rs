@@ -68,6 +68,7 @@ fn pod(cluster: &ValidCluster, name: &str, image: &str) -> Value {
         "volumeMounts": [
             {"name": "config", "mountPath": config::CONFIG, "readOnly": true},
             {"name": "tls", "mountPath": config::TLS, "readOnly": true},
+            {"name": "journal", "mountPath": config::JOURNAL},
         ],
     });
     if let Some(level) = spec.observability.log_level
@@ -87,6 +88,8 @@ fn pod(cluster: &ValidCluster, name: &str, image: &str) -> Value {
         "volumes": [
             {"name": "config", "configMap": {"name": config::name(cluster)}},
             {"name": "tls", "secret": {"secretName": names::tls_secret(name), "defaultMode": 0o440}},
+            // Journals that outgrow their memory; nothing in it has a name.
+            {"name": "journal", "emptyDir": {}},
         ],
     });
     schedule(&mut pod, &spec.scheduling, apart(cluster, COMPONENT));

@@ -159,6 +159,12 @@ pub struct MigrationConfig {
     pub capture_set_parameters: bool,
     /// Prepared statements move.
     pub capture_prepared_statements: bool,
+    /// Folder for journals that outgrow their memory; the system's for temporary files without it.
+    pub transaction_buffer_path: Option<PathBuf>,
+    /// Most bytes of one journal on disk; 0: none goes there.
+    pub transaction_buffer_size: usize,
+    /// Most bytes of all journals on disk together.
+    pub transaction_buffer_total_size: usize,
     /// Payload of a notification on each channel of a client that others may not have reached.
     pub lost_notification_payload: Option<String>,
     /// How long a session may take to move before its client gets an error.
@@ -170,6 +176,9 @@ impl Default for MigrationConfig {
         Self {
             capture_set_parameters: true,
             capture_prepared_statements: true,
+            transaction_buffer_path: None,
+            transaction_buffer_size: 1 << 30,
+            transaction_buffer_total_size: 8 << 30,
             lost_notification_payload: None,
             migration_timeout: Duration::from_secs(60),
         }

@@ -226,11 +226,31 @@ fn migration(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Proble
             boolean,
         )
         .set_some(
+            "transaction_buffer_path",
+            &mut to.transaction_buffer_path,
+            path,
+        )
+        .set(
+            "transaction_buffer_size",
+            &mut to.transaction_buffer_size,
+            bytes(0, 1024 * GIB),
+        )
+        .set(
+            "transaction_buffer_total_size",
+            &mut to.transaction_buffer_total_size,
+            bytes(0, 1024 * GIB),
+        )
+        .set_some(
             "lost_notification_payload",
             &mut to.lost_notification_payload,
             text,
         )
         .set("migration_timeout", &mut to.migration_timeout, duration);
+    if to.transaction_buffer_size > to.transaction_buffer_total_size {
+        let message = "transaction_buffer_size is larger than transaction_buffer_total_size";
+        let keys = ["transaction_buffer_total_size", "transaction_buffer_size"];
+        section.problem(&keys, message);
+    }
     section.finish();
 }
 

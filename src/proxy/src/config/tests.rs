@@ -47,6 +47,9 @@ verify_on_replay = true
 [session_migration]
 capture_set_parameters = true
 capture_prepared_statements = true
+transaction_buffer_path = "journals"
+transaction_buffer_size = "64MiB"
+transaction_buffer_total_size = "1GiB"
 migration_timeout = "90s"
 
 [backends]
@@ -102,6 +105,8 @@ metrics_port = 9999
     assert_eq!(config.replay.replay_backoff, Duration::from_millis(10));
     assert!(!config.replay.replay_on_connection_loss);
     assert_eq!(config.migration.migration_timeout, Duration::from_secs(90));
+    assert_eq!(config.migration.transaction_buffer_size, 64 << 20);
+    assert_eq!(config.migration.transaction_buffer_total_size, 1 << 30);
     assert_eq!(config.backends.sslmode, SslMode::VerifyFull);
     let [first, second] = &config.backends.instances[..] else {
         panic!("two instances");

@@ -48,17 +48,17 @@ impl Session {
         if reply.messages < skip.messages {
             return Verdict::Drop;
         }
-        self.skip = None;
         if reply.digest() != skip.digest {
             return self.differs();
         }
+        self.skip = None;
         Verdict::Drop
     }
 
     /// A statement that runs again gave something else than the client was given: its server is
     /// left before it can commit.
     pub(super) fn differs(&mut self) -> Verdict {
-        self.skip = None;
+        self.told |= self.skip.take().is_some_and(|skip| skip.failed);
         self.forced = Some("the statement in flight gave another result than before".into());
         Verdict::Leave
     }

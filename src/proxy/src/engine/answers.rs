@@ -32,7 +32,7 @@ impl Session {
             return self.outcome_unknown("the transaction has committed, results of it are lost");
         };
         self.client.output.extend_from_slice(&reply);
-        (self.skip, self.forced) = (None, None);
+        self.forget_rerun();
         if !chain {
             self.finish_front();
             return Ok(());
@@ -154,13 +154,13 @@ impl Session {
         let Some(front) = front.filter(whole).filter(|_| self.client.passing == 0) else {
             return self.answer_in_flight(fields);
         };
-        if !front.reply.failed() {
+        if !self.knows_of_an_error(front) {
             fields.write_error(&mut self.client.output);
         }
         for _ in 0..front.ready_owed {
             back::ready_for_query(&mut self.client.output, TxnStatus::Idle.byte());
         }
-        (self.skip, self.forced) = (None, None);
+        self.forget_rerun();
         self.resolved_front();
         Ok(())
     }
@@ -182,11 +182,15 @@ impl Session {
     /// Answers everything in flight with an error; afterwards the session is idle.
     pub(super) fn answer_in_flight(&mut self, fields: &ErrorFields) -> Result<(), Attempt> {
         let mut unfinished = false;
-        for exchange in self.tracker.journal().in_flight() {
+        for (at, exchange) in self.tracker.journal().in_flight().iter().enumerate() {
             if exchange.reply.inside_message() {
                 return Err(Attempt::End(End::Fatal(fields.clone())));
             }
-            if !exchange.reply.failed() {
+            let knows = match at {
+                0 => self.knows_of_an_error(exchange),
+                _ => exchange.reply.failed(),
+            };
+            if !knows {
                 fields.write_error(&mut self.client.output);
             }
             for _ in 0..exchange.ready_owed {
@@ -194,13 +198,25 @@ impl Session {
             }
             unfinished |= !exchange.closed;
         }
-        (self.skip, self.forced) = (None, None);
+        self.forget_rerun();
         self.discarding = unfinished;
         self.dropping_rest = self.client.passing > 0;
         self.tracker.abandon(TxnStatus::Idle);
         self.ended_by_us();
         self.charge();
         Ok(())
+    }
+
+    /// Whether the client has been told an error in the exchange in front, by this backend or by one
+    /// before it: it must not be told a second one.
+    fn knows_of_an_error(&self, front: &Exchange) -> bool {
+        let before = self.skip.is_some_and(|skip| skip.failed);
+        self.told || before || front.reply.failed()
+    }
+
+    /// What is in front will not run again.
+    fn forget_rerun(&mut self) {
+        (self.skip, self.told, self.forced) = (None, false, None);
     }
 
     /// The transaction that was open is over, and no server says so.

@@ -9,7 +9,6 @@ use std::time::{Duration, SystemTime};
 
 use helios_api::control::{MigrationEvent, MoveReason};
 use helios_api::protection::Unprotected;
-use helios_journal::Overflow;
 use helios_session::tracker::Alone;
 use helios_session::{ReplayMode, TxnStatus};
 use helios_wire::{ErrorFields, SqlState};
@@ -48,13 +47,6 @@ fn name(reason: MoveReason) -> &'static str {
         MoveReason::Switchover => "switchover",
         MoveReason::Failover => "failover",
         MoveReason::ConnectionLoss => "connection_loss",
-    }
-}
-
-pub(super) fn why(overflow: &Overflow) -> Unprotected {
-    match overflow {
-        Overflow::Session(_) => Unprotected::JournalLimit,
-        Overflow::Total(_) => Unprotected::JournalTotalLimit,
     }
 }
 
@@ -150,7 +142,7 @@ impl Session {
         let settings = self.state.settings.iter().map(|(n, v)| n.len() + v.len());
         let prepared = self.state.prepared.iter().map(|(n, t)| n.len() + t.len());
         let state = settings.sum::<usize>() + prepared.sum::<usize>();
-        (self.account.used() + self.tracker.prepared().bytes() + state) as u64
+        (self.room.used() + self.tracker.prepared().bytes() + state) as u64
     }
 
     /// Why the session moves, as far as is known.
@@ -208,11 +200,11 @@ impl Session {
     /// The session goes on: events and figures, if it has moved.
     pub(super) fn released(&mut self) {
         let moved = self.moved_by_gate() || self.moving != Moving::No;
-        if !moved && self.server.is_none() && self.lost_since.is_some() {
+        if !moved && self.server.is_none() && self.lost.is_some() {
             // A drain was undone; the backend that it lost meanwhile has still to be replaced.
             return;
         }
-        self.lost_since = None;
+        self.lost = None;
         self.show_state();
         let held = self.held_since.take();
         if !moved {

@@ -42,6 +42,24 @@ impl LastWords {
     }
 }
 
+/// A backend that is gone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lost {
+    /// Since then.
+    pub since: Instant,
+    /// It went away by itself: the server may have started anew without a change of the epoch.
+    pub alone: bool,
+}
+
+impl Lost {
+    fn now() -> Self {
+        Self {
+            since: Instant::now(),
+            alone: false,
+        }
+    }
+}
+
 /// How long a planned move waits for a statement that a COMMIT in flight stands behind.
 const CUT_PIPELINE: Duration = Duration::from_millis(60);
 
@@ -52,7 +70,8 @@ impl Session {
         self.entry().uncut.store(false, Ordering::Relaxed);
         self.heard &= self.tracker.is_quiet();
         self.held();
-        self.lost_since.get_or_insert_with(Instant::now);
+        let alone = self.gate.phase == Phase::Open;
+        self.lost.get_or_insert_with(Lost::now).alone |= alone;
         self.retry_at = None;
         self.attempts = 0;
         tracing::debug!(session = %self.entry().id, phase = ?self.gate.phase, "backend lost");
@@ -121,7 +140,7 @@ impl Session {
         } else if self.moved_by_gate() {
             // Idle: it needs a backend when its client says something.
             self.last_words = None;
-            self.lost_since = None;
+            self.lost = None;
             self.released();
         } else if self.held_since.is_some() {
             self.released();
@@ -283,7 +302,7 @@ impl Session {
         &mut self,
         gate: &mut watch::Receiver<GateState>,
     ) -> Result<(), End> {
-        if self.tracker.mode() == helios_session::ReplayMode::None && self.lost_since.is_some() {
+        if self.tracker.mode() == helios_session::ReplayMode::None && self.lost.is_some() {
             self.begin_migration();
             return Err(self.disconnect());
         }
@@ -296,7 +315,7 @@ impl Session {
             Err(Attempt::End(end)) => Err(end),
             Err(Attempt::Superseded) => Ok(()),
             Err(Attempt::Away(why) | Attempt::Retry(why)) => {
-                self.lost_since.get_or_insert_with(Instant::now);
+                self.lost.get_or_insert_with(Lost::now);
                 self.held();
                 let pause = Duration::from_millis(20) * 2_u32.pow(self.attempts.min(5));
                 self.attempts += 1;

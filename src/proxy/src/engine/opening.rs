@@ -92,6 +92,7 @@ pub(super) async fn open_first(
                 Ok(conn) if is_primary(&conn) => {
                     let epoch = state.topology.epoch;
                     *lock(&entry.identity) = Identity::new(conn.pid, epoch, shared.now_micros());
+                    shared.new_work(epoch);
                     return Ok((conn, epoch));
                 }
                 Ok(_) => "the server is in recovery".clone_into(&mut problem),

@@ -11,7 +11,6 @@ use helios_session::tracker::{Alone, Before, Form, ServerStep, until_zero};
 use helios_wire::message::read;
 use helios_wire::{ErrorFields, SqlState, backend, frontend, peek_header};
 
-use super::events::why;
 use super::gate::Phase;
 use super::link::{HIGH_WATER, WHOLE};
 use super::moving::LastWords;
@@ -233,23 +232,21 @@ impl Session {
         self.charge();
     }
 
-    /// Charges the journal; one over its limit is given up as a whole.
+    /// Charges the journal; one without room is given up as a whole.
     pub(super) fn charge(&mut self) {
-        let bytes = self.tracker.journal().bytes();
-        if bytes == self.account.used() {
+        if self.room.is_right(self.tracker.journal()) {
             return;
         }
-        if let Err(overflow) = self.account.set(bytes) {
-            self.tracker
-                .journal_mut()
-                .lose(why(&overflow), overflow.to_string());
-            let _ = self.account.set(self.tracker.journal().bytes());
+        let journal = self.tracker.journal_mut();
+        if let Err((reason, why)) = self.room.hold(journal) {
+            journal.lose(reason, why);
+            self.room.shrink(journal);
             self.shared.metrics.journal_overflows.inc();
             self.show_protection();
         }
         self.entry()
             .journal_bytes
-            .store(self.account.used() as u64, Ordering::Relaxed);
+            .store(self.room.used() as u64, Ordering::Relaxed);
     }
 
     fn pump_server(&mut self) -> Result<(), Event> {
@@ -399,6 +396,9 @@ impl Session {
         ) {
             return Verdict::Pass;
         }
+        if self.told {
+            return Verdict::Drop;
+        }
         if self.skip.is_some() {
             return self.skipped();
         }
@@ -426,6 +426,7 @@ impl Session {
         self.shared.metrics.exchanges.inc();
         self.cancelled_by_client = false;
         self.cut = false;
+        self.told = false;
         self.idle = false;
         if self.shared.options.idle_timeout.is_some() {
             self.last_activity = tokio::time::Instant::now();

@@ -286,14 +286,16 @@ impl Session {
         // Beside new work a sequence that is set back would give its values to others too.
         let mut barrier = self.shared.barrier.subscribe();
         let behind_barrier = self.gate.phase == Phase::Replay && *barrier.borrow_and_update();
-        let mut turn = if behind_barrier {
-            Turn::take(&self.shared, at, database, &self.tracker).await?
-        } else {
-            Turn::beside(&self.shared).await
+        let mut turn = match self.values_since() {
+            Some(since) if behind_barrier => {
+                Turn::take(&self.shared, at, database, &self.tracker, since).await?
+            }
+            _ => Turn::beside(&self.shared).await,
         };
         let lossy = self.gate.topology.may_have_lost(self.epoch);
         let (link, keeper) = (&mut server.link, turn.keeper());
-        let replay = replay::replay(link, &self.tracker, next, keeper, lossy);
+        let options = &self.shared.options;
+        let replay = replay::replay(link, &self.tracker, next, keeper, lossy, options);
         tokio::select! {
             // First: a turn that came too late must set nothing back.
             biased;
@@ -343,6 +345,7 @@ impl Session {
         // One that is not through is of an earlier move: the client has more than this backend gave.
         let had = (front.reply.messages > 0).then(|| Skip {
             messages: front.reply.messages,
+            failed: front.reply.failed(),
             digest: front.reply.digest(),
         });
         self.skip = self.skip.or(had);
@@ -366,6 +369,9 @@ impl Session {
         }
         self.tell_listener(server.pid);
         self.server = Some(server);
+        if self.gate.phase != Phase::Replay {
+            self.shared.new_work(self.epoch);
+        }
         (self.attempts, self.retry_at) = (0, None);
         self.state_due = false;
         // One that is still under way is for a backend of the past.
@@ -462,7 +468,7 @@ impl Session {
                 .map_err(retry)?;
             next.abandon(TxnStatus::Failed);
             self.remember_in_flight()?;
-            self.skip = None;
+            self.told |= self.skip.take().is_some_and(|skip| skip.failed);
             self.instead = Some(fields);
         }
         self.state = state;

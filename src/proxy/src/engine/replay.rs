@@ -17,9 +17,10 @@ use helios_session::tracker::{ServerStep, Tracker};
 use helios_wire::message::{back, front, read};
 use helios_wire::{FrameError, backend, peek_header};
 
-use super::link::{HIGH_WATER, Link};
-use super::own;
+use super::feed::feed_all;
+use super::link::Link;
 use super::sequences::Keeper;
+use super::shared::EngineOptions;
 use super::verify::verify;
 
 /// Why a session could not be rebuilt.
@@ -77,7 +78,7 @@ impl ReplayError {
     }
 }
 
-fn ended() -> ReplayError {
+pub(super) fn ended() -> ReplayError {
     ReplayError::Connection(io::ErrorKind::UnexpectedEof.into())
 }
 
@@ -290,21 +291,20 @@ pub(super) async fn replay(
     new: &mut Tracker,
     mut keeper: Option<&mut Keeper>,
     lossy: bool,
+    options: &EngineOptions,
 ) -> Result<(), ReplayError> {
     let records = old.journal().records();
     for (index, record) in records.iter().enumerate() {
         let bytes = old.journal().record_bytes(record);
+        let at = record.at_micros;
         let keeper = keeper.as_deref_mut().filter(|k| k.wants(index));
         let Some(keeper) = keeper else {
-            feed(link, new, bytes, record.at_micros)?;
-            while link.output.len() >= HIGH_WATER {
-                advance(link, new, records).await?;
-            }
+            feed_all(link, new, records, bytes, at, options).await?;
             continue;
         };
         settle(link, new, records, index).await?;
         keeper.set_back(link, new, bytes, &record.reply).await?;
-        feed(link, new, bytes, record.at_micros)?;
+        feed_all(link, new, records, bytes, at, options).await?;
         settle(link, new, records, index + 1).await?;
         keeper.set_forward().await?;
     }
@@ -336,29 +336,7 @@ async fn advance(
     strayed(records, new).map_or(Ok(()), Err)
 }
 
-/// Sends recorded messages, with the questions of our own that go with them.
-///
-/// # Errors
-/// A recorded message that the tracker would not have let through.
-pub(super) fn feed(
-    link: &mut Link,
-    tracker: &mut Tracker,
-    mut bytes: &[u8],
-    at_micros: u64,
-) -> Result<(), ReplayError> {
-    while let Some(header) = peek_header(bytes)? {
-        let (frame, rest) = bytes.split_at_checked(header.len).unwrap_or((bytes, &[]));
-        let step = tracker.client_frame(header.tag, frame, at_micros)?;
-        link.output.extend_from_slice(frame);
-        if let Some(ask) = step.ask_after {
-            own::ask(&mut link.output, ask);
-        }
-        bytes = rest;
-    }
-    Ok(())
-}
-
-fn take_replies(link: &mut Link, tracker: &mut Tracker) -> Result<(), ReplayError> {
+pub(super) fn take_replies(link: &mut Link, tracker: &mut Tracker) -> Result<(), ReplayError> {
     while let Some(header) = peek_header(&link.input)?
         && link.input.len() >= header.len
     {
@@ -394,7 +372,7 @@ pub(super) fn is_fatal(tag: u8, frame: &[u8]) -> bool {
 }
 
 /// A replayed transaction that ended where the original did not cannot be compared further.
-fn strayed(records: &[Record], new: &Tracker) -> Option<ReplayError> {
+pub(super) fn strayed(records: &[Record], new: &Tracker) -> Option<ReplayError> {
     let done = new.journal().records().len();
     let idle = new.status() == TxnStatus::Idle && new.journal().in_flight().is_empty();
     (idle && done < records.len() && new.is_quiet()).then(|| ReplayError::Different {

@@ -12,7 +12,6 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use helios_api::control::Backend;
 use helios_api::{Endpoint, Epoch, Timeline};
-use helios_journal::Account;
 use helios_session::TxnStatus;
 use helios_session::state::Snapshot;
 use helios_session::tracker::Tracker;
@@ -24,9 +23,10 @@ use tokio::time::Instant;
 use super::events::{Moving, Noted};
 use super::gate::{GateState, Member, Phase};
 use super::link::Link;
-use super::moving::LastWords;
+use super::moving::{LastWords, Lost};
 use super::opening::{follow, open_first};
 use super::registry::{Entry, Registered, lock};
+use super::room::Room;
 use super::shared::Shared;
 use super::tables::Rows;
 use crate::backend::{self, BackendConn};
@@ -88,6 +88,8 @@ pub(super) enum Event {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Skip {
     pub messages: u64,
+    /// There is an error among them.
+    pub failed: bool,
     pub digest: helios_session::reply::Digest,
 }
 
@@ -101,7 +103,7 @@ pub struct Session {
     pub(super) client: Link,
     pub(super) server: Option<Server>,
     pub(super) tracker: Tracker,
-    pub(super) account: Account,
+    pub(super) room: Room,
     /// State outside a transaction, as the backend told it last.
     pub(super) state: Snapshot,
     /// The answer to a question for the state that is on its way; ReadyForQuery waits for it.
@@ -110,6 +112,9 @@ pub struct Session {
     pub(super) known: BTreeMap<String, String>,
     /// Replies of the re-run exchange in front that are checked, not delivered.
     pub(super) skip: Option<Skip>,
+    /// The client has been told an error in the exchange in front, of which nothing else is
+    /// delivered: its end is missing.
+    pub(super) told: bool,
     /// Takes the place of the next error of the (emptied) transaction.
     pub(super) instead: Option<ErrorFields>,
     /// The next exchange is answered with this.
@@ -120,8 +125,8 @@ pub struct Session {
     pub(super) last_words: Option<LastWords>,
     /// Epoch of the backend that ran the open transaction.
     pub(super) epoch: Epoch,
-    /// The backend is gone while it was needed, since then.
-    pub(super) lost_since: Option<Instant>,
+    /// The backend is gone while it was needed.
+    pub(super) lost: Option<Lost>,
     pub(super) attempts: u32,
     /// Every notification through the proxy has reached it, since sessions stand still.
     pub(super) heard: bool,
@@ -198,27 +203,27 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     greet(&mut link, &conn, &registered.entry);
     let pid = conn.pid;
     let timeline = gate.borrow().topology.timeline;
-    let account = shared.pool.account(shared.options.max_journal_bytes);
     let member = shared.gate.join(Arc::clone(&registered.entry.bell));
     let session = Box::new(Session {
         tracker: follow(&shared, &conn),
         known: conn.parameters.clone(),
         server: Some(Server::new(conn, epoch)),
         gate: gate.borrow_and_update().clone(),
+        room: shared.room(),
         shared,
         registered,
         member,
         client: link,
-        account,
         state: Snapshot::default(),
         asking: None,
         skip: None,
+        told: false,
         instead: None,
         refuse: None,
         discarding: false,
         last_words: None,
         epoch,
-        lost_since: None,
+        lost: None,
         attempts: 0,
         heard: false,
         idle: false,
@@ -504,7 +509,7 @@ mod tests {
     /// A thousand idle sessions are a thousand of these.
     #[test]
     fn a_session_is_small() {
-        assert!(size_of::<Session>() <= 2048, "{}", size_of::<Session>());
+        assert!(size_of::<Session>() <= 2112, "{}", size_of::<Session>());
         assert!(size(serve) <= 8192, "{}", size(serve));
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use helios_api::Epoch;
 use helios_api::control::{MigrationEvent, ResumeReport};
 use helios_api::protection::ProtectionReport;
 use helios_journal::Pool;
@@ -18,6 +19,7 @@ use super::protection::Ledger;
 use super::reads::Proofs;
 use super::registry::{Registry, lock};
 use super::restarts::Positions;
+use super::room::{Room, SpillOptions};
 use super::sequences::ReplayLock;
 use crate::backend::Login;
 use crate::tls::BackendTls;
@@ -38,6 +40,8 @@ pub struct EngineOptions {
     pub max_journal_bytes: usize,
     /// Bytes all journals may hold together.
     pub max_total_journal_bytes: usize,
+    /// Where journals over these limits go; without it they are given up.
+    pub spill: Option<Arc<SpillOptions>>,
     /// How long one session's replay may take.
     pub max_replay_time: Duration,
     /// Attempts of a replay that breaks in the middle.
@@ -85,6 +89,7 @@ impl Default for EngineOptions {
             mode: ReplayMode::Transaction,
             max_journal_bytes: 16 << 20,
             max_total_journal_bytes: 1 << 30,
+            spill: None,
             max_replay_time: Duration::from_secs(60),
             max_replay_attempts: 5,
             replay_backoff: Duration::from_millis(50),
@@ -117,6 +122,8 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     /// Journal memory.
     pub pool: Arc<Pool>,
+    /// Journals on disk.
+    pub disk: Arc<Pool>,
     /// Metrics.
     pub metrics: Metrics,
     /// Options.
@@ -133,6 +140,8 @@ pub struct Shared {
     pub(super) replaying: ReplayLock,
     /// Whether new work is held back for replays: only then sequences may be set back.
     pub(super) barrier: watch::Sender<bool>,
+    /// Epoch and time of the last one who was let in beside replays.
+    worked: Mutex<(Epoch, u64)>,
     /// How far the log of the primary in use has come, while marks can be found in it.
     pub(super) positions: Mutex<Positions>,
     /// Statements that were proven to read only.
@@ -167,6 +176,7 @@ impl Shared {
             gate: Arc::new(gate),
             registry: Arc::default(),
             pool: Pool::new(options.max_total_journal_bytes),
+            disk: Pool::new(options.spill.as_ref().map_or(0, |s| s.max_total_bytes)),
             ledger: Ledger::new(metrics.clone()),
             history: History::default(),
             rights: Mutex::default(),
@@ -178,6 +188,7 @@ impl Shared {
             logins: Semaphore::new(SIDE_BY_SIDE),
             replaying: ReplayLock::default(),
             barrier: watch::Sender::new(false),
+            worked: Mutex::default(),
             positions: Mutex::default(),
             proofs: tokio::sync::Mutex::default(),
             found: tokio::sync::Mutex::default(),
@@ -187,12 +198,36 @@ impl Shared {
         })
     }
 
+    /// Room for one session's journal.
+    #[must_use]
+    pub fn room(&self) -> Room {
+        let options = &self.options;
+        let (memory, disk) = (&self.pool, &self.disk);
+        Room::new(
+            memory,
+            options.max_journal_bytes,
+            disk,
+            options.spill.as_ref(),
+        )
+    }
+
     /// Microseconds since the proxy started, at least 1.
     #[must_use]
     pub fn now_micros(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_micros())
             .unwrap_or(u64::MAX)
             .max(1)
+    }
+
+    /// Somebody may work on the primary of `epoch` from now on, beside replays.
+    pub fn new_work(&self, epoch: Epoch) {
+        *lock(&self.worked) = (epoch, self.now_micros());
+    }
+
+    /// When somebody was let in last to work on a primary beside replays, and in which epoch.
+    #[must_use]
+    pub fn worked(&self) -> (Epoch, u64) {
+        *lock(&self.worked)
     }
 
     /// Begins the time in which sequences may be set back: no new work is let in.
@@ -204,6 +239,7 @@ impl Shared {
     /// those stand where they should, at most `limit`.
     pub async fn lower_barrier(&self, limit: Duration) {
         self.barrier.send_replace(false);
+        self.new_work(self.gate.now().topology.epoch);
         let settled = tokio::time::timeout(limit, self.replaying.read()).await;
         if settled.is_err() {
             tracing::error!("sequences are still set back, and new work is let in");

@@ -12,10 +12,15 @@ use tokio::sync::OwnedRwLockReadGuard;
 
 use super::replay::ReplayError;
 use super::sequences::{Keeper, Service};
+use super::session::Session;
 use super::shared::Shared;
 
 /// How long a replay waits to be alone: all that come later wait behind it.
 const ALONE_WAIT: Duration = Duration::from_secs(2);
+
+/// Within so many microseconds a session notices that its server has gone, before anybody can be
+/// let in by that server's next start.
+const NOTICED_WITHIN: u64 = 100_000;
 
 /// The right to replay.
 pub(super) enum Turn {
@@ -28,7 +33,9 @@ pub(super) enum Turn {
 }
 
 impl Turn {
-    /// Waits for the right to replay the transaction of `tracker`, in `database` at `endpoint`.
+    /// Waits for the right to replay the transaction of `tracker`, in `database` at `endpoint`; values
+    /// of sequences that were seen before `since`, in microseconds since the proxy started, come as
+    /// they come.
     ///
     /// # Errors
     /// The proxy's own connection cannot be had at the moment.
@@ -37,9 +44,12 @@ impl Turn {
         endpoint: &Endpoint,
         database: &str,
         tracker: &Tracker,
+        since: u64,
     ) -> Result<Self, ReplayError> {
         let lock = Arc::clone(&shared.replaying);
-        let records = candidates(tracker);
+        let all = tracker.journal().records();
+        let mut records = candidates(tracker);
+        records.retain(|at| all.get(*at).is_some_and(|r| r.at_micros > since));
         if records.is_empty() {
             return Ok(Self::Beside {
                 _guard: lock.read_owned().await,
@@ -63,5 +73,27 @@ impl Turn {
             Self::Beside { .. } => None,
             Self::Alone(keeper) => Some(keeper),
         }
+    }
+}
+
+impl Session {
+    /// Values of sequences that were seen later than this can be nobody else's; `None`: any may be.
+    ///
+    /// A server that starts anew after a crash forgets values that no commit has made durable, and
+    /// gives them again to whoever is let in. On a primary of a new epoch that is nobody before the
+    /// barrier goes down. A server that starts anew in its epoch is found again by each session for
+    /// itself, so others may have worked on it by the time this one comes.
+    pub(super) fn values_since(&self) -> Option<u64> {
+        let (epoch, worked) = self.shared.worked();
+        if self.epoch >= self.gate.topology.epoch || epoch > self.epoch {
+            return None;
+        }
+        let Some(lost) = self.lost.filter(|lost| lost.alone) else {
+            return Some(0);
+        };
+        let ago = u64::try_from(lost.since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let lost = self.shared.now_micros().saturating_sub(ago);
+        let unsure = worked.saturating_add(NOTICED_WITHIN) > lost;
+        Some(if unsure { worked } else { 0 })
     }
 }

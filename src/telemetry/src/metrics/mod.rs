@@ -119,6 +119,8 @@ pub struct Handles {
     connections_refused: IntCounterVec,
     /// [`names::JOURNAL_BYTES`]
     pub journal_bytes: IntGauge,
+    /// [`names::JOURNAL_DISK_BYTES`]
+    pub journal_disk_bytes: IntGauge,
     /// [`names::JOURNAL_OVERFLOWS`]
     pub journal_overflows: IntCounter,
     migrations: IntCounterVec,
@@ -203,6 +205,7 @@ impl Metrics {
             connections: counter(&r, n::CONNECTIONS)?,
             connections_refused: counters(&r, n::CONNECTIONS_REFUSED, &["reason"])?,
             journal_bytes: gauge(&r, n::JOURNAL_BYTES)?,
+            journal_disk_bytes: gauge(&r, n::JOURNAL_DISK_BYTES)?,
             journal_overflows: counter(&r, n::JOURNAL_OVERFLOWS)?,
             migrations: counters(&r, n::SESSION_MIGRATIONS, &["result", "reason"])?,
             migrations_failed: counter(&r, n::SESSION_MIGRATIONS_FAILED)?,
@@ -430,6 +433,7 @@ mod tests {
             "helios_connections_total 0",
             "helios_connections_refused_total{reason=\"limit\"} 1",
             "helios_journal_bytes 0",
+            "helios_journal_disk_bytes 0",
             "helios_journal_overflows_total 0",
             "helios_session_migrations_total{reason=\"switchover\",result=\"completed\"} 1",
             "helios_session_migrations_failed 1",
@@ -457,7 +461,7 @@ mod tests {
         }
         assert!(text.contains(names::LAST_REPLAY_TIMESTAMP));
         let helped = text.lines().filter(|l| l.starts_with("# HELP"));
-        assert!(helped.clone().count() == 25 && !text.contains(names::NO_HELP));
+        assert!(helped.clone().count() == 26 && !text.contains(names::NO_HELP));
         m.backend_gone("pg-1");
         m.backend_gone("never there");
         assert!(!m.render().contains("pg-1"));

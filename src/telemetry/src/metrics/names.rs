@@ -13,6 +13,8 @@ pub const CONNECTIONS: &str = "helios_connections_total";
 pub const CONNECTIONS_REFUSED: &str = "helios_connections_refused_total";
 /// Gauge, bytes: memory that the journals of all sessions hold.
 pub const JOURNAL_BYTES: &str = "helios_journal_bytes";
+/// Gauge, bytes: what of the journals of all sessions is on disk.
+pub const JOURNAL_DISK_BYTES: &str = "helios_journal_disk_bytes";
 /// Counter: transactions that outgrew their journal and became unprotected.
 pub const JOURNAL_OVERFLOWS: &str = "helios_journal_overflows_total";
 /// Counter: session migrations by `result` (`completed`, `failed`) and `reason` (`switchover`,
@@ -76,7 +78,8 @@ pub(super) fn help(name: &str) -> &'static str {
         BYTES => "bytes of protocol traffic by direction",
         CONNECTIONS => "client connections accepted",
         CONNECTIONS_REFUSED => "client connections turned away by reason",
-        JOURNAL_BYTES => "bytes held by all journals",
+        JOURNAL_BYTES => "bytes of memory held by all journals",
+        JOURNAL_DISK_BYTES => "bytes of all journals on disk",
         JOURNAL_OVERFLOWS => "transactions that outgrew their journal",
         SESSION_MIGRATIONS => "session migrations by result and reason",
         SESSION_MIGRATIONS_FAILED => "session migrations that ended in an error for the client",

@@ -1,0 +1,173 @@
+//! An error that the client has been told is the last one of its exchange, whatever becomes of the
+//! transaction behind it; found by experiments 315 and 390 of the thousand.
+
+use std::time::Duration;
+
+use helios_e2e::driver::Target;
+use helios_e2e::raw::{Message, RawClient, bind, execute, parse, query, sync};
+use helios_e2e::{Result, Shown};
+use helios_proxy::engine::shared::EngineOptions;
+use helios_testkit::Bench;
+use helios_testkit::frames::Unit;
+use helios_testkit::interpose::{Cut, Order, Way};
+
+async fn client(bench: &Bench) -> Result<RawClient> {
+    let target = Target {
+        host: "127.0.0.1".to_owned(),
+        port: bench.proxy.port(),
+        user: "postgres".to_owned(),
+        password: String::new(),
+        database: "postgres".to_owned(),
+    };
+    RawClient::log_in(&target).await
+}
+
+/// Tags and, of errors, states; the transaction's status of the last message.
+fn shape(messages: &[Message]) -> String {
+    let one = |m: &Message| match m.tag {
+        b'E' => m.sqlstate().unwrap_or_default(),
+        b'Z' => format!("Z{}", char::from(m.body.first().copied().unwrap_or(b'?'))),
+        tag => char::from(tag).to_string(),
+    };
+    messages.iter().map(one).collect::<Vec<_>>().join(" ")
+}
+
+/// Everything up to the end of an exchange, errors too.
+async fn answer(client: &mut RawClient) -> Result<Vec<Message>> {
+    let mut all = Vec::new();
+    while let Some(message) = client.receive().await? {
+        let last = message.tag == b'Z';
+        all.push(message);
+        if last {
+            return Ok(all);
+        }
+    }
+    Err(format!("closed behind {}", shape(&all)).into())
+}
+
+async fn all(client: &mut RawClient, sql: &str) -> Result<String> {
+    client.send(&query(sql)).await?;
+    Ok(shape(&answer(client).await?))
+}
+
+/// How a statement that fails is sent.
+#[derive(Debug, Clone, Copy)]
+enum Sent {
+    Simple,
+    Extended,
+}
+
+fn request(sql: &str, sent: Sent) -> Vec<u8> {
+    match sent {
+        Sent::Simple => query(sql),
+        Sent::Extended => [parse("", sql), bind("", "", &[]), execute("", 0), sync()].concat(),
+    }
+}
+
+/// The connection breaks behind so many messages of the answer; the last of them, and what the
+/// client is told.
+async fn cut(
+    bench: &Bench,
+    client: &mut RawClient,
+    request: &[u8],
+    after: u64,
+) -> Result<(Option<u8>, String)> {
+    let way = Way::FromServer;
+    let unit = Unit::Messages;
+    // Answers to questions of the proxy's own have come by then: they are not to be counted.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let order = Order::new(Cut { way, unit, after }, 1);
+    let between = bench.between.as_ref().ok_or("no go-between")?;
+    between.set(|rules| rules.cut = Some(order.clone()));
+    client.send(request).await?;
+    let answer = answer(client).await?;
+    between.set(|rules| rules.cut = None);
+    Ok((order.hits().first().copied().flatten(), shape(&answer)))
+}
+
+/// The error of `failing` is delivered and the ReadyForQuery behind it is not: the connection breaks
+/// in between. Inside a transaction block nothing of the proxy's own is in the answer.
+async fn cut_behind_the_error(
+    bench: &Bench,
+    client: &mut RawClient,
+    failing: &str,
+    sent: Sent,
+) -> Result<String> {
+    let after = match sent {
+        Sent::Simple => 2,
+        Sent::Extended => 3,
+    };
+    match cut(bench, client, &request(failing, sent), after).await? {
+        (Some(b'E'), told) => Ok(told),
+        (hit, told) => Err(format!("cut behind {hit:?}, told {told}").into()),
+    }
+}
+
+/// The same outside of a transaction block, where a mark is answered in front: searched for.
+async fn cut_behind_the_error_alone(
+    bench: &Bench,
+    client: &mut RawClient,
+    sent: Sent,
+) -> Result<String> {
+    let failing = request("insert into t select 1/(nextval('s') % 2 - 1)", sent);
+    for after in 1..12 {
+        bench.column("truncate t; select setval('s', 2)").await?;
+        if let (Some(b'E'), told) = cut(bench, client, &failing, after).await? {
+            let rows = bench.column("select count(*) from t").await?;
+            return Ok(format!("{told}, {} rows", rows.concat()));
+        }
+    }
+    Err("never cut behind an error".into())
+}
+
+async fn told_once(sent: Sent) -> Result<()> {
+    let schema = "create table t (a int); create sequence s";
+    let mut bench = Bench::start(EngineOptions::default(), schema).await?;
+    bench.known().await?;
+    bench.interpose()?;
+    let mut client = client(&bench).await?;
+    let extended = matches!(sent, Sent::Extended);
+    let want = |state: &str, status: &str| {
+        let front = if extended { "1 2 " } else { "T " };
+        format!("{front}{state} Z{status}")
+    };
+    let expect = |what: &str, got: String, want: String| match got == want {
+        true => Ok(()),
+        false => Err(format!("{what}, {sent:?}: {got} instead of {want}")),
+    };
+    // What ran before it differs at the replay.
+    all(&mut client, "begin").await?;
+    all(&mut client, "insert into t values (1) returning random()").await?;
+    let got =
+        cut_behind_the_error(&bench, &mut client, "select 1/(pg_backend_pid() * 0)", sent).await?;
+    expect("a replay that differs", got, want("22012", "E"))?;
+    let got = all(&mut client, "rollback").await?;
+    expect("its rollback", got, "C ZI".to_owned())?;
+    // It would not fail again itself.
+    all(&mut client, "begin").await?;
+    all(&mut client, "insert into t values (2)").await?;
+    let failing = "select 1/(nextval('s') % 2 - 1)";
+    let got = cut_behind_the_error(&bench, &mut client, failing, sent).await?;
+    expect("a statement that differs", got, want("22012", "E"))?;
+    let got = all(&mut client, "commit").await?;
+    expect("its commit", got, "40001 ZI".to_owned())?;
+    // Outside of a transaction block.
+    let got = cut_behind_the_error_alone(&bench, &mut client, sent).await?;
+    // An INSERT has no row description.
+    let told = want("22012", "I").replace("T ", "");
+    expect("alone", got, format!("{told}, 0 rows"))?;
+    // The session goes on.
+    let got = all(&mut client, "insert into t values (3)").await?;
+    expect("afterwards", got, "C ZI".to_owned())?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_of_a_simple_query_is_told_once() -> std::result::Result<(), Shown> {
+    Ok(told_once(Sent::Simple).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_of_an_extended_query_is_told_once() -> std::result::Result<(), Shown> {
+    Ok(told_once(Sent::Extended).await?)
+}
