@@ -110,6 +110,13 @@ impl Exchange {
         self.reply_at.filter(|_| !self.shown)
     }
 
+    /// The client has been given an error in it. What runs again is compared first, and is not
+    /// given to anybody meanwhile.
+    #[must_use]
+    pub fn has_told_error(&self) -> bool {
+        self.reply.failed() && self.reply_at.is_some()
+    }
+
     /// A simple query of several statements, all of which have been answered.
     #[must_use]
     pub fn all_answered(&self) -> bool {

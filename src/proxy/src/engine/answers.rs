@@ -188,7 +188,7 @@ impl Session {
             }
             let knows = match at {
                 0 => self.knows_of_an_error(exchange),
-                _ => exchange.reply.failed(),
+                _ => exchange.has_told_error(),
             };
             if !knows {
                 fields.write_error(&mut self.client.output);
@@ -211,7 +211,7 @@ impl Session {
     /// before it: it must not be told a second one.
     fn knows_of_an_error(&self, front: &Exchange) -> bool {
         let before = self.skip.is_some_and(|skip| skip.failed);
-        self.told || before || front.reply.failed()
+        self.told || before || front.has_told_error()
     }
 
     /// What is in front will not run again.

@@ -345,7 +345,7 @@ impl Session {
         // One that is not through is of an earlier move: the client has more than this backend gave.
         let had = (front.reply.messages > 0).then(|| Skip {
             messages: front.reply.messages,
-            failed: front.reply.failed(),
+            failed: front.has_told_error(),
             digest: front.reply.digest(),
         });
         self.skip = self.skip.or(had);
