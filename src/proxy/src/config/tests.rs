@@ -12,9 +12,42 @@ fn an_empty_file_is_the_default() {
     assert_eq!(ProxyConfig::parse("", "f").unwrap(), ProxyConfig::default());
 }
 
+/// Keys that [`EVERY_KEY`] names differently.
+const OTHER_NAMES: &[&str] = &[
+    "enabled",
+    "mode",
+    "max_journal_bytes",
+    "lost_notification_payload",
+];
+
+/// The reference names every key that is read, and none that is not.
 #[test]
-fn every_supported_key_is_read() {
-    let text = r#"
+fn the_reference_is_complete() {
+    let text = include_str!("../../../../docs/configuration.md");
+    let rows = text.lines().filter_map(|line| line.strip_prefix("| `"));
+    let cells = rows.filter_map(|row| row.split(" | ").next());
+    let documented: Vec<&str> = cells
+        .flat_map(|cell| cell.split('`').step_by(2))
+        .filter(|key| !key.is_empty())
+        .collect();
+    let read = EVERY_KEY.lines().filter_map(|line| line.split_once(" = "));
+    let read: Vec<&str> = read
+        .map(|(key, _)| key)
+        .chain(OTHER_NAMES.iter().copied())
+        .collect();
+    let missing: Vec<_> = read
+        .iter()
+        .filter(|key| !documented.contains(key))
+        .collect();
+    assert!(missing.is_empty(), "not documented: {missing:?}");
+    let unknown: Vec<_> = documented
+        .iter()
+        .filter(|key| !read.contains(key))
+        .collect();
+    assert!(unknown.is_empty(), "documented, and not read: {unknown:?}");
+}
+
+const EVERY_KEY: &str = r#"
 [proxy]
 listen_address = "[::1]:7000"
 protocol = "postgresql"
@@ -91,6 +124,10 @@ metrics_enabled = false
 metrics_address = "0.0.0.0"
 metrics_port = 9999
 "#;
+
+#[test]
+fn every_supported_key_is_read() {
+    let text = EVERY_KEY;
     let config = ProxyConfig::parse(text, "f").unwrap();
     assert_eq!(config.proxy.listen.host, "::1");
     assert_eq!(config.proxy.auth, AuthMethod::Cert);
