@@ -24,7 +24,7 @@ const NOTICED_WITHIN: u64 = 100_000;
 
 /// The right to replay.
 pub(super) enum Turn {
-    /// Beside others: no value of a sequence was seen.
+    /// Beside others: no value of a sequence was seen, or they come as they come.
     Beside {
         _guard: OwnedRwLockReadGuard<Option<Service>>,
     },
