@@ -34,6 +34,18 @@ pub struct Target {
 }
 
 impl Target {
+    /// The superuser without a password on this machine, as on a bench.
+    #[must_use]
+    pub fn local(port: u16) -> Self {
+        Self {
+            host: "127.0.0.1".to_owned(),
+            port,
+            user: "postgres".to_owned(),
+            password: String::new(),
+            database: "postgres".to_owned(),
+        }
+    }
+
     /// A connection string for tokio-postgres and libpq.
     #[must_use]
     pub fn conninfo(&self) -> String {

@@ -195,13 +195,7 @@ fn copies() -> Vec<Ending> {
 }
 
 async fn log_in(bench: &Bench) -> Result<RawClient> {
-    let target = Target {
-        host: "127.0.0.1".to_owned(),
-        port: bench.proxy.port(),
-        user: "postgres".to_owned(),
-        password: String::new(),
-        database: "postgres".to_owned(),
-    };
+    let target = Target::local(bench.proxy.port());
     RawClient::log_in(&target).await
 }
 

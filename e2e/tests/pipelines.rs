@@ -80,13 +80,7 @@ fn fits(answer: &[Message], wanted: &str, rows: usize) -> bool {
 /// Runs them, cut at a message; whether it was met, and how many were told that nobody knows.
 async fn cut(bench: &mut Bench, fault: Fault, cut: Cut) -> Result<(bool, usize)> {
     bench.direct.batch_execute("truncate t").await?;
-    let target = Target {
-        host: "127.0.0.1".to_owned(),
-        port: bench.proxy.port(),
-        user: "postgres".to_owned(),
-        password: String::new(),
-        database: "postgres".to_owned(),
-    };
+    let target = Target::local(bench.proxy.port());
     let mut client = RawClient::log_in(&target).await?;
     let order = Order::new(cut, 1);
     set(bench, Some(Arc::clone(&order)), fault == Fault::Crash);

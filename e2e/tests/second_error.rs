@@ -13,13 +13,7 @@ use helios_testkit::frames::Unit;
 use helios_testkit::interpose::{Cut, Order, Way};
 
 async fn client(bench: &Bench) -> Result<RawClient> {
-    let target = Target {
-        host: "127.0.0.1".to_owned(),
-        port: bench.proxy.port(),
-        user: "postgres".to_owned(),
-        password: String::new(),
-        database: "postgres".to_owned(),
-    };
+    let target = Target::local(bench.proxy.port());
     RawClient::log_in(&target).await
 }
 

@@ -440,13 +440,7 @@ async fn an_administrators_kill_stays_a_kill() -> std::result::Result<(), Shown>
 
 async fn kill_stays_a_kill() -> Result<()> {
     let bench = bench().await?;
-    let target = Target {
-        host: "127.0.0.1".to_owned(),
-        port: bench.proxy.port(),
-        user: "postgres".to_owned(),
-        password: String::new(),
-        database: "postgres".to_owned(),
-    };
+    let target = Target::local(bench.proxy.port());
     for in_flight in [false, true] {
         let mut client = RawClient::log_in_as(&target, "victim").await?;
         client

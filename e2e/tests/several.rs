@@ -176,13 +176,7 @@ fn calls() -> Vec<Form> {
 }
 
 async fn log_in(port: u16) -> Result<RawClient> {
-    let target = Target {
-        host: "127.0.0.1".to_owned(),
-        port,
-        user: "postgres".to_owned(),
-        password: String::new(),
-        database: "postgres".to_owned(),
-    };
+    let target = Target::local(port);
     RawClient::log_in(&target).await
 }
 

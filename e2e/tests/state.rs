@@ -62,13 +62,7 @@ struct Session {
 
 impl Session {
     async fn new(bench: &Bench, name: &'static str) -> Result<Self> {
-        let target = Target {
-            host: "127.0.0.1".to_owned(),
-            port: bench.proxy.port(),
-            user: "postgres".to_owned(),
-            password: String::new(),
-            database: "postgres".to_owned(),
-        };
+        let target = Target::local(bench.proxy.port());
         let raw = RawClient::log_in_as(&target, name).await?;
         Ok(Self { raw, name })
     }
