@@ -188,6 +188,11 @@ impl<'a> Loop<'a> {
                 biased;
                 () = self.stop.cancelled() => return None,
                 () = self.instance.postmaster_gone() => self.instance.clean_up_crash().await,
+                () = self.instance.burial() => {
+                    if let Err(error) = self.instance.bury().await {
+                        tracing::error!(%error, "could not kill what a fence has stopped");
+                    }
+                }
                 job = self.inbox.recv() => return job,
                 () = tokio::time::sleep(LOOK_INTERVAL) => self.instance.hush(),
             }
@@ -255,6 +260,7 @@ fn overtakes(next: &AgentRequest, running: &AgentRequest) -> bool {
 mod tests {
     use super::*;
     use helios_api::Epoch;
+    use helios_api::agent::StopMode;
 
     fn request(epoch: u64, command: AgentCommand) -> AgentRequest {
         AgentRequest {
@@ -265,7 +271,9 @@ mod tests {
 
     #[test]
     fn fences_and_later_epochs_overtake() {
-        let fence = AgentCommand::Fence { clean: true };
+        let fence = AgentCommand::Fence {
+            mode: StopMode::Fast,
+        };
         let table = [
             (2, fence.clone(), 2, AgentCommand::Bootstrap, true),
             (1, fence.clone(), 2, AgentCommand::Bootstrap, false),

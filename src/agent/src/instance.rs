@@ -33,8 +33,8 @@ pub(crate) struct Instance {
     pub(crate) postmaster: Option<Postmaster>,
     /// Since when the running standby has had no stream.
     pub(crate) alone_since: Option<Instant>,
-    /// Processes that a fence has killed may not have gone yet.
-    pub(crate) dying: bool,
+    /// Processes that a fence has stopped may not have gone yet: when they are killed at the latest.
+    pub(crate) dying: Option<Instant>,
     /// Major version of `bin_dir`.
     major: String,
     runs: u64,
@@ -64,7 +64,7 @@ impl Instance {
             hub,
             postmaster: None,
             alone_since: None,
-            dying: false,
+            dying: None,
             major,
             runs: 0,
         };
@@ -127,7 +127,7 @@ impl Instance {
                 fork,
             } => Box::pin(self.follow(&primary, timeline, fork)).await,
             AgentCommand::Checkpoint => Box::pin(self.checkpoint()).await,
-            AgentCommand::Fence { clean } => Box::pin(self.fence(clean, pending)).await,
+            AgentCommand::Fence { mode } => Box::pin(self.fence(mode, pending)).await,
             AgentCommand::StopReceiver => Box::pin(self.stop_receiver()).await,
             AgentCommand::WalBeyond { timeline, at } => {
                 Box::pin(self.wal_beyond(timeline, at)).await

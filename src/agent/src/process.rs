@@ -120,19 +120,28 @@ pub(crate) fn signal(pid: Pid, signal: Signal) -> Result<(), AgentError> {
     }
 }
 
-/// Sends SIGKILL to whatever of the instance runs, and returns when a search finds nobody that has
-/// not been sent it. None of them gets back from the kernel then: what it was writing may still be
-/// written, but it answers nobody. The postmaster is stopped first, and killed last: it forks nobody
-/// meanwhile, and its children do not all notice its death at the time of the search.
-pub(crate) fn kill_at_once(postmaster: Option<Pid>, data_dir: &Path) -> Result<(), AgentError> {
-    let mut killed = HashSet::new();
+/// Sends SIGKILL or SIGSTOP (`how`) to whatever of the instance runs, and returns when a search
+/// finds nobody that has not been sent it. None of them gets back from the kernel then: what it was
+/// writing may still be written, but it answers nobody. The postmaster is stopped first, and killed
+/// last: it forks nobody meanwhile, and its children do not all notice its death at the time of the
+/// search.
+///
+/// The kernel itself wakes up nobody who stands still: it sends SIGCONT to process groups that
+/// become orphans by the death of a parent in their own session (`kill_orphaned_pgrp` in the
+/// kernel's `kernel/exit.c`), and PostgreSQL's processes have a session each.
+pub(crate) fn stop_at_once(
+    postmaster: Option<Pid>,
+    data_dir: &Path,
+    how: Signal,
+) -> Result<(), AgentError> {
+    let mut sent = HashSet::new();
     let mut alone = false;
     if let Some(pid) = postmaster {
         signal(pid, Signal::SIGSTOP)?;
         alone = stands_still(pid);
     }
     for _ in 0..MAX_SEARCHES {
-        let mut found = of_instance_but(data_dir, &killed);
+        let mut found = of_instance_but(data_dir, &sent);
         if found.is_empty() {
             return Ok(());
         }
@@ -140,14 +149,15 @@ pub(crate) fn kill_at_once(postmaster: Option<Pid>, data_dir: &Path) -> Result<(
         found.sort_by_key(|pid| Some(*pid) == postmaster);
         for pid in found {
             // It shares its session with whoever started it, and the others come first.
-            if Some(pid) != postmaster {
+            let is_postmaster = Some(pid) == postmaster;
+            if !is_postmaster && how == Signal::SIGKILL {
                 give_way(pid);
             }
-            signal(pid, Signal::SIGKILL)?;
-            killed.insert(pid);
+            signal(pid, if is_postmaster { Signal::SIGKILL } else { how })?;
+            sent.insert(pid);
         }
         // Who could fork stood still before the search began.
-        if alone && postmaster.is_some_and(|pid| killed.contains(&pid)) {
+        if alone && postmaster.is_some_and(|pid| sent.contains(&pid)) {
             return Ok(());
         }
     }
@@ -181,6 +191,13 @@ fn give_way(pid: Pid) {
     }
     if let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw()) {
         let _ = rustix::process::setpriority_process(Some(pid), LOWEST);
+    }
+}
+
+/// Puts what is left of the instance behind everybody else, to end when nobody waits for it.
+pub(crate) fn let_pass(data_dir: &Path) {
+    for pid in of_instance(data_dir) {
+        give_way(pid);
     }
 }
 

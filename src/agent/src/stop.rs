@@ -2,13 +2,16 @@
 //!
 //! Invariant: a fence is answered only when no process of the instance executes another
 //! instruction, whoever started it: it has gone, or SIGKILL is pending for it and it never comes
-//! back from the kernel. Whoever touches the data directory afterwards waits for the last of them
-//! ([`Instance::bury`]).
+//! back from the kernel, or ([`StopMode::Halt`]) it stands still, and gets nothing acknowledged even
+//! if somebody woke it up. Whoever touches the data directory afterwards kills and waits for the
+//! last of them ([`Instance::bury`]).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use helios_api::agent::{AgentError, AgentReply, InstanceState};
+use helios_api::agent::{AgentError, AgentReply, InstanceState, StopMode};
 use helios_api::{Lsn, Timeline};
+use nix::sys::signal::Signal;
+use tokio::time::Instant;
 
 use crate::durable::Pending;
 use crate::error::refused;
@@ -20,6 +23,9 @@ use crate::{process, sql};
 
 /// How long a fast shutdown may take, with the WAL sent to the standbys.
 const FAST_LIMIT: Duration = Duration::from_secs(10);
+/// When processes that a fence has halted are killed at the latest: long enough for the replay of
+/// sessions, which they would share the processors with.
+const HALTED: Duration = Duration::from_secs(1);
 /// How long a checkpoint may take.
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(600);
 
@@ -28,18 +34,20 @@ impl Instance {
     /// still be lost, and stopping does no harm.
     pub(crate) async fn fence(
         &mut self,
-        clean: bool,
+        mode: StopMode,
         record: Pending,
     ) -> Result<AgentReply, AgentError> {
         let last = self.last_position();
-        if !clean && let Some(timeline) = self.last_timeline() {
+        if mode != StopMode::Fast
+            && let Some(timeline) = self.last_timeline()
+        {
             // Everybody waits: for what a clean stop would tell, and for the end of hundreds of
             // processes that can do nothing any more, nobody needs to.
             let began = Instant::now();
-            self.kill()?;
-            let killed = began.elapsed();
+            self.kill(mode)?;
+            let stopped = began.elapsed();
             record.done().await?;
-            tracing::debug!(?killed, recorded = ?began.elapsed(), "phases of the fence");
+            tracing::debug!(?mode, ?stopped, recorded = ?began.elapsed(), "phases of the fence");
             self.hub.set(InstanceState::Stopped {
                 crashed: false,
                 clean: false,
@@ -48,27 +56,43 @@ impl Instance {
             let end = last;
             return Ok(AgentReply::Positions { end, timeline });
         }
-        self.stop(clean.then_some(FAST_LIMIT)).await?;
+        let fast = (mode == StopMode::Fast).then_some(FAST_LIMIT);
+        self.stop(fast).await?;
         record.done().await?;
         let control = self.publish_stopped(false).await;
         let (end, timeline) = self.held_end(last, control)?;
         Ok(AgentReply::Positions { end, timeline })
     }
 
-    /// Kills whatever runs, without waiting for its end.
-    fn kill(&mut self) -> Result<(), AgentError> {
-        self.dying = true;
+    /// Kills or halts whatever runs, without waiting for its end.
+    fn kill(&mut self, mode: StopMode) -> Result<(), AgentError> {
+        self.dying = Some(Instant::now() + HALTED);
         let postmaster = self.postmaster.as_ref().map(Postmaster::pid);
-        process::kill_at_once(postmaster, &self.config.data_dir)?;
+        let how = match mode {
+            StopMode::Halt => Signal::SIGSTOP,
+            StopMode::Fast | StopMode::Immediate => Signal::SIGKILL,
+        };
+        process::stop_at_once(postmaster, &self.config.data_dir, how)?;
         self.postmaster = None;
         Ok(())
     }
 
-    /// Waits until those that a fence has killed are gone.
+    /// Resolves when those that a fence has stopped have to be buried; never when there are none.
+    pub(crate) async fn burial(&self) {
+        match self.dying {
+            Some(at) => tokio::time::sleep_until(at).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Kills those that a fence has stopped, and waits until they are gone.
     pub(crate) async fn bury(&mut self) -> Result<(), AgentError> {
-        if self.dying {
+        if self.dying.is_some() {
+            // Tried again a while later, should it fail.
+            self.dying = Some(Instant::now() + HALTED);
+            process::let_pass(&self.config.data_dir);
             process::kill_all(&self.config.data_dir).await?;
-            self.dying = false;
+            self.dying = None;
         }
         Ok(())
     }
@@ -80,7 +104,7 @@ impl Instance {
             None => drop(process::kill_all(&self.config.data_dir).await?),
         }
         self.postmaster = None;
-        self.dying = false;
+        self.dying = None;
         Ok(())
     }
 

@@ -6,7 +6,7 @@ mod common;
 
 use common::{At, FIRST, Node, crash, folder, follow, insert, numbers, pair, shows};
 use helios_agent::client::ClientError;
-use helios_api::agent::{AgentCommand, AgentError, AgentReply, InstanceState, Rejoin};
+use helios_api::agent::{AgentCommand, AgentError, AgentReply, InstanceState, Rejoin, StopMode};
 use helios_api::control::Fence;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -30,7 +30,14 @@ async fn clean_switchover_and_direct_rejoin_there_and_back() {
     let last: i64 = xid(&a).await;
     a.command(1, AgentCommand::Checkpoint).await;
     let began = std::time::Instant::now();
-    let reply = a.command(1, AgentCommand::Fence { clean: true }).await;
+    let reply = a
+        .command(
+            1,
+            AgentCommand::Fence {
+                mode: StopMode::Fast,
+            },
+        )
+        .await;
     println!("fast stop {:?}", began.elapsed());
     let AgentReply::Positions { end, .. } = reply else {
         panic!("{reply:?}")
@@ -57,7 +64,13 @@ async fn clean_switchover_and_direct_rejoin_there_and_back() {
     // Again is no harm.
     assert_eq!(a.follow(2, &b, &At::from(&fence)).await, Rejoin::Direct);
 
-    b.command(2, AgentCommand::Fence { clean: true }).await;
+    b.command(
+        2,
+        AgentCommand::Fence {
+            mode: StopMode::Fast,
+        },
+    )
+    .await;
     let (back, micros) = a.promote(3).await;
     println!("promoted back in {micros} us");
     assert_eq!(back.timeline.0, 3);
@@ -92,7 +105,13 @@ async fn a_crashed_primary_with_commits_of_its_own_is_rewound() {
     insert(&b, 4).await;
     shows(&a, &[1, 3, 4]).await;
     // Whole enough to take over.
-    b.command(2, AgentCommand::Fence { clean: true }).await;
+    b.command(
+        2,
+        AgentCommand::Fence {
+            mode: StopMode::Fast,
+        },
+    )
+    .await;
     a.promote(3).await;
     insert(&a, 5).await;
     assert_eq!(numbers(&a).await, [1, 3, 4, 5]);
@@ -125,7 +144,13 @@ async fn the_fence_tells_lost_commits_from_new_ones() {
         insert(&a, 100 + n).await;
         lost.push(xid(&a).await);
     }
-    a.command(2, AgentCommand::Fence { clean: false }).await;
+    a.command(
+        2,
+        AgentCommand::Fence {
+            mode: StopMode::Immediate,
+        },
+    )
+    .await;
     let (fence, _) = b.promote(2).await;
     let bound = i64::try_from(fence.xid.expect("proven").0).unwrap();
     assert!(kept < bound, "{kept} {bound}");
@@ -177,7 +202,13 @@ async fn stale_and_fenced_commands_are_refused() {
         matches!(stale, Err(ClientError::Agent(AgentError::Stale { .. }))),
         "{stale:?}"
     );
-    a.command(1, AgentCommand::Fence { clean: true }).await;
+    a.command(
+        1,
+        AgentCommand::Fence {
+            mode: StopMode::Fast,
+        },
+    )
+    .await;
     assert!(a.state().await.fenced);
     let refused = a.try_command(1, AgentCommand::StartPrimary).await;
     assert!(
@@ -216,7 +247,13 @@ async fn a_third_instance_is_repointed_without_a_restart() {
     insert(&a, 1).await;
     shows(&b, &[1]).await;
     shows(&c, &[1]).await;
-    a.command(1, AgentCommand::Fence { clean: false }).await;
+    a.command(
+        1,
+        AgentCommand::Fence {
+            mode: StopMode::Immediate,
+        },
+    )
+    .await;
     let (fence, _) = b.promote(2).await;
     let before = c.postmaster();
     assert_eq!(c.follow(2, &b, &At::from(&fence)).await, Rejoin::Direct);
@@ -245,13 +282,11 @@ async fn how_long_promotions_take() {
         insert(&a, i32::try_from(epoch).unwrap()).await;
         a.command(epoch, AgentCommand::Checkpoint).await;
         let began = std::time::Instant::now();
-        a.command(
-            epoch,
-            AgentCommand::Fence {
-                clean: epoch % 2 == 0,
-            },
-        )
-        .await;
+        let mode = match epoch % 2 {
+            0 => StopMode::Fast,
+            _ => StopMode::Halt,
+        };
+        a.command(epoch, AgentCommand::Fence { mode }).await;
         let fenced = began.elapsed();
         let (fence, micros) = b.promote(epoch + 1).await;
         let promoted = began.elapsed() - fenced;
@@ -296,7 +331,13 @@ async fn the_fence_is_right_for_every_transaction_of_a_crash_under_load() {
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
     crash(&a);
     let (fence, _) = b.promote(2).await;
-    a.command(2, AgentCommand::Fence { clean: false }).await;
+    a.command(
+        2,
+        AgentCommand::Fence {
+            mode: StopMode::Immediate,
+        },
+    )
+    .await;
     let bound = fence.xid.expect("proven").0;
     // Ids are handed out again before anybody asks.
     let sql = b.sql().await;

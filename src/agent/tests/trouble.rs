@@ -18,7 +18,7 @@ use helios_agent::client::{AgentClient, ClientError};
 use helios_agent::record::RecordFile;
 use helios_agent::{AgentConfig, AgentFailure};
 use helios_api::Epoch;
-use helios_api::agent::{AgentCommand, AgentError, AgentRequest, InstanceState};
+use helios_api::agent::{AgentCommand, AgentError, AgentRequest, InstanceState, StopMode};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio_util::sync::CancellationToken;
@@ -191,7 +191,13 @@ async fn a_frozen_server_is_unresponsive_and_can_be_fenced() {
     a.reach(|s| matches!(s, InstanceState::Unresponsive { .. }))
         .await;
     let began = Instant::now();
-    a.command(1, AgentCommand::Fence { clean: false }).await;
+    a.command(
+        1,
+        AgentCommand::Fence {
+            mode: StopMode::Immediate,
+        },
+    )
+    .await;
     println!("frozen server fenced after {:?}", began.elapsed());
     // Killed when the fence is answered, gone when anything else is.
     let nothing = a.try_command(1, AgentCommand::Checkpoint).await;
@@ -240,7 +246,13 @@ async fn another_clusters_data_is_not_overwritten() {
     let b = Node::start(dir.path(), "b").await;
     a.command(1, AgentCommand::Bootstrap).await;
     b.command(1, AgentCommand::Bootstrap).await;
-    b.command(1, AgentCommand::Fence { clean: true }).await;
+    b.command(
+        1,
+        AgentCommand::Fence {
+            mode: StopMode::Fast,
+        },
+    )
+    .await;
     fails(&b, common::follow(&a, &FIRST), "another cluster").await;
 }
 
@@ -313,7 +325,13 @@ async fn a_fence_overtakes_a_clone() {
     let fencing = async {
         b.reach(|s| matches!(s, InstanceState::Starting { step } if step == "base backup"))
             .await;
-        b.command(1, AgentCommand::Fence { clean: true }).await
+        b.command(
+            1,
+            AgentCommand::Fence {
+                mode: StopMode::Fast,
+            },
+        )
+        .await
     };
     let (cloned, _) = tokio::join!(cloning, fencing);
     assert!(
@@ -332,7 +350,13 @@ async fn a_standby_without_a_primary_is_quiet_and_finds_it_again() {
     let (a, b) = pair(dir.path()).await;
     insert(&a, 1).await;
     shows(&b, &[1]).await;
-    a.command(1, AgentCommand::Fence { clean: true }).await;
+    a.command(
+        1,
+        AgentCommand::Fence {
+            mode: StopMode::Fast,
+        },
+    )
+    .await;
     let log = b.config.log_file();
     let lines = || std::fs::read_to_string(&log).unwrap().lines().count();
     // It looks often at first, for the sake of a primary that is only restarted.
@@ -355,4 +379,83 @@ async fn a_standby_without_a_primary_is_quiet_and_finds_it_again() {
     wait_for(|| async { !hushed() }).await;
     a.stop().await;
     b.stop().await;
+}
+
+/// The state letter of a process (`proc_pid_stat(5)`); `None` when it is gone.
+fn letter(pid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// The worst that can happen to processes that were halted: somebody wakes them up. A commit that no
+/// standby has confirmed is told to nobody even so, and they are gone soon without a command.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_halted_server_acknowledges_nothing_though_somebody_wakes_it_up() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    let synchronous = AgentCommand::SetSynchronous {
+        standbys: vec![b.config.name.clone()],
+        number: 1,
+    };
+    a.command(1, synchronous).await;
+    insert(&a, 1).await;
+    shows(&b, &[1]).await;
+    // From here on nobody confirms.
+    b.command(1, AgentCommand::StopReceiver).await;
+    let (client, other) = (a.sql().await, a.sql().await);
+    let commit = tokio::spawn(async move { client.execute("insert into t values (2)", &[]).await });
+    let watcher = a.sql().await;
+    wait_for(|| async {
+        let sql = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
+        watcher.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 1
+    })
+    .await;
+
+    let mode = StopMode::Halt;
+    a.command(1, AgentCommand::Fence { mode }).await;
+    let mut halted = processes(&a.config);
+    // This one is killed.
+    halted.retain(|pid| *pid != postmaster(&a.config));
+    assert!(halted.len() >= 3, "{halted:?}");
+    // At once, but for one that the disk holds in the kernel.
+    let still = |pid: &i32| !matches!(letter(*pid), Some('R' | 'S' | 'D'));
+    wait_for(|| async { halted.iter().all(still) }).await;
+    let asked = other.query_one("select 1", &[]);
+    let answer = tokio::time::timeout(Duration::from_millis(100), asked).await;
+    assert!(!matches!(answer, Ok(Ok(_))), "{answer:?}");
+    for pid in &halted {
+        let _ = kill(Pid::from_raw(*pid), Signal::SIGCONT);
+    }
+    let told = commit.await.unwrap();
+    assert!(told.is_err(), "{told:?} was acknowledged");
+    wait_for(|| async { processes(&a.config).is_empty() }).await;
+    let (fence, _) = b.promote(2).await;
+    assert_eq!(numbers(&b).await, [1]);
+    a.follow(2, &b, &(&fence).into()).await;
+    shows(&a, &[1]).await;
+}
+
+/// Whoever has work for the instance does not wait for the end that is set.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_halted_server_is_buried_by_the_next_command_or_agent() {
+    let dir = folder();
+    let config = config(dir.path(), "a");
+    let mut a = Process::start(&config).await;
+    a.command(1, AgentCommand::Bootstrap).await;
+    let mode = StopMode::Halt;
+    a.command(1, AgentCommand::Fence { mode }).await;
+    a.command(2, AgentCommand::StartPrimary).await;
+    let mut state = a.client.state().await.unwrap();
+    while !matches!(state.instance, InstanceState::Primary { .. }) {
+        state = a.client.watch(state.revision).await.unwrap();
+    }
+    let began = Instant::now();
+    a.command(2, AgentCommand::Fence { mode }).await;
+    // The agent dies before it has killed them; its successor finds them.
+    a.kill();
+    assert!(!processes(&config).is_empty() || began.elapsed() > Duration::from_millis(900));
+    let a = Process::start(&config).await;
+    wait_for(|| async { processes(&config).is_empty() }).await;
+    a.command(3, AgentCommand::StartPrimary).await;
+    assert!(!processes(&config).is_empty());
 }

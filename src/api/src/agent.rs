@@ -19,6 +19,21 @@ pub struct AgentRequest {
     pub command: AgentCommand,
 }
 
+/// How a server is stopped for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopMode {
+    /// PostgreSQL's fast shutdown: WAL is sent to the standbys to the end.
+    Fast,
+    /// Killed.
+    Immediate,
+    /// Its processes stand still at once, and are killed when those that take over have had the
+    /// processors to themselves. Only where nobody is told of a commit that the candidate lacks,
+    /// whoever should wake a process up meanwhile: synchronous replication, and everybody who may
+    /// confirm a commit stops receiving.
+    Halt,
+}
+
 /// What an agent can be told. All are idempotent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case")]
@@ -45,8 +60,8 @@ pub enum AgentCommand {
     Checkpoint,
     /// Stop for good: until a command of a later epoch no process of this instance can commit.
     Fence {
-        /// `true`: fast shutdown, WAL sent to the standbys; `false`: immediate.
-        clean: bool,
+        /// How it stops.
+        mode: StopMode,
     },
     /// Standby: stop the WAL receiver cleanly and report final positions.
     StopReceiver,

@@ -2,7 +2,7 @@
 //!
 //! Nothing here is durable but its results: what is needed is read off the observation each time.
 
-use helios_api::agent::{AgentCommand, InstanceState};
+use helios_api::agent::{AgentCommand, InstanceState, StopMode};
 use helios_api::{Epoch, InstanceName};
 
 use crate::decide::Ctx;
@@ -84,7 +84,9 @@ fn wanted(
             agent.instance,
             InstanceState::Stopped { .. } | InstanceState::Empty
         );
-        return (!still).then_some(AgentCommand::Fence { clean: true });
+        return (!still).then_some(AgentCommand::Fence {
+            mode: StopMode::Fast,
+        });
     }
     let follow = || {
         let backend = ctx.obs.backend(&primary.name)?;
@@ -96,7 +98,9 @@ fn wanted(
     };
     match &agent.instance {
         InstanceState::Empty | InstanceState::Stopped { .. } => follow(),
-        InstanceState::Primary { .. } => Some(AgentCommand::Fence { clean: false }),
+        InstanceState::Primary { .. } => Some(AgentCommand::Fence {
+            mode: StopMode::Immediate,
+        }),
         InstanceState::Starting { .. } | InstanceState::Unresponsive { .. } => None,
         InstanceState::Standby { .. } if member.followed != Some(primary.timeline) => follow(),
         InstanceState::Standby { .. } => {

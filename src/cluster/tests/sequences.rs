@@ -10,7 +10,7 @@ mod world;
 
 use std::collections::BTreeSet;
 
-use helios_api::agent::AgentCommand;
+use helios_api::agent::{AgentCommand, StopMode};
 use helios_api::control::LostCommits;
 use helios_cluster::{
     Action, Durability, OperationKind, Outcome, Refusal, Request, Settings, Step,
@@ -216,9 +216,9 @@ fn the_old_primary_comes_back_behind_the_clients_that_do_not_need_it() {
     assert!(ticks_until_it_starts(Durability::Required) < 5);
 }
 
-/// Asks for a switchover and says how the old primary was stopped: whether cleanly, and whether
-/// everybody who may confirm commits stopped receiving beside it. `None`: it came to no fence.
-fn planned_fence(world: &mut World) -> Option<(bool, bool)> {
+/// Asks for a switchover and says how the old primary was stopped, and whether everybody who may
+/// confirm commits stopped receiving beside it. `None`: it came to no fence.
+fn planned_fence(world: &mut World) -> Option<(StopMode, bool)> {
     let known = world.answers.len();
     world.request = Some(Request::Switchover { to: None });
     for _ in 0..50 {
@@ -234,29 +234,29 @@ fn planned_fence(world: &mut World) -> Option<(bool, bool)> {
             Action::Agent { instance, request } => Some((instance, &request.command)),
             Action::Proxy { .. } => None,
         });
-        let (mut clean, mut stopped) = (None, BTreeSet::new());
+        let (mut mode, mut stopped) = (None, BTreeSet::new());
         for (instance, command) in commands {
             match command {
-                AgentCommand::Fence { clean: how } => clean = Some(*how),
+                AgentCommand::Fence { mode: how } => mode = Some(*how),
                 AgentCommand::StopReceiver => drop(stopped.insert(instance.clone())),
                 _ => {}
             }
         }
         let mut confirm = world.durable.sync.possible.iter().flatten();
         let all = confirm.all(|name| stopped.contains(name)) && !stopped.is_empty();
-        return Some((clean.unwrap(), all));
+        return Some((mode.unwrap(), all));
     }
     None
 }
 
-/// The old primary is killed only where everybody who may have confirmed a commit is there and
+/// The old primary is halted only where everybody who may have confirmed a commit is there and
 /// stops receiving; else it is stopped cleanly, so that its standbys get all of its WAL.
 #[test]
 fn a_planned_stop_is_clean_unless_nothing_acknowledged_needs_it() {
     for durability in [Durability::Preferred, Durability::Required] {
         for count in [2, 3] {
             let mut world = running(count, durability);
-            assert_eq!(planned_fence(&mut world), Some((false, true)));
+            assert_eq!(planned_fence(&mut world), Some((StopMode::Halt, true)));
             world.settle();
             world.check_nothing_lost();
         }
@@ -267,7 +267,7 @@ fn a_planned_stop_is_clean_unless_nothing_acknowledged_needs_it() {
     };
     let mut world = World::new(2, asynchronous);
     world.settle();
-    assert_eq!(planned_fence(&mut world), Some((true, false)));
+    assert_eq!(planned_fence(&mut world), Some((StopMode::Fast, false)));
     world.settle();
     world.check_nothing_lost();
     // A standby that comes back while commits may still rest on the primary alone.
@@ -278,12 +278,17 @@ fn a_planned_stop_is_clean_unless_nothing_acknowledged_needs_it() {
         for _ in 0..delay {
             world.step();
         }
-        let Some((clean, stopped)) = planned_fence(&mut world) else {
+        let Some((mode, stopped)) = planned_fence(&mut world) else {
             continue;
         };
         let alone = world.durable.sync.possible.iter().any(BTreeSet::is_empty);
-        assert_eq!((clean, stopped), (alone, !alone), "{delay}");
-        seen.insert(clean);
+        let expected = if alone {
+            StopMode::Fast
+        } else {
+            StopMode::Halt
+        };
+        assert_eq!((mode, stopped), (expected, !alone), "{delay}");
+        seen.insert(alone);
         world.settle();
         world.check_nothing_lost();
     }

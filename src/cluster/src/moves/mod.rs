@@ -7,7 +7,7 @@
 mod steps;
 
 use helios_api::InstanceName;
-use helios_api::agent::{AgentCommand, AgentReply};
+use helios_api::agent::{AgentCommand, AgentReply, StopMode};
 use helios_api::control::{Fence, LostCommits};
 
 use crate::decide::{Ctx, backoff_ms};
@@ -101,7 +101,7 @@ pub(crate) fn begin_repair(
     let (step, todo) = match kind {
         OperationKind::Restart => (Step::Restart, vec![start_again(state, &from)]),
         OperationKind::Failover | OperationKind::Switchover => {
-            fencing(ctx, state, &from, None, false)
+            fencing(ctx, state, &from, None, StopMode::Immediate)
         }
     };
     begin(ctx, state, kind, from, why, step);
@@ -122,7 +122,7 @@ pub(crate) fn force(
         let cause = format!("forced; {why}");
         begin_repair(ctx, state, OperationKind::Failover, from.clone(), cause);
     } else if state.moving().is_some_and(|m| m.step == Step::Restart) {
-        let (step, todo) = fencing(ctx, state, &from, None, false);
+        let (step, todo) = fencing(ctx, state, &from, None, StopMode::Immediate);
         if let Mode::Moving(m) = &mut state.mode {
             enter(m, step, ctx.now).map_err(|_| Refusal::UnderWay)?;
             m.kind = OperationKind::Failover;
@@ -152,15 +152,15 @@ fn fencing(
     state: &ClusterState,
     from: &InstanceName,
     preferred: Option<InstanceName>,
-    clean: bool,
+    mode: StopMode,
 ) -> (Step, Vec<Action>) {
     let mut todo = vec![Action::agent(
         from,
         state.epoch,
-        AgentCommand::Fence { clean },
+        AgentCommand::Fence { mode },
     )];
     let all = matches!(elect::electorate(ctx.settings, state), Electorate::All(_));
-    if !clean && all && elect::possible(ctx.settings, state, ctx.obs) {
+    if mode != StopMode::Fast && all && elect::possible(ctx.settings, state, ctx.obs) {
         let ready = elect::ready(state, ctx.obs);
         let stop = |name| Action::agent(name, state.epoch, AgentCommand::StopReceiver);
         todo.extend(ready.iter().map(stop));
@@ -262,7 +262,12 @@ fn note_position(m: &mut Move, action: &Action, position: Position) {
             positions.insert(instance.clone(), position);
         }
         // Only after a clean stop is the end of the WAL the end of what was acknowledged.
-        (Step::Fence { end, .. }, AgentCommand::Fence { clean: true }) => *end = Some(position),
+        (
+            Step::Fence { end, .. },
+            AgentCommand::Fence {
+                mode: StopMode::Fast,
+            },
+        ) => *end = Some(position),
         _ => {}
     }
 }
@@ -287,9 +292,16 @@ fn fail(ctx: &Ctx<'_>, m: &mut Move, at: usize, failure: &Failure) {
         }
         Step::Fence { .. } => {
             if let Action::Agent { request, .. } = action
-                && request.command == (AgentCommand::Fence { clean: true })
+                && matches!(
+                    request.command,
+                    AgentCommand::Fence {
+                        mode: StopMode::Fast | StopMode::Halt
+                    }
+                )
             {
-                request.command = AgentCommand::Fence { clean: false };
+                request.command = AgentCommand::Fence {
+                    mode: StopMode::Immediate,
+                };
                 return;
             }
         }

@@ -4,7 +4,7 @@
 //! any of them is given.
 
 use helios_api::InstanceName;
-use helios_api::agent::{AgentCommand, InstanceState};
+use helios_api::agent::{AgentCommand, InstanceState, StopMode};
 use helios_api::control::{DrainRequest, LostCommits};
 
 use super::{
@@ -53,8 +53,11 @@ pub(super) fn planned(
             }),
         );
     } else {
-        let clean = !holds_all(ctx, state, &candidate);
-        let (step, todo) = fencing(ctx, state, &m.from, Some(candidate), clean);
+        let mode = match holds_all(ctx, state, &candidate) {
+            true => StopMode::Halt,
+            false => StopMode::Fast,
+        };
+        let (step, todo) = fencing(ctx, state, &m.from, Some(candidate), mode);
         enter(m, step, ctx.now)?;
         m.todo = todo;
     }
@@ -83,7 +86,7 @@ fn crashed(
 ) -> More {
     m.diverted = Some(format!("the primary failed meanwhile: {why}"));
     let (step, todo) = if elect::possible(ctx.settings, state, ctx.obs) {
-        fencing(ctx, state, &m.from, preferred, false)
+        fencing(ctx, state, &m.from, preferred, StopMode::Immediate)
     } else {
         (Step::Restart, vec![start_again(state, &m.from)])
     };
@@ -232,7 +235,9 @@ pub(super) fn promote(
         m.diverted = Some(format!(
             "instance \"{candidate}\" failed while it was promoted"
         ));
-        let command = AgentCommand::Fence { clean: false };
+        let command = AgentCommand::Fence {
+            mode: StopMode::Immediate,
+        };
         let action = Action::agent(&candidate, state.epoch, command);
         enter(m, Step::Discard { candidate }, ctx.now)?;
         m.todo = vec![action];
@@ -294,7 +299,7 @@ pub(super) fn restart(ctx: &mut Ctx<'_>, state: &ClusterState, m: &mut Move) -> 
     let overdue = ctx.now.millis_since(m.step_started) >= ctx.settings.restart_patience_ms;
     let given_up = overdue || m.failures >= MAX_FAILURES;
     if given_up && elect::possible(ctx.settings, state, ctx.obs) {
-        let (step, todo) = fencing(ctx, state, &m.from, None, false);
+        let (step, todo) = fencing(ctx, state, &m.from, None, StopMode::Immediate);
         enter(m, step, ctx.now)?;
         m.kind = OperationKind::Failover;
         m.cause = format!("{}; it does not start", m.cause);

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use helios_api::agent::{
     AgentCommand, AgentReply, AgentRequest, AgentState, InstanceState, Rejoin, StandbyPosition,
+    StopMode,
 };
 use helios_api::control::{DrainReport, Fence, LostCommits, ProxyStatus, ResumeReport, Topology};
 use helios_api::{Endpoint, Epoch, Host, InstanceName, Lsn, Timeline};
@@ -537,10 +538,10 @@ impl World {
             AgentCommand::Follow { primary, .. } => {
                 return self.follow(n, &primary.name.clone());
             }
-            AgentCommand::Fence { clean } => {
+            AgentCommand::Fence { mode } => {
                 let was = i.role;
                 i.fenced_at = Some(request.epoch);
-                if *clean && was == Role::Primary {
+                if *mode == StopMode::Fast && was == Role::Primary {
                     let standbys: Vec<_> = self.instances.keys().cloned().collect();
                     for s in standbys.iter().filter(|s| *s != n) {
                         if self.streams(s, n) {
