@@ -90,6 +90,33 @@ async fn a_transaction_of_many_statements_moves_and_survives_a_crash() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
+/// A transaction that is open for long has many small statements: fifty thousand fit into what a
+/// journal may hold in memory by default, and are run again without a client's round trips.
+#[tokio::test(flavor = "multi_thread")]
+async fn fifty_thousand_statements_fit_into_memory_and_move() {
+    let engine = EngineOptions::default();
+    let limit = engine.max_journal_bytes;
+    let mut bench = Bench::start(engine, "CREATE TABLE t (a int)")
+        .await
+        .unwrap();
+    let client = bench.client().await.unwrap();
+    client.batch_execute("BEGIN").await.unwrap();
+    let insert = client.prepare("INSERT INTO t VALUES ($1)").await.unwrap();
+    let numbers: Vec<i32> = (0..50_000).collect();
+    for some in numbers.chunks(1000) {
+        let all = some.iter().map(|n| client.execute_raw(&insert, [n]));
+        futures_util::future::try_join_all(all).await.unwrap();
+    }
+    assert_eq!(bench.proxy.sessions()[0].unprotected, None);
+    let held = bench.proxy.journal_bytes();
+    assert!(held > 0 && held <= limit, "{held} bytes");
+    assert_eq!(bench.proxy.journal_disk_bytes(), 0);
+    bench.switchover().await.unwrap();
+    client.batch_execute("COMMIT").await.unwrap();
+    let found = bench.column("SELECT count(*) || ' ' || count(DISTINCT a) || ' ' || max(a) FROM t");
+    assert_eq!(found.await.unwrap(), ["50000 50000 49999"]);
+}
+
 /// Copies rows `from..to`; `meanwhile` happens in the middle, when half of them were sent.
 async fn copy(
     client: &Client,

@@ -2,9 +2,10 @@
 //! was answered.
 //!
 //! One byte log holds the client's messages as they came; exchanges are ranges of it. Answered
-//! exchanges of the open transaction are records, the rest is in flight. The log is memory until it
-//! is given a place elsewhere ([`Spill`]); it comes back with the end of the transaction. The
-//! invariant: records and exchanges cover the log without a gap, in order.
+//! exchanges of the open transaction are records, the rest is in flight. What they were answered is
+//! in a second log, packed. The logs are memory until they are given places elsewhere ([`Spill`]);
+//! they come back with the end of the transaction. The invariant: records and exchanges cover the
+//! first log without a gap, in order, and records the second.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -30,12 +31,12 @@ const KEEP: usize = 16 * 1024;
 #[derive(Debug)]
 pub struct Record {
     range: Range<usize>,
+    /// What the client was answered, in the log of answers.
+    answer: Range<usize>,
     /// Number of the exchange in its session, from 1.
     pub sequence: u64,
     /// When it began, in microseconds since the session did.
     pub at_micros: u64,
-    /// What the client was answered.
-    pub reply: Reply,
     /// WAL position of the server behind it, where it was asked for.
     pub wal: Option<Lsn>,
 }
@@ -149,9 +150,9 @@ impl Exchange {
 #[derive(Debug, Default)]
 pub struct Journal {
     log: Log,
+    answers: Log,
     records: Vec<Record>,
     in_flight: VecDeque<Exchange>,
-    heap: usize,
     /// Messages of the transaction or exchange are not kept any more, and why.
     lost: Option<(Unprotected, String)>,
     /// Why the place of the log has not taken a message.
@@ -199,18 +200,19 @@ impl Journal {
         }
     }
 
-    /// Moves the log to another place than memory.
+    /// Moves messages and answers to other places than memory.
     ///
     /// # Errors
-    /// The place takes less than there is; the log stays where it is.
-    pub fn spill(&mut self, to: Box<dyn Spill>) -> Result<(), String> {
-        self.log.spill(to)
+    /// A place takes less than there is; what is not in its place yet stays where it is.
+    pub fn spill(&mut self, log: Box<dyn Spill>, answers: Box<dyn Spill>) -> Result<(), String> {
+        self.answers.spill(answers)?;
+        self.log.spill(log)
     }
 
-    /// Whether the log is elsewhere.
+    /// Whether anything of it is elsewhere.
     #[must_use]
     pub fn is_spilled(&self) -> bool {
-        !self.log.is_memory()
+        !self.log.is_memory() || !self.answers.is_memory()
     }
 
     /// Whether a message could not be kept ([`Self::take_refusal`]).
@@ -234,24 +236,35 @@ impl Journal {
         if self.lost.is_some() {
             self.drain_to(exchange.end);
         } else {
-            let mut reply = std::mem::take(&mut exchange.reply);
-            reply.kept.settle();
-            self.heap += reply.heap_bytes();
-            self.records.push(Record {
-                range: exchange.start..exchange.end,
-                sequence: exchange.sequence,
-                at_micros: exchange.at_micros,
-                reply,
-                wal: exchange.wal,
-            });
+            self.keep(&mut exchange);
         }
         Some(exchange)
+    }
+
+    /// Makes a record of an exchange; where its answer finds no place, the journal is given up.
+    fn keep(&mut self, exchange: &mut Exchange) {
+        let mut reply = std::mem::take(&mut exchange.reply);
+        reply.kept.settle();
+        let start = self.answers.len();
+        if let Err(why) = self.answers.append_with(|to| reply.pack(to)) {
+            self.lose(Unprotected::JournalLimit, why.clone());
+            self.refused = Some(why.into());
+            return;
+        }
+        self.records.push(Record {
+            range: exchange.start..exchange.end,
+            answer: start..self.answers.len(),
+            sequence: exchange.sequence,
+            at_micros: exchange.at_micros,
+            wal: exchange.wal,
+        });
     }
 
     /// Forgets the records: the transaction is over. Later exchanges stay.
     fn forget_to(&mut self, end: usize) {
         self.records.clear();
-        self.heap = 0;
+        self.records.shrink_to(KEEP / size_of::<Record>());
+        self.answers.clear(KEEP);
         if self.in_flight.is_empty() {
             self.lost = None;
             self.log.clear(KEEP);
@@ -273,7 +286,7 @@ impl Journal {
     pub fn lose(&mut self, reason: Unprotected, why: String) {
         self.lost.get_or_insert((reason, why));
         self.records = Vec::new();
-        self.heap = 0;
+        self.answers = Log::default();
         let front = self.in_flight.front().map_or(self.log.len(), |e| e.start);
         self.drain_to(front);
         if let Some(last) = self.in_flight.back_mut()
@@ -339,6 +352,19 @@ impl Journal {
         self.log.bytes().get(range).unwrap_or_default()
     }
 
+    /// What the client was answered to a record.
+    #[must_use]
+    pub fn reply(&self, record: &Record) -> Reply {
+        Reply::unpack(self.answer_bytes(record))
+    }
+
+    /// The same, packed: equal bytes are equal replies.
+    #[must_use]
+    pub fn answer_bytes(&self, record: &Record) -> &[u8] {
+        let range = record.answer.clone();
+        self.answers.bytes().get(range).unwrap_or_default()
+    }
+
     /// The messages of an exchange in flight.
     #[must_use]
     pub fn exchange_bytes(&self, exchange: &Exchange) -> &[u8] {
@@ -346,16 +372,20 @@ impl Journal {
         self.log.bytes().get(range).unwrap_or_default()
     }
 
-    /// Bytes held in memory: messages, records and their results.
+    /// Bytes held in memory: messages, records and their answers.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.log.in_memory() + self.records.len() * size_of::<Record>() + self.heap
+        let logs = self.log.in_memory() + self.answers.in_memory();
+        logs + self.records.len() * size_of::<Record>()
     }
 
     /// Bytes held elsewhere.
     #[must_use]
     pub fn spilled_bytes(&self) -> usize {
-        self.log.len() - self.log.in_memory()
+        [&self.log, &self.answers]
+            .iter()
+            .map(|log| log.len() - log.in_memory())
+            .sum()
     }
 
     /// Highest WAL position that the open transaction was told.
@@ -391,29 +421,38 @@ mod tests {
         assert_eq!(j.exchange_bytes(&j.in_flight()[0]), b"begin2");
         j.complete(TxnStatus::Open);
         assert_eq!(j.record_bytes(&j.records()[0]), b"begin2");
-        assert_eq!(j.bytes(), 6 + size_of::<Record>());
+        assert_eq!(j.bytes(), 6 + ANSWER + size_of::<Record>());
     }
 
+    /// Bytes of an answer without a message.
+    const ANSWER: usize = 20;
+
     /// A place for a few bytes.
-    #[derive(Debug, Default)]
-    struct Small(Vec<u8>);
+    #[derive(Debug)]
+    struct Small(usize, Vec<u8>);
 
     impl Spill for Small {
         fn append(&mut self, bytes: &[u8]) -> Result<(), String> {
-            self.0.extend_from_slice(bytes);
-            match self.0.len() > 20 {
-                true => Err("no more than 20".into()),
+            self.1.extend_from_slice(bytes);
+            match self.1.len() > self.0 {
+                true => Err(format!("no more than {}", self.0)),
                 false => Ok(()),
             }
         }
 
         fn truncate(&mut self, len: usize) {
-            self.0.truncate(len);
+            self.1.truncate(len);
         }
 
         fn bytes(&self) -> &[u8] {
-            &self.0
+            &self.1
         }
+    }
+
+    /// Places for so many bytes of messages and of answers.
+    fn spill(journal: &mut Journal, log: usize, answers: usize) -> Result<(), String> {
+        let place = |limit| Box::new(Small(limit, Vec::new()));
+        journal.spill(place(log), place(answers))
     }
 
     #[test]
@@ -424,14 +463,14 @@ mod tests {
             j.append(text);
             j.complete(TxnStatus::Open);
         }
-        j.spill(Box::<Small>::default()).unwrap();
+        spill(&mut j, 20, 100).unwrap();
         assert_eq!(j.bytes(), 2 * size_of::<Record>());
-        assert_eq!(j.spilled_bytes(), 10);
+        assert_eq!(j.spilled_bytes(), 10 + 2 * ANSWER);
         j.open(3, 0, 0);
         j.append(b"commit");
         assert_eq!(j.record_bytes(&j.records()[1]), b"write");
         assert_eq!(j.exchange_bytes(&j.in_flight()[0]), b"commit");
-        assert_eq!(j.spilled_bytes(), 16);
+        assert_eq!(j.spilled_bytes(), 16 + 2 * ANSWER);
         // What is behind the commit is in memory again.
         j.open(4, 0, 0);
         j.append(b"next");
@@ -446,7 +485,7 @@ mod tests {
         j.open(1, 0, 0);
         j.append(b"begin");
         j.complete(TxnStatus::Open);
-        j.spill(Box::<Small>::default()).unwrap();
+        spill(&mut j, 20, 100).unwrap();
         j.open(2, 0, 0);
         j.append(b"too much for it");
         assert_eq!(j.take_refusal(), None);
@@ -454,15 +493,48 @@ mod tests {
         assert_eq!(j.take_refusal().as_deref(), Some("no more than 20"));
         assert_eq!(j.take_refusal(), None);
         assert!(j.in_flight()[0].cut);
-        assert_eq!(j.spilled_bytes(), 5);
+        assert_eq!(j.spilled_bytes(), 5 + ANSWER);
         j.lose(Unprotected::JournalLimit, "full".into());
         assert_eq!((j.bytes(), j.spilled_bytes()), (0, 0));
         // One that does not take what there is changes nothing.
         let mut j = Journal::default();
         j.open(1, 0, 0);
         j.append(&[7; 30]);
-        assert!(j.spill(Box::<Small>::default()).is_err());
+        assert!(spill(&mut j, 20, 100).is_err());
         assert_eq!(j.exchange_bytes(&j.in_flight()[0]), [7; 30]);
+    }
+
+    #[test]
+    fn an_answer_that_finds_no_place_gives_the_journal_up() {
+        let mut j = Journal::default();
+        for n in 1..=2 {
+            j.open(n, 0, 0);
+            j.append(b"write");
+        }
+        j.complete(TxnStatus::Open);
+        spill(&mut j, 100, ANSWER).unwrap();
+        j.complete(TxnStatus::Open);
+        assert!(j.records().is_empty());
+        assert_eq!(j.lost(), Some("no more than 20"));
+        assert_eq!(j.take_refusal().as_deref(), Some("no more than 20"));
+        assert_eq!((j.bytes(), j.spilled_bytes()), (0, 0));
+    }
+
+    #[test]
+    fn answers_are_those_of_their_records() {
+        let mut j = Journal::default();
+        for n in 1..=3_u8 {
+            j.open(n.into(), 0, 0).reply.add(b'D', &[n; 30]);
+            if n == 2 {
+                spill(&mut j, 100, 1000).unwrap();
+            }
+            j.complete(TxnStatus::Open);
+        }
+        for (n, record) in (1..).zip(j.records()) {
+            let mut reply = Reply::default();
+            reply.add(b'D', &[n; 30]);
+            assert_eq!(j.reply(record), reply);
+        }
     }
 
     #[test]

@@ -106,6 +106,23 @@ impl Kept {
         self.frames.shrink_to_fit();
     }
 
+    /// What there is, for [`Self::unpacked`]: the number of the first command, and frames.
+    #[must_use]
+    pub(crate) fn packed(&self) -> (usize, &[u8]) {
+        (self.first, &self.frames)
+    }
+
+    /// What was settled and packed.
+    #[must_use]
+    pub(crate) fn unpacked(first: usize, frames: &[u8]) -> Self {
+        Self {
+            frames: frames.to_vec(),
+            start: frames.len(),
+            first,
+            ..Self::default()
+        }
+    }
+
     /// Whether nothing is kept.
     #[must_use]
     pub fn is_empty(&self) -> bool {

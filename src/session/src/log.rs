@@ -65,6 +65,19 @@ impl Log {
         Ok(())
     }
 
+    /// Appends what `write` does to the end of what it is given.
+    pub(crate) fn append_with(&mut self, write: impl FnOnce(&mut Vec<u8>)) -> Result<(), String> {
+        match self {
+            Self::Memory(bytes) => write(bytes),
+            Self::Elsewhere(place) => {
+                let mut more = Vec::new();
+                write(&mut more);
+                place.append(&more)?;
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn spill(&mut self, mut to: Box<dyn Spill>) -> Result<(), String> {
         to.append(self.bytes())?;
         *self = Self::Elsewhere(to);

@@ -5,6 +5,8 @@
 //! between two servers without being data is left out: text of errors, table OIDs in row
 //! descriptions.
 
+mod packed;
+
 use helios_wire::backend;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
@@ -236,12 +238,6 @@ impl Reply {
         self.commands
             .iter()
             .any(|c| matches!(c.outcome, Outcome::Error(_)))
-    }
-
-    /// Heap bytes that the record holds.
-    #[must_use]
-    pub fn heap_bytes(&self) -> usize {
-        self.commands.capacity() * size_of::<CommandResult>() + self.kept.heap_bytes()
     }
 }
 

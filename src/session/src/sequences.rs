@@ -45,7 +45,7 @@ pub fn candidates(tracker: &Tracker) -> BTreeSet<usize> {
     let records = tracker.journal().records().iter().zip(mentions).enumerate();
     records
         .filter(|(_, (record, mentions))| {
-            let reply = &record.reply;
+            let reply = tracker.journal().reply(record);
             !reply.kept.is_empty()
                 && (mentions.nextval
                     || mentions.insert
@@ -53,7 +53,7 @@ pub fn candidates(tracker: &Tracker) -> BTreeSet<usize> {
                         .kept
                         .commands()
                         .iter()
-                        .any(|c| made_rows(reply, c.index)))
+                        .any(|c| made_rows(&reply, c.index)))
         })
         .map(|(index, _)| index)
         .collect()

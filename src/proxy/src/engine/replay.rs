@@ -303,7 +303,8 @@ pub(super) async fn replay(
             continue;
         };
         settle(link, new, records, index).await?;
-        keeper.set_back(link, new, bytes, &record.reply).await?;
+        let reply = old.journal().reply(record);
+        keeper.set_back(link, new, bytes, &reply).await?;
         feed_all(link, new, records, bytes, at, options).await?;
         settle(link, new, records, index + 1).await?;
         keeper.set_forward().await?;

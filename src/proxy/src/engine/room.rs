@@ -93,7 +93,8 @@ impl Room {
                 return Err((reason(full), join(full, &why)));
             }
             let left = self.memory.set(journal.bytes());
-            let without = |full| format!("{full} without its messages, which are on disk");
+            let without =
+                |full| format!("{full} without its messages and answers, which are on disk");
             left.map_err(|full| (reason(full), without(full)))?;
         }
         self.spilled = journal.is_spilled();
@@ -110,7 +111,7 @@ impl Room {
     }
 }
 
-/// Moves a journal's messages to disk.
+/// Moves a journal's messages and answers to disk.
 ///
 /// # Errors
 /// Why not; empty where it is not to be done.
@@ -122,9 +123,11 @@ fn spill(options: Option<&SpillOptions>, journal: &mut Journal) -> Result<(), St
         return Err(String::new());
     };
     let folder = options.folder.display();
-    let file = SpillFile::create(&options.folder, options.max_bytes)
-        .map_err(|e| format!("no file for it in \"{folder}\": {e}"))?;
-    journal.spill(Box::new(file))?;
+    let file = || {
+        SpillFile::create(&options.folder, options.max_bytes)
+            .map_err(|e| format!("no file for it in \"{folder}\": {e}"))
+    };
+    journal.spill(Box::new(file()?), Box::new(file()?))?;
     tracing::debug!(bytes = journal.spilled_bytes(), "a journal went to disk");
     Ok(())
 }
