@@ -8,7 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tests='package(helios-agent) & (test(rewound) | test(cloned) | test(fence_tells) | test(there_and_back))
+tests='package(helios-agent) & (test(rewound) | test(cloned) | test(fence_tells) | test(there_and_back)
+        | test(halted))
     | package(helios-local) & (test(twice_in_a_row) | test(moves_crashes))
     | package(helios-proxy) & (test(open_transaction_moves) | test(settings_role)
         | test(restarted_server) | test(a_difference))'
