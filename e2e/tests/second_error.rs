@@ -1,6 +1,7 @@
 //! An error that the client has been told is the last one of its exchange, whatever becomes of the
 //! transaction behind it (experiments 315 and 390 of the thousand), and one that it has not been
-//! told is not taken for it (experiment 106).
+//! told is not taken for it (experiment 106). Nor is it told twice that a transaction was rolled
+//! back (experiment 106 on a slow machine).
 
 use std::time::Duration;
 
@@ -161,6 +162,17 @@ async fn told_once(sent: Sent) -> Result<()> {
     expect("a replay that differs", got, want("22012", "E"))?;
     let got = all(&mut client, "rollback").await?;
     expect("its rollback", got, "C ZI".to_owned())?;
+    // The same, and what is cut is its end: rolled back is all that it was to be.
+    let (front, ends) = if extended { ("1 2 ", 3) } else { ("", 1) };
+    let got = cut_behind(&bench, &mut client, before, "rollback", sent, (ends, b'C')).await?;
+    expect("a rollback that was told", got, format!("{front}C ZI"))?;
+    if extended {
+        let got = cut_behind(&bench, &mut client, before, "rollback", sent, (2, b'2')).await?;
+        expect("a rollback that was begun", got, "1 2 C ZI".to_owned())?;
+    }
+    let failed = "insert into t values (1) returning random(); select 1/(pg_backend_pid() * 0)";
+    let got = cut_behind(&bench, &mut client, failed, "commit", sent, (ends, b'C')).await?;
+    expect("a commit of nothing", got, format!("{front}C ZI"))?;
     // It would not fail again itself: every other value makes it fail.
     let before = "insert into t values (2)";
     let failing = "select 1/(nextval('s') % 2 - 1)";

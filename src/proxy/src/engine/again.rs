@@ -58,7 +58,8 @@ impl Session {
     /// A statement that runs again gave something else than the client was given: its server is
     /// left before it can commit.
     pub(super) fn differs(&mut self) -> Verdict {
-        self.told |= self.skip.take().is_some_and(|skip| skip.failed);
+        self.rerun.told |= self.skip.take().is_some_and(|skip| skip.failed);
+        self.rerun.differed = true;
         self.forced = Some("the statement in flight gave another result than before".into());
         Verdict::Leave
     }

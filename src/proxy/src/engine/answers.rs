@@ -14,7 +14,7 @@ use helios_wire::{ErrorFields, SqlState, frontend};
 use super::rebuild::Attempt;
 use super::registry::lock;
 use super::replay;
-use super::session::{End, Session};
+use super::session::{End, Rerun, Session};
 
 /// Why something is lost that came behind a change of the session that nobody had asked for yet.
 pub(super) const STATE_UNKNOWN: &str = "the session's new state was not known yet";
@@ -211,12 +211,54 @@ impl Session {
     /// before it: it must not be told a second one.
     fn knows_of_an_error(&self, front: &Exchange) -> bool {
         let before = self.skip.is_some_and(|skip| skip.failed);
-        self.told || before || front.has_told_error()
+        self.rerun.told || before || front.has_told_error()
     }
 
     /// What is in front will not run again.
     fn forget_rerun(&mut self) {
-        (self.skip, self.told, self.forced) = (None, false, None);
+        (self.skip, self.rerun, self.forced) = (None, Rerun::default(), None);
+    }
+
+    /// The open transaction is lost, and what is in flight goes to a failed block: the client is
+    /// told there, unless it has been told that the transaction was rolled back.
+    pub(super) fn give_up_transaction(&mut self, fields: ErrorFields) {
+        // The end of a block gives a failed one what it gave the client: that is left out.
+        let told = self.skip.is_some_and(|skip| skip.failed);
+        if told || self.rerun.differed || !self.ends_block() {
+            self.skip = None;
+        }
+        self.rerun.told |= told;
+        if self.skip.is_some_and(|skip| skip.rolled_back) {
+            self.instead = None;
+            return;
+        }
+        self.failed(&fields, "not protected");
+        self.instead = Some(fields);
+    }
+
+    /// Whether a COMMIT may be running.
+    pub(super) fn commit_in_flight(&self) -> bool {
+        let ends = |k: &Kind| matches!(k, Kind::Commit | Kind::CommitAndChain | Kind::EndPrepared);
+        let front = self.tracker.journal().in_flight().front();
+        front.is_some_and(|e| {
+            self.tracker
+                .kinds(e)
+                .is_none_or(|kinds| kinds.iter().any(ends))
+        })
+    }
+
+    /// Whether what is in front ends a transaction block and does nothing else.
+    fn ends_block(&self) -> bool {
+        use Kind::{Chain, Commit, CommitAndChain, Rollback};
+        let front = self.tracker.journal().in_flight().front();
+        let kinds = front.and_then(|front| self.tracker.kinds(front));
+        let ends = |kinds: Vec<Kind>| {
+            matches!(
+                kinds.as_slice(),
+                [Rollback | Chain | Commit | CommitAndChain]
+            )
+        };
+        kinds.is_some_and(ends)
     }
 
     /// The transaction that was open is over, and no server says so.

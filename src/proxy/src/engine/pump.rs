@@ -16,7 +16,7 @@ use super::link::{HIGH_WATER, WHOLE};
 use super::moving::LastWords;
 use super::own;
 use super::replay::{is_fatal, is_unconfirmed_commit};
-use super::session::{End, Event, Session};
+use super::session::{End, Event, Rerun, Session};
 
 /// Largest message that has to be held whole (a Parse, a row description, an error).
 pub(super) const MAX_WHOLE: usize = 64 << 20;
@@ -396,7 +396,7 @@ impl Session {
         ) {
             return Verdict::Pass;
         }
-        if self.told {
+        if self.rerun.told {
             return Verdict::Drop;
         }
         if self.skip.is_some() {
@@ -426,7 +426,7 @@ impl Session {
         self.shared.metrics.exchanges.inc();
         self.cancelled_by_client = false;
         self.cut = false;
-        self.told = false;
+        self.rerun = Rerun::default();
         self.idle = false;
         if self.shared.options.idle_timeout.is_some() {
             self.last_activity = tokio::time::Instant::now();

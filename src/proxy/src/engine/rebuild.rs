@@ -346,6 +346,7 @@ impl Session {
         let had = (front.reply.messages > 0).then(|| Skip {
             messages: front.reply.messages,
             failed: front.has_told_error(),
+            rolled_back: front.reply.completed(b"ROLLBACK"),
             digest: front.reply.digest(),
         });
         self.skip = self.skip.or(had);
@@ -454,9 +455,9 @@ impl Session {
             }
             Err(_) => return Err(Attempt::End(End::Fatal(fields))),
         };
-        self.failed(&fields, "not protected");
         let mut next = self.tracker.successor(&prepared);
         if self.tracker.status() == TxnStatus::Idle {
+            self.failed(&fields, "not protected");
             if self.tracker.is_between() {
                 self.refuse = Some(fields);
             } else {
@@ -468,8 +469,7 @@ impl Session {
                 .map_err(retry)?;
             next.abandon(TxnStatus::Failed);
             self.remember_in_flight()?;
-            self.told |= self.skip.take().is_some_and(|skip| skip.failed);
-            self.instead = Some(fields);
+            self.give_up_transaction(fields);
         }
         self.state = state;
         self.state.immovable.clear();

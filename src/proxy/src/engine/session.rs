@@ -90,7 +90,19 @@ pub(super) struct Skip {
     pub messages: u64,
     /// There is an error among them.
     pub failed: bool,
+    /// They say that the transaction was rolled back.
+    pub rolled_back: bool,
     pub digest: helios_session::reply::Digest,
+}
+
+/// What is known of the exchange in front when it runs again.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Rerun {
+    /// The client has been told an error in it, and nothing else of it is delivered: its end is
+    /// missing.
+    pub told: bool,
+    /// It gave something else than before.
+    pub differed: bool,
 }
 
 /// A client session.
@@ -112,9 +124,7 @@ pub struct Session {
     pub(super) known: BTreeMap<String, String>,
     /// Replies of the re-run exchange in front that are checked, not delivered.
     pub(super) skip: Option<Skip>,
-    /// The client has been told an error in the exchange in front, of which nothing else is
-    /// delivered: its end is missing.
-    pub(super) told: bool,
+    pub(super) rerun: Rerun,
     /// Takes the place of the next error of the (emptied) transaction.
     pub(super) instead: Option<ErrorFields>,
     /// The next exchange is answered with this.
@@ -217,7 +227,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         state: Snapshot::default(),
         asking: None,
         skip: None,
-        told: false,
+        rerun: Rerun::default(),
         instead: None,
         refuse: None,
         discarding: false,
@@ -483,18 +493,6 @@ impl Session {
             self.cancelled_by_client = true;
             self.spawn_cancel(server, true);
         }
-    }
-
-    /// Whether a COMMIT may be running.
-    pub(super) fn commit_in_flight(&self) -> bool {
-        use helios_session::grammar::Kind;
-        let ends = |k: &Kind| matches!(k, Kind::Commit | Kind::CommitAndChain | Kind::EndPrepared);
-        let front = self.tracker.journal().in_flight().front();
-        front.is_some_and(|e| {
-            self.tracker
-                .kinds(e)
-                .is_none_or(|kinds| kinds.iter().any(ends))
-        })
     }
 }
 
