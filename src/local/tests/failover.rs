@@ -8,8 +8,8 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{
-    Writers, builder, compare, crash, direct, instance, is_whole, primary, signal_all, sound,
-    standbys, streaming, until, whole,
+    Writers, builder, compare, crash, direct, instance, is_whole, moved_when_ready, primary,
+    signal_all, sound, standbys, streaming, until, whole,
 };
 use helios_api::control::LostCommits;
 use helios_local::{InstanceStatus, LocalStatus, OperationKind};
@@ -58,7 +58,14 @@ async fn three_instances_switch_over_and_fail_over_twice_in_a_row() {
     }
     assert_eq!(last.operations[1].kind, OperationKind::Failover);
     let status = sound(&cluster, &notes).await;
-    assert!(status.timeline.unwrap().0 >= 3);
+    // A machine that is too slow to choose in time starts the old primary again.
+    let promotions = last.operations.iter().filter(|o| o.from != o.to).count();
+    assert_eq!(
+        status.timeline.map(|timeline| timeline.0 as usize),
+        Some(1 + promotions),
+        "{:#?}",
+        last.operations
+    );
     cluster.shutdown().await;
 }
 
@@ -161,7 +168,7 @@ async fn cloudnative_pg_8790_commits_that_may_be_lost_are_marked() {
     let writers = Writers::go_on(&cluster.connection_string(), 4);
     writers.more(20).await;
     streaming(&cluster).await;
-    let moved = cluster.switchover(None).await.unwrap();
+    let moved = moved_when_ready(&cluster).await;
     assert_eq!(moved.lost, LostCommits::None);
     writers.more(20).await;
     let notes = writers.stop().await;

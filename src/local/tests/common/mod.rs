@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use helios_local::{InstanceStatus, LocalBuilder, LocalCluster, LocalStatus};
+use helios_local::{
+    InstanceStatus, LocalBuilder, LocalCluster, LocalError, LocalStatus, OperationRecord,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::task::JoinHandle;
@@ -123,6 +125,22 @@ pub async fn streaming(cluster: &LocalCluster) -> LocalStatus {
         s.phase == "steady" && standbys == all && seen == Some(all)
     })
     .await
+}
+
+/// Switches over as soon as there is somebody to switch over to: a standby may stream already while
+/// the command that made it follow has not been answered yet.
+pub async fn moved_when_ready(cluster: &LocalCluster) -> OperationRecord {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match cluster.switchover(None).await {
+            Ok(operation) => return operation,
+            Err(LocalError::Refused(why)) if Instant::now() < deadline => {
+                println!("refused: {why}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
 
 pub fn instance<'s>(status: &'s LocalStatus, name: &str) -> &'s InstanceStatus {
@@ -306,8 +324,9 @@ pub async fn compare(status: &LocalStatus, notes: &Notes) -> (Vec<i64>, Vec<i64>
 pub async fn sound(cluster: &LocalCluster, notes: &Notes) -> LocalStatus {
     let status = streaming(cluster).await;
     let (lost, twice) = compare(&status, notes).await;
-    assert!(lost.is_empty(), "lost: {lost:?}; errors {:?}", notes.errors);
-    assert!(twice.is_empty(), "twice: {twice:?}");
+    let what = || format!("errors {:?}; {:#?}", notes.errors, status.operations);
+    assert!(lost.is_empty(), "lost: {lost:?}; {}", what());
+    assert!(twice.is_empty(), "twice: {twice:?}; {}", what());
     assert!(!notes.acknowledged.is_empty());
     let rows = ledger(primary(&status)).await;
     for standby in standbys(&status) {
