@@ -68,6 +68,9 @@ pub enum CommandError {
         /// Epoch of the proxy.
         current: Epoch,
     },
+    /// A drain that a later command has ended.
+    #[error("the drain was ended by a later command")]
+    Superseded,
 }
 
 /// The proxy.
@@ -89,6 +92,8 @@ struct Inner {
     reachable: Arc<AtomicBool>,
     /// One move at a time.
     moving: Mutex<()>,
+    /// Ends the drain that is under way: whoever says what comes next does not wait for it.
+    drain: std::sync::Mutex<CancellationToken>,
 }
 
 impl Proxy {
@@ -136,6 +141,7 @@ impl Proxy {
             tasks: TaskTracker::new(),
             reachable: Arc::new(AtomicBool::new(true)),
             moving: Mutex::new(()),
+            drain: std::sync::Mutex::default(),
         };
         let handle = ProxyHandle(Arc::new(inner));
         handle.spawn_listener(listener, edge, workers);
@@ -290,8 +296,7 @@ impl ProxyHandle {
     /// # Errors
     /// [`CommandError::Stale`].
     pub async fn resume(&self, topology: Topology) -> Result<ResumeReport, CommandError> {
-        let _one = self.0.moving.lock().await;
-        self.check_epoch(topology.epoch)?;
+        let _one = self.next_step(topology.epoch).await?;
         let began = Instant::now();
         let shared = &self.0.shared;
         let gate = &shared.gate;
@@ -332,8 +337,7 @@ impl ProxyHandle {
     /// # Errors
     /// [`CommandError::Stale`].
     pub async fn abort(&self, epoch: Epoch) -> Result<(), CommandError> {
-        let _one = self.0.moving.lock().await;
-        self.check_epoch(epoch)?;
+        let _one = self.next_step(epoch).await?;
         self.0.shared.gate.publish(Phase::Open, None, None);
         self.drop_warm();
         Ok(())

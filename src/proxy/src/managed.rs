@@ -129,10 +129,14 @@ fn failed(reason: impl std::fmt::Display) -> ProxyError {
 }
 
 fn stale(error: CommandError) -> ProxyError {
-    let CommandError::Stale { given, current } = error;
-    ProxyError::Stale {
-        given,
-        seen: current,
+    match error {
+        CommandError::Stale { given, current } => ProxyError::Stale {
+            given,
+            seen: current,
+        },
+        CommandError::Superseded => ProxyError::Failed {
+            reason: error.to_string(),
+        },
     }
 }
 

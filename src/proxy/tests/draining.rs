@@ -119,6 +119,36 @@ async fn a_statement_that_never_ends_is_left_to_the_evidence() {
     assert_eq!(v, ["0", "1"]);
 }
 
+/// A drain waits for a transaction that cannot be moved, and the primary dies meanwhile: nobody
+/// waits for the drain's limit (experiment 838 of the thousand, 30 s).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_ends_a_drain_that_waits() {
+    let mut bench = bench().await;
+    let (open, quick) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+    for sql in ["CREATE TEMPORARY TABLE mine (n int)", "BEGIN"] {
+        open.batch_execute(sql).await.unwrap();
+    }
+    let proxy = bench.proxy.clone();
+    let request = DrainRequest {
+        epoch: Epoch(1),
+        timeout_ms: 600_000,
+    };
+    let drain = tokio::spawn(async move { proxy.drain(&request).await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!drain.is_finished());
+    bench.crash().await.unwrap();
+    let resumed = tokio::time::timeout(PATIENCE, bench.resume()).await;
+    resumed.expect("it waits for the drain").unwrap();
+    let drained = drain.await.unwrap();
+    assert_eq!(drained, Err(helios_proxy::CommandError::Superseded));
+    let change = "UPDATE t SET v = v + 1 WHERE id = 2";
+    assert_eq!(quick.execute(change, &[]).await.unwrap(), 1);
+    let told = open.batch_execute("SELECT 1").await.unwrap_err();
+    assert_eq!(told.code().unwrap().code(), "40001");
+    let v = bench.column("SELECT v FROM t ORDER BY id").await.unwrap();
+    assert_eq!(v, ["0", "1"]);
+}
+
 /// Past the limit the old primary is fenced, and the evidence says that nothing was committed.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_waited_for_in_vain_runs_again() {

@@ -134,8 +134,7 @@ pub async fn moved_when_ready(cluster: &LocalCluster) -> OperationRecord {
     loop {
         match cluster.switchover(None).await {
             Ok(operation) => return operation,
-            Err(LocalError::Refused(why)) if Instant::now() < deadline => {
-                println!("refused: {why}");
+            Err(LocalError::Refused(_)) if Instant::now() < deadline => {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             Err(error) => panic!("{error}"),

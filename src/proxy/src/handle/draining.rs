@@ -8,8 +8,11 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use helios_api::Epoch;
 use helios_api::control::{DrainReport, DrainRequest, MoveReason, SessionInfo};
 use helios_api::protection::Unprotected;
+use tokio::sync::MutexGuard;
+use tokio_util::sync::CancellationToken;
 
 use super::{CommandError, ProxyHandle};
 use crate::engine::gate::Phase;
@@ -40,10 +43,31 @@ impl ProxyHandle {
     /// the request's limit to end by themselves first, while everybody else goes on.
     ///
     /// # Errors
-    /// [`CommandError::Stale`].
+    /// [`CommandError::Stale`]; [`CommandError::Superseded`] when the primary is replaced meanwhile,
+    /// or the drain undone.
     pub async fn drain(&self, request: &DrainRequest) -> Result<DrainReport, CommandError> {
         let _one = self.0.moving.lock().await;
         self.check_epoch(request.epoch)?;
+        let over = CancellationToken::new();
+        lock(&self.0.drain).clone_from(&over);
+        tokio::select! {
+            biased;
+            () = over.cancelled() => Err(CommandError::Superseded),
+            report = self.drained(request) => Ok(report),
+        }
+    }
+
+    /// Whoever has got this far may say what the sessions do next: a drain that is under way is
+    /// ended. What it waits for may never come: the primary may have died.
+    pub(super) async fn next_step(&self, epoch: Epoch) -> Result<MutexGuard<'_, ()>, CommandError> {
+        self.check_epoch(epoch)?;
+        lock(&self.0.drain).cancel();
+        let one = self.0.moving.lock().await;
+        self.check_epoch(epoch)?;
+        Ok(one)
+    }
+
+    async fn drained(&self, request: &DrainRequest) -> DrainReport {
         let deadline = Instant::now() + Duration::from_millis(request.timeout_ms);
         let began = loop {
             self.wait_for_unprotected(deadline).await;
@@ -67,7 +91,7 @@ impl ProxyHandle {
                 (None, None) => report.idle += 1,
             }
         }
-        Ok(report)
+        report
     }
 
     /// Takes all sessions to a stand; `false` when a statement that cannot be cut is in the way, and
