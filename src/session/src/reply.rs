@@ -285,7 +285,8 @@ pub fn row_description_hash(frame: &[u8]) -> u128 {
 mod tests {
     use super::*;
 
-    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
+    /// A whole message.
+    pub(super) fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
         let mut out = vec![tag];
         out.extend_from_slice(&u32::try_from(body.len() + 4).unwrap().to_be_bytes());
         out.extend_from_slice(body);

@@ -157,15 +157,9 @@ impl<'a> Rest<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::frame;
     use super::*;
     use proptest::prelude::*;
-
-    fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
-        let mut out = vec![tag];
-        out.extend_from_slice(&u32::try_from(body.len() + 4).unwrap().to_be_bytes());
-        out.extend_from_slice(body);
-        out
-    }
 
     fn packed(reply: &Reply) -> Vec<u8> {
         let mut bytes = Vec::new();
