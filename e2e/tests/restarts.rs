@@ -18,10 +18,28 @@ const SCHEMA: &str = "create table t (id int primary key, v text)";
 /// another transaction has its id and has committed before the proxy can ask.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_id_handed_out_again_is_no_evidence() -> std::result::Result<(), Shown> {
-    Ok(handed_out_again().await?)
+    Ok(handed_out_again(Now::Committed).await?)
 }
 
-async fn handed_out_again() -> Result<()> {
+/// The same, and the other transaction still runs: it is not waited for.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_id_that_somebody_else_runs_with_is_not_waited_for() -> std::result::Result<(), Shown> {
+    for epoch in [Now::Runs, Now::RunsInANewEpoch] {
+        handed_out_again(epoch).await?;
+    }
+    Ok(())
+}
+
+/// What became of the transaction that got the id a second time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Now {
+    Committed,
+    Runs,
+    /// The cluster has taken note of the restart.
+    RunsInANewEpoch,
+}
+
+async fn handed_out_again(now: Now) -> Result<()> {
     let mut bench = Bench::start(EngineOptions::default(), SCHEMA).await?;
     // Nothing of an open transaction's log is flushed in the time that this takes.
     let slowly = "alter system set wal_writer_delay = '10s'";
@@ -54,16 +72,29 @@ async fn handed_out_again() -> Result<()> {
     });
     tokio::time::timeout(LIMIT, order.hit()).await?;
     bench.server.crash();
-    hand_out_ids(&bench, 20).await?;
+    if now == Now::Committed {
+        hand_out_ids(&bench, 20).await?;
+    }
     bench.server.boot().await?;
     bench.direct = bench.server.connect().await?;
+    let other = bench.server.connect().await?;
+    let expected = match now {
+        Now::Committed => "committed",
+        Now::Runs | Now::RunsInANewEpoch => {
+            run_with(&other, &id).await?;
+            "in progress"
+        }
+    };
     let status = bench
         .column(&format!("select pg_xact_status('{id}')"))
         .await?;
-    if status != ["committed"] {
+    if status != [expected] {
         return Err(format!("the id {id} was not handed out again: {status:?}").into());
     }
     order.release();
+    if now == Now::RunsInANewEpoch {
+        bench.resume().await?;
+    }
 
     let (client, committed) = tokio::time::timeout(LIMIT, commit).await??;
     committed.map_err(|e| format!("the commit: {e:?}"))?;
@@ -75,6 +106,19 @@ async fn handed_out_again() -> Result<()> {
         .batch_execute("insert into t values (2, 'b')")
         .await?;
     Ok(())
+}
+
+/// Begins transactions until one has this id; that one stays open.
+async fn run_with(other: &tokio_postgres::Client, id: &str) -> Result<()> {
+    for _ in 0..1000 {
+        other.batch_execute("begin").await?;
+        let row = other.query_one("select pg_current_xact_id()::text", &[]);
+        if row.await?.get::<_, String>(0) == id {
+            return Ok(());
+        }
+        other.batch_execute("commit").await?;
+    }
+    Err(format!("the id {id} is not handed out again").into())
 }
 
 /// Waits until the proxy has read the log's position once more from beginning to end.

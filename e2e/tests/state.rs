@@ -429,3 +429,45 @@ fn notification(message: &Message) -> String {
     let text = String::from_utf8_lossy(message.body.get(4..).unwrap_or_default());
     text.trim_end_matches('\0').replace('\0', " ")
 }
+
+/// The proxy asks the session's own backend for its temporary tables, and leaves the client's
+/// unnamed statement alone, which a simple query would end.
+#[tokio::test(flavor = "multi_thread")]
+async fn reading_temporary_tables_ends_no_unnamed_statement() -> std::result::Result<(), Shown> {
+    Ok(read_beside().await?)
+}
+
+async fn read_beside() -> Result<()> {
+    let mut bench = bench().await?;
+    let mut client = Session::new(&bench, "holder").await?;
+    let table = "create temp table w as select 1 as n; listen of_it";
+    client.all(table).await?;
+    let run = [bind("", "", &["41"]), execute("", 0), sync()].concat();
+    for how in MOVES {
+        let statement = [parse("", "select n + $1::int from w"), sync()].concat();
+        client.raw.send(&statement).await?;
+        client.raw.until(b'Z').await?;
+        until_protected(&bench).await?;
+        for moved in [false, true] {
+            if moved {
+                move_it(&mut bench, how).await?;
+            }
+            client.raw.send(&run).await?;
+            let got = values(&client.raw.until(b'Z').await?);
+            same("holder", &format!("{how:?}, moved {moved}"), &got, &["42"])?;
+            until_protected(&bench).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn until_protected(bench: &Bench) -> Result<()> {
+    for _ in 0..1000 {
+        let sessions = bench.proxy.sessions();
+        if sessions.iter().all(|s| s.unprotected.is_none()) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Err(format!("not protected: {:#?}", bench.proxy.sessions()).into())
+}

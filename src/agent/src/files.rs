@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use helios_api::agent::AgentError;
 
+use crate::disk;
 use crate::error::{file_failed, refused};
 use crate::record;
 use crate::{AgentConfig, AgentFailure};
@@ -46,6 +47,9 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("restart_after_crash", "on"),
     ("track_commit_timestamp", "off"),
 ];
+
+/// Default where [`disk::can_sync_at_once`].
+const INIT_SYNC: (&str, &str) = ("recovery_init_sync_method", "syncfs");
 
 /// What the data directory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,6 +185,9 @@ pub(crate) fn configure(config: &AgentConfig) -> Result<(), AgentError> {
         if !config.parameters.contains_key(*name) {
             let _ = writeln!(text, "{name} = {}", quote(value));
         }
+    }
+    if disk::can_sync_at_once() && !config.parameters.contains_key(INIT_SYNC.0) {
+        let _ = writeln!(text, "{} = {}", INIT_SYNC.0, quote(INIT_SYNC.1));
     }
     for (name, value) in &config.parameters {
         let _ = writeln!(text, "{name} = {}", quote(value));

@@ -11,6 +11,7 @@ use helios_api::{Lsn, Timeline};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
+use crate::disk;
 use crate::error::{failed, refused};
 use crate::files::{self, Directory, Dynamic};
 use crate::instance::Instance;
@@ -186,10 +187,14 @@ impl Instance {
             "--source-server={} dbname='postgres'",
             conninfo(&self.config, primary)
         ));
-        if !self.config.syncs() {
+        let at_once = self.config.syncs() && disk::can_sync_at_once();
+        if at_once || !self.config.syncs() {
             command.arg("--no-sync");
         }
         tools::run_long(command, "pg_rewind", |_| {}).await?;
+        if at_once {
+            disk::sync_at_once(&self.config.data_dir).await?;
+        }
         let control = Control::read(&self.config).await?;
         if self.has_diverged(source, &control).await? {
             return Err(failed("data directory still reaches past the fork"));

@@ -12,6 +12,7 @@ mod agent;
 mod bootstrap;
 pub mod client;
 mod config;
+mod disk;
 mod durable;
 mod error;
 mod files;

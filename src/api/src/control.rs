@@ -169,6 +169,9 @@ pub struct SessionInfo {
     pub instance: Option<InstanceName>,
     /// Age of the open transaction in milliseconds.
     pub transaction_age_ms: Option<u64>,
+    /// How far the replay of its transaction is, while one is under way.
+    #[serde(default)]
+    pub replay: Option<ReplayProgress>,
     /// Bytes its journal holds.
     pub journal_bytes: u64,
     /// Moves it has been through.
@@ -178,6 +181,15 @@ pub struct SessionInfo {
     /// The reason's name.
     #[serde(default)]
     pub reason: Option<Unprotected>,
+}
+
+/// How far the replay of a transaction is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplayProgress {
+    /// Requests of the client that have been answered again.
+    pub done: u64,
+    /// Requests that its transaction had been answered.
+    pub total: u64,
 }
 
 /// What a proxy reports of itself.

@@ -79,7 +79,7 @@ fn switchover(
         Some(name) => match unfit(ctx, state, &up, name) {
             None => name.clone(),
             Some(why) => {
-                let instance = name.clone();
+                let (instance, why) = (name.clone(), why.why());
                 return Err(Refusal::NotReadyToTakeOver { instance, why });
             }
         },
@@ -123,7 +123,7 @@ fn best(ctx: &Ctx<'_>, state: &ClusterState, up: &Up<'_>) -> Result<InstanceName
     let mut fit = Vec::new();
     for name in state.members.keys().filter(|name| Some(*name) != primary) {
         match unfit(ctx, state, up, name) {
-            Some(reason) => why.push(format!("\"{name}\": {reason}")),
+            Some(reason) => why.push(format!("\"{name}\": {}", reason.why())),
             None => {
                 let seen = up.standbys.iter().find(|s| s.name == name.as_str());
                 let key = seen.map(|s| (s.synchronous, s.flushed));
@@ -143,29 +143,58 @@ fn best(ctx: &Ctx<'_>, state: &ClusterState, up: &Up<'_>) -> Result<InstanceName
     }
 }
 
+/// Why a planned move is not possible.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Unfit {
+    /// At the moment: it may pass by itself.
+    Now(String),
+    /// Until something is done about it, or for longer than anybody should wait.
+    Lasting(String),
+}
+
+impl Unfit {
+    /// The same with other words.
+    pub(crate) fn map(self, words: impl FnOnce(String) -> String) -> Self {
+        match self {
+            Self::Now(why) => Self::Now(words(why)),
+            Self::Lasting(why) => Self::Lasting(words(why)),
+        }
+    }
+
+    /// What is told to people.
+    pub(crate) fn why(self) -> String {
+        match self {
+            Self::Now(why) | Self::Lasting(why) => why,
+        }
+    }
+}
+
 /// What a standby lacks to take over in a planned way.
 pub(crate) fn unfit(
     ctx: &Ctx<'_>,
     state: &ClusterState,
     up: &Up<'_>,
     name: &InstanceName,
-) -> Option<String> {
+) -> Option<Unfit> {
     if let Some(why) = elect::lacks(state, ctx.obs, name) {
-        return Some(why);
+        return Some(Unfit::Lasting(why));
     }
     let Some(seen) = up.standbys.iter().find(|s| s.name == name.as_str()) else {
-        return Some("it does not stream from the primary".to_owned());
+        return Some(Unfit::Now("it does not stream from the primary".to_owned()));
     };
     let behind = up.position.0.saturating_sub(seen.flushed.0);
     if behind > ctx.settings.max_lag_bytes {
-        return Some(format!("it is {behind} bytes behind"));
+        return Some(Unfit::Now(format!("it is {behind} bytes behind")));
     }
     match ctx.obs.agent(name).map(|agent| &agent.instance) {
         Some(InstanceState::Standby { replayed, .. }) => {
             let behind = up.position.0.saturating_sub(replayed.0);
             (behind > ctx.settings.max_lag_bytes)
-                .then(|| format!("it has {behind} bytes left to replay"))
+                .then(|| Unfit::Now(format!("it has {behind} bytes left to replay")))
         }
-        _ => Some("it is not running as a standby".to_owned()),
+        _ => {
+            let why = "it is not running as a standby".to_owned();
+            Some(Unfit::Lasting(why))
+        }
     }
 }

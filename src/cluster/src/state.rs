@@ -31,7 +31,8 @@ pub struct Settings {
     pub max_lag_bytes: u64,
     /// A postmaster silent for longer is taken for dead when a second witness agrees.
     pub unresponsive_ms: u64,
-    /// A synchronous standby may be gone for so long before it stops counting.
+    /// A synchronous standby may be gone for so long before it stops counting, and the candidate of
+    /// a switchover before that is given up.
     pub standby_grace_ms: u64,
     /// After the fence, wait so long for candidates that are missing.
     pub choose_patience_ms: u64,
@@ -218,6 +219,9 @@ pub struct Move {
     pub resumed: ResumeReport,
     /// Why it does not end as it was meant to.
     pub diverted: Option<String>,
+    /// Since when the candidate of a switchover could not take over, for a reason that may pass.
+    #[serde(default)]
+    pub doubted: Option<Time>,
     /// A person takes it upon himself that acknowledged commits may be lost.
     #[serde(default)]
     pub forced: bool,

@@ -192,6 +192,43 @@ fn a_switchover_moves_the_primary_and_records_its_phases() {
     assert_eq!(world.durable.fences.len(), 1);
 }
 
+/// Its standby loses its connection at every moment of a switchover: for a moment, which is waited
+/// for, or for longer, in which case nobody waits on.
+#[test]
+fn a_switchover_waits_for_a_standby_that_comes_back_at_once() {
+    let (mut waited, mut given_up) = (0, 0);
+    for ticks in [20, 150, 400] {
+        for delay in 0..12 {
+            let mut world = running(2, Durability::Preferred);
+            world.request = Some(Request::Switchover { to: Some(name(2)) });
+            for _ in 0..=delay {
+                world.step();
+            }
+            let Some(m) = world.durable.moving() else {
+                continue;
+            };
+            let undone = matches!(m.step, Step::Prepare { .. } | Step::Drain { .. });
+            world.disconnected = true;
+            for _ in 0..ticks {
+                world.step();
+            }
+            world.disconnected = false;
+            world.settle();
+            world.check_nothing_lost();
+            let op = world.durable.operations.last().unwrap();
+            match op.outcome {
+                Outcome::Succeeded => waited += usize::from(undone),
+                _ => given_up += 1,
+            }
+            // A tick is 10 ms.
+            let grace = world.settings.standby_grace_ms / 10;
+            let expected = !undone || ticks < grace;
+            assert_eq!(op.outcome == Outcome::Succeeded, expected, "{ticks} {op:?}");
+        }
+    }
+    assert!(waited > 0 && given_up > 0, "{waited} {given_up}");
+}
+
 /// How many ticks after a switchover's end the old primary is started again.
 fn ticks_until_it_starts(durability: Durability) -> usize {
     let mut world = running(2, durability);

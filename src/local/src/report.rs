@@ -147,16 +147,46 @@ impl Inner {
             InstanceStatus {
                 name: name.clone(),
                 role: role.to_owned(),
-                state: now,
                 endpoint: view.endpoint.clone(),
-                trouble: self.agents.trouble(name).map(|t| t.to_string()),
+                trouble: (self.agents.trouble(name).map(|t| t.to_string())).or_else(|| {
+                    // Commits wait for a synchronous one, so it was there a moment ago.
+                    (!synchronous.contains(name))
+                        .then(|| self.receives_nothing(state, name, (&now, &head)))?
+                }),
                 fenced: state.members.get(name).is_some_and(|m| m.fenced),
                 synchronous: synchronous.contains(name),
                 lag_bytes,
+                state: now,
                 postmaster_pid: postmaster_pid(&self.layout.instance_data(name)),
             }
         };
         views.iter().map(one).collect()
+    }
+
+    /// What a standby that runs without receiving anything says in its log: its disk may be full,
+    /// or its primary refuse it.
+    fn receives_nothing(
+        &self,
+        state: &ClusterState,
+        name: &InstanceName,
+        (standby, primary): (&Option<InstanceState>, &Option<InstanceState>),
+    ) -> Option<String> {
+        let deaf = matches!(standby, Some(InstanceState::Standby { heard_ms: None, .. }));
+        let fed = matches!(primary, Some(InstanceState::Primary { .. }));
+        if !deaf || !fed || state.moving().is_some() {
+            return None;
+        }
+        let log = files::tail(&self.agents.config(name)?.log_file(), 10);
+        let is_error = |line: &&str| {
+            ["FATAL:", "ERROR:", "PANIC:"]
+                .iter()
+                .any(|w| line.contains(w))
+        };
+        let why = log
+            .lines()
+            .rfind(is_error)
+            .unwrap_or("its log does not say why");
+        Some(format!("it receives nothing from the primary; {why}"))
     }
 }
 

@@ -22,6 +22,11 @@ use crate::postgres::{self, BinDir};
 
 /// Number in the names of the servers' Unix sockets; each has a folder of its own.
 pub(crate) const PORT: u16 = 5432;
+/// WAL that a primary keeps when nobody needs it: the marks of statements in flight are looked for
+/// in it after a crash.
+const KEPT_WAL_MB: u32 = 64;
+/// WAL files that it holds ready for use.
+const READY_WAL_MB: u32 = 16;
 /// How long agents of an earlier supervisor may take to end.
 const OLD_AGENT_LIMIT: Duration = Duration::from_secs(45);
 /// Limit of one statement while the role is made.
@@ -210,6 +215,10 @@ pub(crate) fn agent_configs(
         // Every client holds a server connection, and a second one while it moves.
         fallback("max_connections", "300");
         fallback("shared_buffers", "128MB");
+        // pg_rewind copies all WAL that the new primary has, onto the disk that its commits go to.
+        fallback("wal_keep_size", &format!("{KEPT_WAL_MB}MB"));
+        let ready = READY_WAL_MB.max(2 * options.wal_segment_mb);
+        fallback("min_wal_size", &format!("{ready}MB"));
         let config = AgentConfig {
             name: name.clone(),
             data_dir: layout.instance_data(name),

@@ -342,8 +342,12 @@ async fn a_full_disk_fails_over_and_blocks_nothing_once_there_is_room() {
     writers.more(20).await;
     assert_eq!(cluster.status().await.primary.unwrap().as_str(), "pg-1");
     let deadline = Instant::now() + common::LIMIT;
-    while cluster.status().await.instances[1].trouble.is_none() {
-        assert!(Instant::now() < deadline, "nothing is said");
+    loop {
+        let status = cluster.status().await;
+        if let Some(trouble) = &status.instances[1].trouble {
+            break println!("{trouble}");
+        }
+        assert!(Instant::now() < deadline, "nothing is said: {status:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     std::fs::remove_file(small.filler()).unwrap();

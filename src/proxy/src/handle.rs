@@ -23,7 +23,7 @@ use crate::engine::registry::lock;
 use crate::engine::session;
 use crate::engine::shared::Shared;
 use crate::engine::{evidence, monitor};
-use crate::engine::{leaving, opening};
+use crate::engine::{leaving, opening, temporary};
 use crate::listener::{BindError, Incoming, Limits, Listener};
 use crate::login::{self, Accepted, EdgeContext};
 use crate::options::ProxyOptions;
@@ -264,7 +264,8 @@ impl ProxyHandle {
     pub async fn prepare(&self, candidate: &Backend) {
         let shared = &self.0.shared;
         let many = leaving::watch(shared);
-        self.open_ahead(candidate).await;
+        let ahead = temporary::keep_ahead(shared);
+        futures_util::future::join(self.open_ahead(candidate), ahead).await;
         if many {
             let limit = Duration::from_secs(20);
             let _ = tokio::time::timeout(limit, leaving::leave(shared)).await;

@@ -125,7 +125,7 @@ async fn a_statement_that_never_ends_is_left_to_the_evidence() {
 async fn a_crash_ends_a_drain_that_waits() {
     let mut bench = bench().await;
     let (open, quick) = (bench.client().await.unwrap(), bench.client().await.unwrap());
-    for sql in ["CREATE TEMPORARY TABLE mine (n int)", "BEGIN"] {
+    for sql in ["CREATE TYPE pg_temp.mine AS (n int)", "BEGIN"] {
         open.batch_execute(sql).await.unwrap();
     }
     let proxy = bench.proxy.clone();
@@ -222,13 +222,21 @@ async fn commit_behind_a_lock_wait(crash: bool) {
         drain(&bench, 4 * PATIENCE).await;
     }
     bench.resume().await.unwrap();
-    tokio::select! {
-        () = until(&bench, waits) => {}
-        done = &mut pipeline => panic!("nobody waited: {done:?}"),
-    }
+    let early = tokio::select! {
+        () = until(&bench, waits) => None,
+        done = &mut pipeline => Some(done.unwrap()),
+    };
+    // In front of a planned move nobody has lost a lock. After a crash sessions that found the
+    // server by themselves take theirs in any order.
+    assert!(crash || early.is_none(), "nobody waited: {early:?}");
     holder.batch_execute("COMMIT").await.unwrap();
-    let done = tokio::time::timeout(PATIENCE, pipeline).await.unwrap();
-    let (changed, committed) = done.unwrap();
+    let (changed, committed) = match early {
+        Some(done) => done,
+        None => tokio::time::timeout(PATIENCE, pipeline)
+            .await
+            .unwrap()
+            .unwrap(),
+    };
     changed.unwrap();
     committed.unwrap();
     let v = bench.column("SELECT v FROM t ORDER BY id").await.unwrap();

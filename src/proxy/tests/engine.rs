@@ -379,7 +379,10 @@ async fn what_cannot_move_is_known_beforehand_and_never_lost_silently() {
         .batch_execute("CREATE TABLE t (v text)")
         .await
         .unwrap();
-    let temporary = ("CREATE TEMP TABLE tt (a int)", "temporary object");
+    let temporary = (
+        "CREATE TEMP TABLE tt (a int); CREATE TEMP TABLE of_it () INHERITS (tt)",
+        "temporary object",
+    );
     let held = (
         "BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT",
         "cursor WITH HOLD",

@@ -126,11 +126,11 @@ async fn the_report_counts_what_would_not_survive_and_why() {
     )
     .await;
     // protected itself, what comes then is not
-    run(&till, "CREATE TEMPORARY TABLE mine (a int)").await;
+    run(&till, "CREATE TYPE pg_temp.mine AS (a int)").await;
     run(&till, "SELECT a FROM t").await;
     run(&till, "BEGIN").await;
     run(&till, "COMMIT").await;
-    run(&till, "DROP TABLE mine").await;
+    run(&till, "DROP TYPE mine").await;
     run(&till, "SELECT a FROM t").await;
     run(&till, "BEGIN").await;
     run(&till, "COMMIT AND CHAIN").await;

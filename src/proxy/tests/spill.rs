@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::SinkExt as _;
+use helios_api::control::ReplayProgress;
 use helios_proxy::engine::room::SpillOptions;
 use helios_proxy::engine::shared::EngineOptions;
 use helios_testkit::Bench;
@@ -111,8 +112,29 @@ async fn fifty_thousand_statements_fit_into_memory_and_move() {
     let held = bench.proxy.journal_bytes();
     assert!(held > 0 && held <= limit, "{held} bytes");
     assert_eq!(bench.proxy.journal_disk_bytes(), 0);
+    let proxy = bench.proxy.clone();
+    let watch = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        while seen.is_empty() || proxy.sessions()[0].replay.is_some() {
+            let session = proxy.sessions().remove(0);
+            seen.extend(session.replay.map(|replay| (session.state, replay)));
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        seen
+    });
     bench.switchover().await.unwrap();
     client.batch_execute("COMMIT").await.unwrap();
+    let seen = watch.await.unwrap();
+    // BEGIN, the statement's Parse, and what it ran.
+    let whole = |(state, replay): &(String, ReplayProgress)| {
+        state == "migrating" && replay.total == 50_002 && replay.done <= replay.total
+    };
+    assert!(seen.iter().all(whole), "{seen:?}");
+    assert!(seen.is_sorted_by_key(|(_, replay)| replay.done), "{seen:?}");
+    assert!(
+        seen.iter().any(|(_, r)| 0 < r.done && r.done < r.total),
+        "{seen:?}"
+    );
     let found = bench.column("SELECT count(*) || ' ' || count(DISTINCT a) || ' ' || max(a) FROM t");
     assert_eq!(found.await.unwrap(), ["50000 50000 49999"]);
 }

@@ -19,6 +19,7 @@ pub mod script;
 pub mod sequences;
 pub mod state;
 pub mod tables;
+pub mod temporary;
 pub mod tracker;
 pub mod verify;
 

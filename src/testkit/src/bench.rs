@@ -151,8 +151,16 @@ impl Bench {
     /// # Errors
     /// The proxy refuses it.
     pub async fn resume_here(&mut self) -> Result<()> {
-        let resumed = self.proxy.resume(topology(&self.server, self.epoch)?).await;
+        let resumed = self.proxy.resume(self.topology()?).await;
         resumed.map(drop).map_err(Error::other)
+    }
+
+    /// The topology of this epoch.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn topology(&self) -> Result<Topology> {
+        topology(&self.server, self.epoch)
     }
 
     /// The server as one that may become primary.
@@ -160,7 +168,7 @@ impl Bench {
     /// # Errors
     /// None that a caller can cause.
     pub fn candidate(&self) -> Result<Backend> {
-        Ok(topology(&self.server, self.epoch)?.primary)
+        Ok(self.topology()?.primary)
     }
 
     /// The topology of the next epoch, for a move of the caller's.

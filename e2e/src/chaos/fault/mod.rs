@@ -227,10 +227,12 @@ impl FaultKind {
     }
 
     /// Whether a workload's checker can judge what is left after it. Lists that may lose their end
-    /// give no order of versions, and an acknowledged PREPARE may be lost.
+    /// give no order of versions, an acknowledged PREPARE may be lost, and a temporary table is kept
+    /// although the transaction that filled it was lost.
     #[must_use]
     pub fn suits(self, workload: Workload) -> bool {
-        let judged = !matches!(workload, Workload::ListAppend | Workload::TwoPhase);
+        use Workload::{ListAppend, Temporary, TwoPhase};
+        let judged = !matches!(workload, ListAppend | TwoPhase | Temporary);
         self != Self::LaggingStandby || judged
     }
 

@@ -7,6 +7,7 @@ mod insert;
 mod judge;
 mod list_append;
 mod sequences;
+mod temporary;
 mod two_phase;
 mod worker;
 
@@ -36,17 +37,20 @@ pub enum Workload {
     Sequences,
     /// PREPARE TRANSACTION, COMMIT PREPARED, ROLLBACK PREPARED
     TwoPhase,
+    /// Temporary tables, and what transactions derive from them
+    Temporary,
 }
 
 impl Workload {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Bank,
         Self::ListAppend,
         Self::Insert,
         Self::Copy,
         Self::Sequences,
         Self::TwoPhase,
+        Self::Temporary,
     ];
 
     /// For tables and the command line.
@@ -59,6 +63,7 @@ impl Workload {
             Self::Copy => "copy",
             Self::Sequences => "sequences",
             Self::TwoPhase => "two-phase",
+            Self::Temporary => "temporary",
         }
     }
 
@@ -69,7 +74,7 @@ impl Workload {
             Self::Bank => bank::tables(schema),
             Self::ListAppend => list_append::tables(schema),
             Self::Insert => insert::tables(schema),
-            Self::Copy | Self::TwoPhase => rows_table(schema),
+            Self::Copy | Self::TwoPhase | Self::Temporary => rows_table(schema),
             Self::Sequences => sequences::tables(schema),
         }
     }
@@ -86,6 +91,7 @@ impl Workload {
             Self::Copy => copy::step(worker).await,
             Self::Sequences => sequences::step(worker).await,
             Self::TwoPhase => two_phase::step(worker).await,
+            Self::Temporary => temporary::step(worker).await,
         }
     }
 }

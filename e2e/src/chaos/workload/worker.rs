@@ -9,6 +9,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio_util::sync::CancellationToken;
 
+use super::temporary::Table;
 use super::{Gone, Workload};
 use crate::chaos::checker::Anomaly;
 use crate::chaos::errors::{At, Verdict, judge};
@@ -67,6 +68,8 @@ pub struct Worker {
     pub(super) client: usize,
     pub(super) rng: StdRng,
     pub(super) notes: Notes,
+    /// Its temporary table, for the workload of that name.
+    pub(super) table: Table,
     style: Style,
     conn: Option<Conn>,
     prepared: BTreeSet<String>,
@@ -81,6 +84,7 @@ impl Worker {
             rng: StdRng::seed_from_u64(setting.seed ^ mixed),
             client,
             notes: Notes::default(),
+            table: Table::None,
             style: match client % 3 {
                 0 => Style::Simple,
                 1 => Style::Unnamed,
@@ -125,6 +129,7 @@ impl Worker {
 
     async fn connect(&mut self) -> Result<(), Gone> {
         self.prepared.clear();
+        self.table = Table::None;
         match Conn::open(&self.setting.target, self.setting.limit).await {
             Ok(conn) => {
                 self.conn = Some(conn);
@@ -187,6 +192,11 @@ impl Worker {
                 self.conn()?.prepared(&name, values).await
             }
         }
+    }
+
+    /// All prepared statements are about to go.
+    pub(super) fn forget_prepared(&mut self) {
+        self.prepared.clear();
     }
 
     /// The connection, for what has a form of its own.

@@ -25,6 +25,13 @@ pub struct ProxySpec {
     /// What is added to their Pods' metadata.
     #[serde(default)]
     pub pod_metadata: PodMetadata,
+    /// Whether clients that come without TLS are refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls_required: Option<bool>,
+    /// Threads that sessions live on; one for two processors by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub threads: Option<i64>,
     /// Most client connections of one proxy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
@@ -65,6 +72,8 @@ impl Default for ProxySpec {
             resources: None,
             scheduling: Scheduling::default(),
             pod_metadata: PodMetadata::default(),
+            tls_required: None,
+            threads: None,
             max_connections: None,
             max_connections_per_user: None,
             login_timeout_secs: None,
@@ -138,6 +147,9 @@ pub struct SessionMigration {
     /// Whether prepared statements move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capture_prepared_statements: Option<bool>,
+    /// Whether temporary tables move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capture_temp_tables: Option<bool>,
     /// Most bytes of one session's journal on the proxy's disk, where it goes when it outgrows its
     /// memory; 0: none goes there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -147,6 +159,11 @@ pub struct SessionMigration {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_099_511_627_776_i64))]
     pub transaction_buffer_total_size: Option<i64>,
+    /// Payload of a notification that a session gets on each of its channels when others may not
+    /// have reached it; none is sent without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 7999))]
+    pub lost_notification_payload: Option<String>,
     /// How long a session waits for a new primary, for example `30s`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[0-9]+(ms|s|m|h)$"), length(max = 20))]

@@ -254,7 +254,10 @@ fn session(s: &SessionInfo) -> Vec<String> {
     let dash = || "-".to_owned();
     vec![
         s.id.to_string(),
-        s.state.clone(),
+        match s.replay {
+            Some(replay) => format!("{} {}/{}", s.state, replay.done, replay.total),
+            None => s.state.clone(),
+        },
         s.user.clone(),
         s.database.clone(),
         s.application.clone(),

@@ -10,12 +10,14 @@ mod check;
 mod client;
 mod cluster;
 mod crash;
+mod disk;
 mod plan;
 mod progress;
 #[cfg(test)]
 mod proxy_tests;
 mod record;
 mod report;
+mod slow;
 #[cfg(test)]
 mod tests;
 mod windows;
@@ -33,6 +35,7 @@ use crate::failure::Failure;
 use check::Findings;
 use client::{Outcome, Shared};
 use cluster::{DemoCluster, redundant};
+use disk::Probe;
 use plan::{EventKind, PlannedEvent};
 use progress::Progress;
 use record::Live;
@@ -96,7 +99,7 @@ async fn with_cluster(
         _ = tokio::signal::ctrl_c() => return Err(Failure::interrupted()),
     };
     let result = tokio::select! {
-        result = Box::pin(session(args, &cluster, progress)) => result,
+        result = Box::pin(session(args, workspace, &cluster, progress)) => result,
         _ = tokio::signal::ctrl_c() => Err(Failure::interrupted()),
     };
     progress.now("stopping");
@@ -106,6 +109,7 @@ async fn with_cluster(
 
 async fn session(
     args: &DemoArgs,
+    workspace: &Workspace,
     cluster: &DemoCluster,
     progress: &Progress,
 ) -> Result<Report, Failure> {
@@ -113,6 +117,8 @@ async fn session(
     let proxy = cluster.proxy()?;
     set_up(&proxy, args.clients).await?;
     cluster.wait("redundant", SETTLE_LIMIT, redundant).await?;
+    let probe = Probe::start(workspace.path())
+        .map_err(|e| Failure::failed(format!("could not measure the disk: {e}")))?;
     let plan = plan::events(args.seed, args.switchovers, args.crashes);
     let crowd = Crowd::start(&proxy, args, Arc::clone(progress.live()))?;
     progress.line(&format!(
@@ -145,6 +151,10 @@ async fn session(
     let shared = crowd.shared.clone();
     let (outcomes, unfinished) = crowd.finish().await;
     faults.extend(unfinished);
+    let disk = probe
+        .finish()
+        .map_err(|e| faults.push(format!("could not measure the disk: {e}")))
+        .ok();
     progress.now("counting");
     let findings = judge(cluster, &outcomes).await.unwrap_or_else(|failure| {
         faults.push(format!("could not check the ledger: {failure}"));
@@ -155,10 +165,11 @@ async fn session(
         mode: args.mode.as_str(),
         planned: (args.switchovers, args.crashes),
         seconds: begun.elapsed().as_secs_f64(),
-        begun: &shared.windows.kinds(),
+        windows: &shared.windows.all(),
         done: &done,
         outcomes: &outcomes,
         findings: &findings,
+        disk: disk.as_ref(),
         faults,
     }))
 }

@@ -113,10 +113,11 @@ async fn planned_moves_do_not_show() {
         mode: "transaction",
         planned: (usize::try_from(MOVES).unwrap(), 0),
         seconds: 0.0,
-        begun: &shared.windows.kinds(),
+        windows: &shared.windows.all(),
         done: &done,
         outcomes: &outcomes,
         findings: &findings,
+        disk: None,
         faults: Vec::new(),
     });
     assert!(report.ok(), "{}", report.table());

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use hdrhistogram::Histogram;
 
+use super::slow::{Longest, Request};
 use super::windows::Windows;
 
 /// Longest latency that the histograms hold: a minute, in microseconds.
@@ -89,6 +90,7 @@ pub(crate) struct Recorder {
     pub(crate) pauses: Vec<Option<u64>>,
     /// Latencies of all requests outside of events, in microseconds.
     pub(crate) steady: Histogram<u64>,
+    pub(crate) longest: Longest,
     /// The first errors.
     pub(crate) errors: Vec<ClientError>,
     /// Errors by event; the last element of the pair counts.
@@ -102,13 +104,16 @@ impl Recorder {
             live,
             pauses: Vec::new(),
             steady: histogram(),
+            longest: Longest::default(),
             errors: Vec::new(),
             error_counts: Vec::new(),
         }
     }
 
-    /// A request was under way from `start` to `end`, whatever came of it.
-    pub(crate) fn answered(&mut self, start: Instant, end: Instant) {
+    /// A request was under way, whatever came of it.
+    pub(crate) fn answered(&mut self, request: Request) {
+        let Request { start, end, .. } = request;
+        self.longest.offer(request);
         let took = u64::try_from((end - start).as_micros()).unwrap_or(u64::MAX);
         let pauses = &mut self.pauses;
         let in_event = self.windows.pauses(start, end, |event| {
@@ -154,12 +159,17 @@ mod tests {
         let windows = Arc::new(Windows::default());
         let mut recorder = Recorder::new(Arc::clone(&windows), Arc::default());
         let before = Instant::now();
-        recorder.answered(before, before + Duration::from_micros(500));
+        let request = |start, took| Request {
+            phase: Phase::Read,
+            start,
+            end: start + took,
+        };
+        recorder.answered(request(before, Duration::from_micros(500)));
         // Let the event begin after the request before it has ended.
         std::thread::sleep(Duration::from_millis(2));
         let begun = windows.begin(EventKind::Crash);
         for ms in [3, 80, 7] {
-            recorder.answered(begun, begun + Duration::from_millis(ms));
+            recorder.answered(request(begun, Duration::from_millis(ms)));
         }
         assert_eq!(recorder.pauses, [Some(80_000)]);
         assert_eq!(recorder.steady.len(), 1);

@@ -10,8 +10,11 @@ use serde::Serialize;
 
 use super::check::Findings;
 use super::client::Outcome;
+use super::disk::Disk;
 use super::plan::EventKind;
 use super::record::histogram;
+use super::slow::{SlowRequest, longest};
+use super::windows::Window;
 
 /// Durations of one move's phases, in order, in microseconds.
 pub(crate) type Phases = Vec<(&'static str, u64)>;
@@ -43,6 +46,24 @@ pub(crate) struct KindReport {
     client_errors: u64,
     /// Longest request of each client during each event; `null` without any.
     pause_ms: Option<Percentiles>,
+    /// The same of the events during which the disk did not stall; `null` when it was not measured.
+    while_disk_answers: Option<Answering>,
+}
+
+/// The events during which the disk did not stall.
+#[derive(Debug, Clone, Serialize)]
+struct Answering {
+    count: usize,
+    pause_ms: Option<Percentiles>,
+}
+
+/// The disk meanwhile, with or without an event.
+#[derive(Debug, Clone, Serialize)]
+struct DiskReport {
+    /// A write and its sync, every 10 ms.
+    sync_ms: Option<Percentiles>,
+    /// Syncs of 50 ms and more.
+    stalls: usize,
 }
 
 /// Outside of events.
@@ -82,8 +103,11 @@ pub(crate) struct Report {
     switchovers: KindReport,
     crashes: KindReport,
     steady: Steady,
+    disk: Option<DiskReport>,
     ledger: Ledger,
     phases: PhaseMeans,
+    /// The longest requests of all clients, in events and between them.
+    slowest: Vec<SlowRequest>,
     /// Errors and findings, for people; the first of each.
     problems: Vec<String>,
     /// Phases in the order in which they happen, for the table.
@@ -97,11 +121,13 @@ pub(crate) struct Run<'a> {
     pub(crate) mode: &'a str,
     pub(crate) planned: (usize, usize),
     pub(crate) seconds: f64,
-    /// Kind of every event that was begun.
-    pub(crate) begun: &'a [EventKind],
+    /// Every event that was begun.
+    pub(crate) windows: &'a [Window],
     pub(crate) done: &'a [Done],
     pub(crate) outcomes: &'a [Outcome],
     pub(crate) findings: &'a Findings,
+    /// What was seen of the disk; `None`: it was not measured.
+    pub(crate) disk: Option<&'a Disk>,
     /// What kept the run from being complete.
     pub(crate) faults: Vec<String>,
 }
@@ -134,6 +160,10 @@ impl Report {
             switchovers,
             crashes,
             steady,
+            disk: run.disk.map(|disk| DiskReport {
+                sync_ms: percentiles(&disk.syncs),
+                stalls: disk.stalls.len(),
+            }),
             ledger: Ledger {
                 acknowledged: f.acknowledged,
                 lost: f.lost,
@@ -143,6 +173,7 @@ impl Report {
                 unacknowledged_present: f.unacknowledged,
                 balanced: f.balanced,
             },
+            slowest: longest(run.outcomes, run.windows),
             problems: problems(run),
             phase_order: phase_order(run.done),
         }
@@ -188,6 +219,7 @@ impl Report {
                 millis(c.pause_ms.as_ref().map(get)),
             );
         }
+        self.answering(&mut row);
         for phase in &self.phase_order {
             row(
                 &format!("mean {phase}"),
@@ -197,6 +229,26 @@ impl Report {
         }
         self.totals(&mut t);
         t
+    }
+
+    /// Rows of the events during which the disk did not stall.
+    fn answering(&self, row: &mut impl FnMut(&str, String, String)) {
+        let both = [&self.switchovers, &self.crashes].map(|k| k.while_disk_answers.as_ref());
+        if both.iter().all(Option::is_none) {
+            return;
+        }
+        let [s, c] = both.map(|k| k.map_or_else(|| "-".to_owned(), |k| k.count.to_string()));
+        row("disk did not stall", s, c);
+        let figures: [(&str, Figure); 2] = [("  pause p50", |p| p.p50), ("  pause p99", |p| p.p99)];
+        for (name, get) in figures {
+            let [s, c] = both.map(|k| millis(k.and_then(|k| k.pause_ms.as_ref().map(get))));
+            row(name, s, c);
+        }
+    }
+
+    fn disk_sync(&self, get: Figure) -> String {
+        let syncs = self.disk.as_ref().and_then(|d| d.sync_ms.as_ref());
+        millis(syncs.map(get))
     }
 
     fn totals(&self, t: &mut String) {
@@ -211,6 +263,8 @@ impl Report {
                 "request p99 meanwhile",
                 millis(self.steady.request_ms.map(|p| p.p99)),
             ),
+            ("disk sync p99", self.disk_sync(|p| p.p99)),
+            ("disk sync max", self.disk_sync(|p| p.max)),
             ("acknowledged", l.acknowledged.to_string()),
             ("lost", l.lost.to_string()),
             ("duplicated", l.duplicated.to_string()),
@@ -250,22 +304,37 @@ fn millis(value: Option<f64>) -> String {
 }
 
 fn kind_report(run: &Run<'_>, kind: EventKind, planned: usize) -> KindReport {
-    let of_kind = |event: usize| run.begun.get(event) == Some(&kind);
+    let of_kind = |event: usize| run.windows.get(event).is_some_and(|w| w.kind == kind);
+    KindReport {
+        planned,
+        count: run.done.iter().filter(|d| d.kind == kind).count(),
+        client_errors: errors_where(run, |event| event.is_some_and(of_kind)),
+        pause_ms: pauses(run, of_kind),
+        while_disk_answers: run.disk.map(|disk| {
+            let answers = |event: usize| {
+                let window = run.windows.get(event);
+                of_kind(event) && window.is_some_and(|w| !disk.disturbed(w))
+            };
+            Answering {
+                count: (0..run.windows.len()).filter(|e| answers(*e)).count(),
+                pause_ms: pauses(run, answers),
+            }
+        }),
+    }
+}
+
+/// The longest requests of all clients during the events that `which` names.
+fn pauses(run: &Run<'_>, which: impl Fn(usize) -> bool) -> Option<Percentiles> {
     let mut pauses = histogram();
     for outcome in run.outcomes {
         let seen = outcome.recorder.pauses.iter().enumerate();
-        for (_, pause) in seen.filter(|(event, _)| of_kind(*event)) {
+        for (_, pause) in seen.filter(|(event, _)| which(*event)) {
             if let Some(micros) = pause {
                 pauses.saturating_record((*micros).max(1));
             }
         }
     }
-    KindReport {
-        planned,
-        count: run.done.iter().filter(|d| d.kind == kind).count(),
-        client_errors: errors_where(run, |event| event.is_some_and(of_kind)),
-        pause_ms: percentiles(&pauses),
-    }
+    percentiles(&pauses)
 }
 
 fn errors_where(run: &Run<'_>, which: impl Fn(Option<usize>) -> bool) -> u64 {
@@ -337,7 +406,7 @@ fn problems(run: &Run<'_>) -> Vec<String> {
     for (outcome, error) in errors.take(SHOWN_ERRORS) {
         let place = match error.event {
             Some(event) => {
-                let kind = run.begun.get(event).map_or("event", |k| k.label());
+                let kind = run.windows.get(event).map_or("event", |w| w.kind.label());
                 format!("event {} ({kind})", event + 1)
             }
             None => "between events".to_owned(),
@@ -365,13 +434,18 @@ mod tests {
     use crate::demo::bank::Notes;
     use crate::demo::plan::ClientKind;
     use crate::demo::record::{Phase, Recorder, Trouble};
+    use crate::demo::slow::Request;
     use crate::demo::windows::Windows;
 
-    fn outcome(error: bool) -> (Outcome, Vec<EventKind>) {
+    fn outcome(error: bool) -> (Outcome, Vec<Window>) {
         let windows = Arc::new(Windows::default());
         let mut recorder = Recorder::new(Arc::clone(&windows), Arc::default());
         let begun = windows.begin(EventKind::Crash);
-        recorder.answered(begun, begun + Duration::from_millis(100));
+        recorder.answered(Request {
+            phase: Phase::Commit,
+            start: begun,
+            end: begun + Duration::from_millis(100),
+        });
         if error {
             recorder.failed(Trouble {
                 phase: Phase::Commit,
@@ -387,7 +461,7 @@ mod tests {
             notes: Notes::new(0),
             recorder,
         };
-        (outcome, windows.kinds())
+        (outcome, windows.all())
     }
 
     fn report(error: bool, balanced: bool, crashes: usize) -> Report {
@@ -397,7 +471,7 @@ mod tests {
             mode: "transaction",
             planned: (0, crashes),
             seconds: 1.0,
-            begun: &begun,
+            windows: &begun,
             done: &[Done {
                 kind: EventKind::Crash,
                 phases: vec![("promote", 12_000), ("replay", 3_000)],
@@ -407,6 +481,7 @@ mod tests {
                 balanced,
                 ..Findings::default()
             },
+            disk: None,
             faults: Vec::new(),
         })
     }
@@ -433,6 +508,9 @@ mod tests {
         assert_eq!(json["ledger"]["lost"], 0);
         assert_eq!(json["ledger"]["balanced"], true);
         assert_eq!(json["phases"]["crashes"]["promote"], 12.0);
+        assert_eq!(json["slowest"][0]["phase"], "commit");
+        assert_eq!(json["slowest"][0]["event_kind"], "crash");
+        assert_eq!(json["slowest"][0]["began_after_ms"], 0.0);
         assert!(json["problems"][0].as_str().unwrap().contains("08007"));
     }
 

@@ -191,13 +191,14 @@ async fn a_crash_without_us_shows() {
         mode: "none",
         planned: (0, 1),
         seconds: took.as_secs_f64(),
-        begun: &shared.windows.kinds(),
+        windows: &shared.windows.all(),
         done: &[Done {
             kind: EventKind::Crash,
             phases: Vec::new(),
         }],
         outcomes: &outcomes,
         findings: &findings,
+        disk: None,
         faults: Vec::new(),
     });
     assert!(!report.ok());

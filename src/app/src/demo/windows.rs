@@ -16,9 +16,9 @@ pub(crate) const AFTERMATH: Duration = Duration::from_millis(250);
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Window {
     pub(crate) kind: EventKind,
-    begun: Instant,
+    pub(crate) begun: Instant,
     /// A new primary takes work.
-    moved: Option<Instant>,
+    pub(crate) moved: Option<Instant>,
     /// The cluster is redundant again.
     settled: Option<Instant>,
 }
@@ -72,9 +72,9 @@ impl Windows {
         }
     }
 
-    /// Kinds of all events so far.
-    pub(crate) fn kinds(&self) -> Vec<EventKind> {
-        self.lock().iter().map(|w| w.kind).collect()
+    /// All events so far.
+    pub(crate) fn all(&self) -> Vec<Window> {
+        self.lock().clone()
     }
 
     /// Calls `f` with the number of each event that a request from `start` to `end` overlaps;

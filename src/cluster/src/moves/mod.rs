@@ -54,6 +54,7 @@ fn begin(
         drained: helios_api::control::DrainReport::default(),
         resumed: helios_api::control::ResumeReport::default(),
         diverted: None,
+        doubted: None,
         forced: false,
     }));
     id

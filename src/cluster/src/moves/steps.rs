@@ -16,6 +16,7 @@ use crate::elect::{self, Electorate};
 use crate::health::{self, Health};
 use crate::observe::{Action, Contact, ProxyCommand};
 use crate::operation::OperationKind;
+use crate::requests::{Unfit, unfit};
 use crate::state::{ClusterState, Mode, Move, Position, Step};
 use crate::transition::enter;
 use crate::{steady, sync};
@@ -30,17 +31,21 @@ pub(super) fn planned(
 ) -> More {
     let trouble = match health::judge(ctx, state, &m.from) {
         Health::Down(why) => return crashed(ctx, state, m, Some(candidate), &why),
-        Health::Up(up) => crate::requests::unfit(ctx, state, &up, &candidate)
-            .map(|why| format!("instance \"{candidate}\" cannot take over: {why}")),
-        Health::Unknown(why) => Some(format!("the primary is not up: {why}")),
+        Health::Up(up) => unfit(ctx, state, &up, &candidate)
+            .map(|why| why.map(|w| format!("instance \"{candidate}\" cannot take over: {w}"))),
+        Health::Unknown(why) => Some(Unfit::Now(format!("the primary is not up: {why}"))),
     };
-    if let Some(reason) = m.diverted.clone().or(trouble) {
+    if let Some(reason) = m
+        .diverted
+        .clone()
+        .or_else(|| past_patience(ctx, m, trouble))
+    {
         m.diverted = Some(reason.clone());
         enter(m, Step::Abort { reason }, ctx.now)?;
         m.todo = to_proxies(ctx, &ProxyCommand::Abort { epoch: state.epoch });
         return Ok(true);
     }
-    if !m.todo.is_empty() {
+    if !m.todo.is_empty() || m.doubted.is_some() {
         return Ok(false);
     }
     if preparing {
@@ -62,6 +67,23 @@ pub(super) fn planned(
         m.todo = todo;
     }
     Ok(true)
+}
+
+/// Why a switchover is given up: what is wrong will not pass by itself, or has not for long. A disk
+/// that stands still for longer than `wal_receiver_timeout` costs a standby its connection, which
+/// it opens again within milliseconds once it can.
+fn past_patience(ctx: &Ctx<'_>, m: &mut Move, trouble: Option<Unfit>) -> Option<String> {
+    match trouble {
+        None => {
+            m.doubted = None;
+            None
+        }
+        Some(Unfit::Lasting(why)) => Some(why),
+        Some(Unfit::Now(why)) => {
+            let since = *m.doubted.get_or_insert(ctx.now);
+            (ctx.now.millis_since(since) >= ctx.settings.standby_grace_ms).then_some(why)
+        }
+    }
 }
 
 /// Whether the candidate holds every acknowledged commit already, so that the old primary can be

@@ -81,6 +81,8 @@ pub(crate) struct World {
     pub(crate) idle: bool,
     /// Nothing reaches a standby.
     pub(crate) hold_back: bool,
+    /// Standbys have lost their connections.
+    pub(crate) disconnected: bool,
     pub(crate) trace: Vec<String>,
 }
 
@@ -122,6 +124,7 @@ impl World {
             reverse: false,
             idle: false,
             hold_back: false,
+            disconnected: false,
             trace: Vec::new(),
         }
     }
@@ -187,7 +190,8 @@ impl World {
 
     fn streams(&self, standby: &InstanceName, primary: &InstanceName) -> bool {
         let (s, p) = (&self.instances[standby], &self.instances[primary]);
-        s.role == Role::Standby
+        !self.disconnected
+            && s.role == Role::Standby
             && s.receiving
             && s.following.as_ref() == Some(primary)
             && p.role == Role::Primary

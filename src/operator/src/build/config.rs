@@ -169,6 +169,8 @@ fn edge(spec: &ProxySpec) -> Option<Value> {
         ("auth", Some(text("scram-sha-256"))),
         ("tls_cert", file_name(&files.certificate)),
         ("tls_key", file_name(&files.key)),
+        ("tls_required", flag(spec.tls_required)),
+        ("threads", integer(spec.threads)),
         ("max_connections", integer(spec.max_connections)),
         (
             "max_connections_per_user",
@@ -207,6 +209,7 @@ fn migration(spec: &SessionMigration) -> Option<Value> {
             "capture_prepared_statements",
             flag(spec.capture_prepared_statements),
         ),
+        ("capture_temp_tables", flag(spec.capture_temp_tables)),
         ("transaction_buffer_path", Some(text(JOURNAL))),
         (
             "transaction_buffer_size",
@@ -215,6 +218,10 @@ fn migration(spec: &SessionMigration) -> Option<Value> {
         (
             "transaction_buffer_total_size",
             integer(spec.transaction_buffer_total_size),
+        ),
+        (
+            "lost_notification_payload",
+            spec.lost_notification_payload.as_deref().map(text),
         ),
         (
             "migration_timeout",

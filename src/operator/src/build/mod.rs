@@ -246,6 +246,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_for_the_proxy_reaches_it() {
+        let mut all = minimal();
+        all["proxy"] = json!({
+            "tlsRequired": true,
+            "threads": 3,
+            "maxConnectionsPerUser": 7,
+            "sessionMigration": {"lostNotificationPayload": "look again"},
+        });
+        let file = config::proxy(&cluster(all));
+        let read = helios_proxy::config::ProxyConfig::parse(&file, "test").unwrap();
+        assert!(read.proxy.tls_required);
+        assert_eq!(read.proxy.threads, Some(3));
+        assert_eq!(read.proxy.max_connections_per_user, Some(7));
+        let payload = read.migration.lost_notification_payload;
+        assert_eq!(payload.as_deref(), Some("look again"));
+    }
+
+    #[test]
     fn what_a_reader_would_refuse_is_refused_by_field() {
         for (field, spec) in [
             (

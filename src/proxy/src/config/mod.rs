@@ -159,6 +159,8 @@ pub struct MigrationConfig {
     pub capture_set_parameters: bool,
     /// Prepared statements move.
     pub capture_prepared_statements: bool,
+    /// Temporary tables move with their rows.
+    pub capture_temp_tables: bool,
     /// Folder for journals that outgrow their memory; the system's for temporary files without it.
     pub transaction_buffer_path: Option<PathBuf>,
     /// Most bytes of one journal on disk; 0: none goes there.
@@ -176,6 +178,7 @@ impl Default for MigrationConfig {
         Self {
             capture_set_parameters: true,
             capture_prepared_statements: true,
+            capture_temp_tables: true,
             transaction_buffer_path: None,
             transaction_buffer_size: 1 << 30,
             transaction_buffer_total_size: 8 << 30,

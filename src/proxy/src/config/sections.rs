@@ -225,6 +225,7 @@ fn migration(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Proble
             &mut to.capture_prepared_statements,
             boolean,
         )
+        .set("capture_temp_tables", &mut to.capture_temp_tables, boolean)
         .set_some(
             "transaction_buffer_path",
             &mut to.transaction_buffer_path,

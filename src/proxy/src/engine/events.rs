@@ -75,7 +75,9 @@ impl Session {
         if !options.capture_prepared && statements {
             return Some(Unprotected::StatementsNotCaptured);
         }
-        self.state.immovable.first().map(|(reason, _)| *reason)
+        let immovable = self.state.immovable.first().map(|(reason, _)| *reason);
+        let unkept = || self.temporary.is_some() && self.kept().is_none();
+        immovable.or_else(|| unkept().then_some(Unprotected::TemporaryObject))
     }
 
     /// Begins to count the session's time.

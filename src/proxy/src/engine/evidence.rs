@@ -198,8 +198,8 @@ pub(super) async fn fate(
     Ok(fate)
 }
 
-/// [`resolve`], for an id whose transaction ran in `life`: it is not called committed when another
-/// one may have its id by now.
+/// [`resolve`], for an id whose transaction ran in `life`: no status is believed that another one
+/// may have by now, under the same id.
 ///
 /// # Errors
 /// The connection's; it may be tried again.
@@ -211,11 +211,14 @@ pub(super) async fn outcome(
     prepares: Option<&str>,
 ) -> Result<Outcome, ReplayError> {
     let outcome = resolve(link, topology, ran_on, xid, prepares).await?;
-    if outcome != Outcome::Committed {
-        return Ok(outcome);
-    }
+    let unread = match outcome {
+        Outcome::Committed => Outcome::Unknown,
+        // Whosever it is, it will end.
+        Outcome::InProgress => Outcome::InProgress,
+        Outcome::Aborted | Outcome::Unknown => return Ok(outcome),
+    };
     let Some(from) = life.from(&lock(&shared.positions)) else {
-        return Ok(Outcome::Unknown);
+        return Ok(unread);
     };
     let mut slot = shared.found.lock().await;
     let mut found = Found::take(&mut slot, shared, topology).await?;
@@ -224,8 +227,8 @@ pub(super) async fn outcome(
     let restarted = behind.next().map(|(_, next)| *next);
     *slot = Some(found);
     Ok(match all {
-        true => judged(xid, from, restarted),
-        false => Outcome::Unknown,
+        true => judged(outcome, xid, from, restarted),
+        false => unread,
     })
 }
 

@@ -19,7 +19,7 @@ impl Session {
     /// Moves bytes until something else happens.
     pub(super) async fn until_event(&mut self, gate: &watch::Receiver<GateState>) -> Event {
         let timer = self.next_timer();
-        self.timer_armed = timer.is_some();
+        self.timer_at = timer;
         let Some(at) = timer else {
             return poll_fn(|cx| self.poll_event(cx, gate)).await;
         };
@@ -62,7 +62,7 @@ impl Session {
                 Err(event) => return Poll::Ready(event),
             }
             self.acknowledge();
-            if self.needs_server_now() {
+            if self.needs_server_now() || self.keeps_unarmed() {
                 return Poll::Ready(Event::Timer);
             }
             let full = self.has_full_output();

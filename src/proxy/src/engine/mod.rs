@@ -4,6 +4,7 @@
 //! is in; sessions answer by acknowledging a phase once they stand as it asks. The invariant: while
 //! a session migrates nothing is read from its client, and a replay works for one epoch only.
 
+mod aborted;
 mod again;
 mod answers;
 pub mod bell;
@@ -13,6 +14,7 @@ mod feed;
 pub mod gate;
 pub mod history;
 mod io;
+mod kept;
 pub(crate) mod leaving;
 pub mod link;
 pub mod monitor;
@@ -21,6 +23,7 @@ pub(crate) mod opening;
 mod own;
 mod own_answers;
 mod presence;
+pub mod progress;
 pub mod protection;
 mod pump;
 mod reads;
@@ -35,5 +38,7 @@ mod sequences;
 pub mod session;
 pub mod shared;
 mod tables;
+pub(crate) mod temporary;
+mod timers;
 mod turn;
 mod verify;

@@ -18,10 +18,11 @@ use tokio::time::Instant;
 
 use super::gate::{GateState, Phase};
 use super::monitor::STARTED;
+use super::opening::{is_away, is_primary, no_primary};
 use super::rebuild::Attempt;
 use super::registry::lock;
 use super::replay;
-use super::session::{End, Server, Session, is_away, is_primary, no_primary};
+use super::session::{End, Server, Session};
 use super::shared::Shared;
 use crate::backend::{self, BackendConn, BackendError};
 
@@ -67,6 +68,7 @@ impl Session {
     /// The backend's connection ended.
     pub(super) fn server_lost(&mut self) {
         self.server = None;
+        self.stays = false;
         self.entry().uncut.store(false, Ordering::Relaxed);
         self.heard &= self.tracker.is_quiet();
         self.held();
@@ -111,6 +113,8 @@ impl Session {
                 if self.server.as_ref().is_some_and(|s| s.epoch < current) {
                     self.leave_old_server()?;
                 }
+                self.stays |= self.gate.phase == Phase::Replay && self.server.is_some();
+                self.stays &= self.server.is_some() && !self.rebuilt;
                 if self.server.is_none() && self.must_rebuild() {
                     self.entry().set_state(5);
                     self.rebuild(gate).await?;
@@ -125,6 +129,7 @@ impl Session {
 
     async fn opened(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {
         let current = self.gate.topology.epoch;
+        self.stays = false;
         if self.server.as_ref().is_some_and(|s| s.epoch < current) {
             self.leave_old_server()?;
         }
@@ -368,8 +373,11 @@ impl Session {
         if self.held_since.is_some() {
             self.begin_migration();
         }
-        if self.epoch == topology.epoch && self.must_rebuild() {
-            if self.owes() && !self.shared.options.replay_on_connection_loss {
+        let at = &topology.primary.endpoint;
+        let in_epoch = self.epoch == topology.epoch;
+        let here = self.old.as_ref().is_some_and(|old| old.at == *at);
+        if (in_epoch || here) && self.must_rebuild() {
+            if in_epoch && self.owes() && !self.shared.options.replay_on_connection_loss {
                 self.forced = Some("replay after a lost connection is switched off".into());
             }
             self.end_old_backend(topology).await?;
@@ -444,10 +452,10 @@ impl Session {
         Ok(())
     }
 
-    /// Only the connection broke, the primary lives: the old backend is terminated and waited for,
-    /// before anything of it is resolved or run again (design rule 4).
+    /// The connection broke, and its server is the primary: the old backend may live. It is
+    /// terminated and waited for, before anything of it is resolved or run again (design rule 4).
     async fn end_old_backend(&mut self, topology: &Topology) -> Result<(), Attempt> {
-        let Some(pid) = self.old_pid else {
+        let Some(pid) = self.old.as_ref().map(|old| old.pid) else {
             return Ok(());
         };
         let shared = std::sync::Arc::clone(&self.shared);
@@ -475,7 +483,7 @@ impl Session {
                 .await
                 .map_err(|e| Attempt::Retry(e.to_string()))?;
             if rows.is_empty() {
-                self.old_pid = None;
+                self.old = None;
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(10)).await;

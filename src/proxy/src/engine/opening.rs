@@ -9,6 +9,7 @@ use bytes::Bytes;
 use helios_api::{Endpoint, Epoch};
 use helios_session::evidence::GtidSource;
 use helios_session::tracker::Tracker;
+use helios_wire::{ErrorFields, SqlState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -16,7 +17,7 @@ use super::gate::{GateState, Phase};
 use super::link::Link;
 use super::registry::{Entry, Identity, lock};
 use super::replay::simple;
-use super::session::{frame_of, is_away, is_primary, no_primary};
+use super::session::frame_of;
 use super::shared::Shared;
 use crate::backend::{self, BackendConn};
 
@@ -110,4 +111,27 @@ pub(super) async fn open_first(
         let _ = tokio::time::timeout(pause, gate.changed()).await;
         pause = (pause * 2).min(Duration::from_millis(500));
     }
+}
+
+/// Whether a server refuses because it starts, stops or recovers (57P01 to 57P03).
+pub(super) fn is_away(code: &SqlState) -> bool {
+    [
+        SqlState::ADMIN_SHUTDOWN,
+        SqlState::CRASH_SHUTDOWN,
+        SqlState::CANNOT_CONNECT_NOW,
+    ]
+    .contains(code)
+}
+
+/// Whether the server said that it takes writes (`in_hot_standby`, reported since PostgreSQL 14).
+pub(super) fn is_primary(conn: &BackendConn) -> bool {
+    conn.parameters
+        .get("in_hot_standby")
+        .is_none_or(|v| v == "off")
+}
+
+pub(super) fn no_primary(why: &str) -> ErrorFields {
+    ErrorFields::fatal(SqlState::CANNOT_CONNECT_NOW, "no primary is available")
+        .detail(why.to_owned())
+        .hint("Try again later; the cluster's status tells what it waits for.")
 }

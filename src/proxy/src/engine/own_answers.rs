@@ -91,6 +91,12 @@ impl Session {
             .prepared_mut()
             .reconcile(|name| std::str::from_utf8(name).is_ok_and(|n| names.contains(n)));
         self.tracker.set_holds(!state.immovable.is_empty());
+        let temporary =
+            |(reason, _): &(Unprotected, String)| *reason == Unprotected::TemporaryObject;
+        if self.shared.options.capture_temporary {
+            self.has_temporary(state.immovable.iter().any(temporary));
+            state.immovable.retain(|one| !temporary(one));
+        }
         self.state = state;
         self.show_protection();
     }
@@ -108,7 +114,8 @@ impl Session {
         if !options.capture_prepared && statements {
             return Some(Unprotected::StatementsNotCaptured.text().into());
         }
-        self.state.immovable.first().map(|(_, which)| which.clone())
+        let immovable = self.state.immovable.first().map(|(_, which)| which.clone());
+        immovable.or_else(|| self.temporary_unkept())
     }
 
     /// Answers the client's message without a server, where the session owes it an error.

@@ -88,6 +88,9 @@ impl Session {
                 return Ok(());
             };
             let have = len.min(self.client.input.len());
+            if self.temporary.is_some() && self.keeps_before(header.tag, have) {
+                return Err(Event::Timer);
+            }
             let floor = self.floor_for(header.tag);
             let frame = &self.client.input[..have];
             let mut form = Form::AsIs;
@@ -155,6 +158,8 @@ impl Session {
         match self.gate.phase {
             Phase::Open => false,
             Phase::Hold => boundary && !self.tracker.projects_open(),
+            // Replays may wait for the locks of its transaction; a new one may take theirs.
+            Phase::Replay | Phase::Send if self.stays => boundary && !self.tracker.projects_open(),
             Phase::Freeze | Phase::Cut | Phase::Still => boundary,
             Phase::Replay => true,
             Phase::Send => self.resend_left == 0,
@@ -432,6 +437,7 @@ impl Session {
             self.last_activity = tokio::time::Instant::now();
         }
         self.note_age(status);
+        self.temporary_used();
         self.count_ended(status, alone);
         if status == TxnStatus::Idle {
             self.instead = None;

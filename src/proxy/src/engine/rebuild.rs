@@ -11,12 +11,12 @@ use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, replay_or_abort};
 use helios_session::evidence::{Ended, Fate};
 use helios_session::script::Speaks;
-use helios_session::state::{Change, Prepared, Snapshot};
+use helios_session::state::Prepared;
 use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
 use helios_wire::message::back;
 use helios_wire::{ErrorFields, SqlState};
 
-use super::answers::{STATE_UNKNOWN, retryable};
+use super::answers::STATE_UNKNOWN;
 use super::evidence;
 use super::gate::Phase;
 use super::reads;
@@ -24,7 +24,7 @@ use super::registry::{Identity, lock};
 use super::replay::{self, ReplayError};
 use super::resolve::Outcome;
 use super::restarts::Life;
-use super::session::{End, Server, Session, Skip};
+use super::session::{End, OldBackend, Server, Session, Skip};
 use super::turn::Turn;
 
 /// Why an attempt to rebuild the session did not succeed.
@@ -239,6 +239,7 @@ impl Session {
         });
         match plan {
             Plan::Abort { reason } => self.abort(server, &reason).await,
+            _ if self.has_failed_for_good() => self.fail_again(server).await,
             _ => self.replay_on(server).await,
         }
     }
@@ -273,7 +274,7 @@ impl Session {
         prepared: &[(Vec<u8>, Prepared)],
         next: &mut helios_session::tracker::Tracker,
     ) -> Result<(), ReplayError> {
-        replay::restore(&mut server.link, &self.state, prepared).await?;
+        replay::restore(&mut server.link, &self.state, self.kept(), prepared).await?;
         if self.tracker.status() == TxnStatus::Idle {
             return Ok(());
         }
@@ -293,9 +294,12 @@ impl Session {
             _ => Turn::beside(&self.shared).await,
         };
         let lossy = self.gate.topology.may_have_lost(self.epoch);
+        let entry = self.entry();
         let (link, keeper) = (&mut server.link, turn.keeper());
         let options = &self.shared.options;
-        let replay = replay::replay(link, &self.tracker, next, keeper, lossy, options);
+        let under_way = entry.replay.begin(self.tracker.journal().records().len());
+        let old = &self.tracker;
+        let replay = replay::replay(link, old, next, keeper, lossy, &under_way, options);
         tokio::select! {
             // First: a turn that came too late must set nothing back.
             biased;
@@ -357,7 +361,7 @@ impl Session {
         self.tracker = next.on(&server.link.parameters);
         self.epoch = server.epoch;
         self.timeline = self.gate.topology.timeline;
-        self.old_pid = Some(server.pid);
+        self.old = OldBackend::at(server.pid, &server.endpoint);
         *lock(&self.entry().identity) = Identity {
             floor: server.floor,
             ..Identity::new(server.pid, server.epoch, self.shared.now_micros())
@@ -369,6 +373,7 @@ impl Session {
             }
         }
         self.tell_listener(server.pid);
+        self.temporary_installed();
         self.server = Some(server);
         if self.gate.phase != Phase::Replay {
             self.shared.new_work(self.epoch);
@@ -396,101 +401,8 @@ impl Session {
         self.client.input.extend_from_slice(&since);
         self.client.passing = 0;
     }
-
-    /// Restores what an abort leaves: the state as of BEGIN, and prepared statements as they are
-    /// now, for PostgreSQL does not take those back. One that was made inside the transaction may
-    /// need what is lost with it; that one is lost too. Returns the state, and those statements of
-    /// the protocol, that are there.
-    async fn restore_behind_abort(
-        &self,
-        server: &mut Server,
-    ) -> Result<(Snapshot, Vec<(Vec<u8>, Prepared)>), ReplayError> {
-        let now = self.tracker.prepared().now();
-        let now = now.map(|(name, p)| (name.to_vec(), p.clone()));
-        let (mut inside, mut there): (Vec<_>, Vec<_>) = now.partition(|(_, p)| p.made_inside);
-        let mut state = self.state.clone();
-        let mut made: Vec<(String, String)> = Vec::new();
-        for change in self.tracker.changes() {
-            state.give_up(&change);
-            match change {
-                Change::Prepared(name, text) => made.push((name, text)),
-                Change::Deallocated(name) => made.retain(|(n, _)| *n != name),
-                Change::AllDeallocated => made.clear(),
-            }
-        }
-        replay::restore(&mut server.link, &state, &there).await?;
-        for one in made {
-            let alone = Snapshot {
-                prepared: vec![one.clone()],
-                ..Snapshot::default()
-            };
-            if is_there(replay::restore(&mut server.link, &alone, &[]).await)? {
-                state.prepared.push(one);
-            }
-        }
-        // The unnamed one last, as there.
-        inside.sort_by_key(|(name, _)| name.is_empty());
-        let nothing = Snapshot::default();
-        for one in inside {
-            let alone = std::slice::from_ref(&one);
-            if is_there(replay::restore(&mut server.link, &nothing, alone).await)? {
-                there.push(one);
-            }
-        }
-        Ok((state, there))
-    }
-
-    /// The transaction (or state) is lost; the client is told as soon as it can be.
-    pub(super) async fn abort(&mut self, mut server: Server, reason: &str) -> Result<(), Attempt> {
-        let fields = retryable(reason);
-        let (state, prepared) = match self.restore_behind_abort(&mut server).await {
-            Ok(restored) => restored,
-            Err(e) if self.give_up_locks(&e) => {
-                self.forced = Some(format!("{reason}; {e}"));
-                return Err(retry(e));
-            }
-            Err(e) if e.is_transient() => {
-                self.forced = Some(reason.to_owned());
-                return Err(retry(e));
-            }
-            Err(_) => return Err(Attempt::End(End::Fatal(fields))),
-        };
-        let mut next = self.tracker.successor(&prepared);
-        if self.tracker.status() == TxnStatus::Idle {
-            self.failed(&fields, "not protected");
-            if self.tracker.is_between() {
-                self.refuse = Some(fields);
-            } else {
-                self.answer_in_flight(&fields)?;
-            }
-        } else {
-            replay::fail_transaction(&mut server.link)
-                .await
-                .map_err(retry)?;
-            next.abandon(TxnStatus::Failed);
-            self.remember_in_flight()?;
-            self.give_up_transaction(fields);
-        }
-        self.state = state;
-        self.state.immovable.clear();
-        self.install(server, next);
-        self.show_protection();
-        Ok(())
-    }
 }
 
-/// Whether a statement could be prepared again.
-fn is_there(restored: Result<(), ReplayError>) -> Result<bool, ReplayError> {
-    match restored {
-        Err(e) if e.is_transient() => Err(e),
-        Err(e) => {
-            tracing::debug!(error = %e, "a prepared statement is lost");
-            Ok(false)
-        }
-        Ok(()) => Ok(true),
-    }
-}
-
-fn retry(e: ReplayError) -> Attempt {
+pub(super) fn retry(e: ReplayError) -> Attempt {
     Attempt::Retry(e.to_string())
 }

@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use super::bell::Bell;
+use super::progress::Progress;
 use super::protection::{Meter, Who};
 use super::running::Running;
 use crate::backend::{BackendConn, Login};
@@ -62,6 +63,9 @@ pub struct Entry {
     pub home: Handle,
     /// A planned move is being prepared: see [`Leave`].
     pub leave: Mutex<Option<Leave>>,
+    /// A planned move is being prepared: temporary tables are to be read. Dropped when they are, or
+    /// cannot be now.
+    pub keep: Mutex<Option<oneshot::Sender<()>>>,
     /// A backend opened ahead of time on the next primary.
     pub warm: Mutex<Option<BackendConn>>,
     /// Its last backend, as the server knows it.
@@ -72,6 +76,8 @@ pub struct Entry {
     pub state: AtomicU64,
     /// When the open transaction began: microseconds since the proxy started, 0 for none.
     pub began: AtomicU64,
+    /// How far the replay of the transaction is.
+    pub replay: Progress,
     /// Bytes of its journal.
     pub journal_bytes: AtomicU64,
     /// A statement is in flight that a planned move cannot cut off.
@@ -149,6 +155,9 @@ impl Entry {
         let shown = lock(&self.shown).clone();
         let began = self.began.load(Ordering::Relaxed);
         let state = usize::try_from(self.state.load(Ordering::Relaxed)).unwrap_or(0);
+        let replay = self.replay.now();
+        // One that found the primary by itself is not told to migrate.
+        let state = if replay.is_some() { 5 } else { state };
         let reason = self.meter.get().and_then(Meter::reason);
         SessionInfo {
             id: self.id,
@@ -159,6 +168,7 @@ impl Entry {
             client: self.peer.clone(),
             instance: shown.instance,
             transaction_age_ms: (began > 0).then(|| now.saturating_sub(began) / 1000),
+            replay,
             journal_bytes: self.journal_bytes.load(Ordering::Relaxed),
             migrations: shown.migrations,
             unprotected: reason.map(|r| shown.unprotected.unwrap_or_else(|| r.text().into())),
@@ -207,12 +217,14 @@ impl Registry {
             cancel_under_way: AtomicBool::new(false),
             bell: Arc::default(),
             home: Handle::current(),
+            keep: Mutex::default(),
             leave: Mutex::new(None),
             warm: Mutex::new(None),
             identity: Mutex::default(),
             shown: Mutex::default(),
             state: AtomicU64::new(0),
             began: AtomicU64::new(0),
+            replay: Progress::default(),
             journal_bytes: AtomicU64::new(0),
             uncut: AtomicBool::new(false),
             mark_floor: AtomicU64::new(u64::MAX),

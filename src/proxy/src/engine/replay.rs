@@ -12,13 +12,15 @@ use helios_session::TxnStatus;
 use helios_session::expect::Violation;
 use helios_session::journal::Record;
 use helios_session::locks::{Locks, take_again_sql};
-use helios_session::state::{Prepared, Snapshot};
+use helios_session::state::{Prepared, Snapshot, literal};
 use helios_session::tracker::{ServerStep, Tracker};
 use helios_wire::message::{back, front, read};
 use helios_wire::{FrameError, backend, peek_header};
 
 use super::feed::feed_all;
+use super::kept::{self, Kept};
 use super::link::Link;
+use super::progress::UnderWay;
 use super::sequences::Keeper;
 use super::shared::EngineOptions;
 use super::verify::verify;
@@ -141,7 +143,8 @@ pub(super) fn text_row(body: &[u8]) -> Vec<Option<String>> {
         .unwrap_or_default()
 }
 
-fn describe_error(body: &[u8]) -> String {
+/// An error's message and SQLSTATE.
+pub(super) fn describe_error(body: &[u8]) -> String {
     helios_wire::ErrorFields::parse(body).map_or_else(
         |e| e.to_string(),
         |f| format!("{} ({})", f.message, f.sqlstate.as_str()),
@@ -187,17 +190,29 @@ async fn take_locks(link: &mut Link, locks: &Locks) -> Result<(), ReplayError> {
     Ok(())
 }
 
-/// Restores what the session was outside its transaction: settings, role, statements, in this
-/// order (design rule 5.3), in one flight.
+/// Restores what the session was outside its transaction: locks, temporary objects, settings, role,
+/// statements, in this order (design rule 5.3), in one flight.
 ///
 /// # Errors
 /// [`ReplayError::State`] when the server refuses something, or a statement's columns changed.
 pub(super) async fn restore(
     link: &mut Link,
     state: &Snapshot,
+    temporary: Option<&Kept>,
     prepared: &[(Vec<u8>, Prepared)],
 ) -> Result<(), ReplayError> {
     take_locks(link, &state.locks).await?;
+    if let Some(temporary) = temporary {
+        // They belong to who has logged in, and no setting may stand in their way.
+        if let Some(user) = &state.session_authorization {
+            simple(
+                link,
+                &format!("SET SESSION AUTHORIZATION {}", literal(user)),
+            )
+            .await?;
+        }
+        kept::restore(link, temporary).await?;
+    }
     let mut cycles = 0;
     let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
     for sql in state.restore_sql() {
@@ -291,6 +306,7 @@ pub(super) async fn replay(
     new: &mut Tracker,
     mut keeper: Option<&mut Keeper>,
     lossy: bool,
+    progress: &UnderWay<'_>,
     options: &EngineOptions,
 ) -> Result<(), ReplayError> {
     let records = old.journal().records();
@@ -300,16 +316,17 @@ pub(super) async fn replay(
         let keeper = keeper.as_deref_mut().filter(|k| k.wants(index));
         let Some(keeper) = keeper else {
             feed_all(link, new, records, bytes, at, options).await?;
+            progress.at(new.journal().records().len());
             continue;
         };
-        settle(link, new, records, index).await?;
+        settle(link, new, records, index, progress).await?;
         let reply = old.journal().reply(record);
         keeper.set_back(link, new, bytes, &reply).await?;
         feed_all(link, new, records, bytes, at, options).await?;
-        settle(link, new, records, index + 1).await?;
+        settle(link, new, records, index + 1, progress).await?;
         keeper.set_forward().await?;
     }
-    settle(link, new, records, records.len()).await?;
+    settle(link, new, records, records.len(), progress).await?;
     let verified = verify(link, old, new, lossy).await;
     verified.map_err(|e| if lossy { e.after_loss() } else { e })
 }
@@ -320,9 +337,11 @@ async fn settle(
     new: &mut Tracker,
     records: &[Record],
     count: usize,
+    progress: &UnderWay<'_>,
 ) -> Result<(), ReplayError> {
     while new.journal().records().len() < count || !new.is_quiet() {
         advance(link, new, records).await?;
+        progress.at(new.journal().records().len());
     }
     Ok(())
 }
@@ -382,12 +401,40 @@ pub(super) fn strayed(records: &[Record], new: &Tracker) -> Option<ReplayError> 
     })
 }
 
+/// Begins the transaction of `old` again, and has it fail.
+///
+/// # Errors
+/// The connection's.
+pub(super) async fn begin_and_fail(
+    link: &mut Link,
+    old: &Tracker,
+    new: &mut Tracker,
+    options: &EngineOptions,
+) -> Result<(), ReplayError> {
+    let records = old.journal().records();
+    if let Some(begin) = records.first() {
+        let bytes = old.journal().record_bytes(begin);
+        feed_all(link, new, records, bytes, begin.at_micros, options).await?;
+        while new.journal().records().is_empty() || !new.is_quiet() {
+            advance(link, new, records).await?;
+        }
+    }
+    fail_block(link).await?;
+    new.fail();
+    Ok(())
+}
+
 /// Puts a fresh backend into a failed transaction block: what an aborted transaction leaves.
 ///
 /// # Errors
 /// The connection's.
 pub(super) async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError> {
     simple(link, "BEGIN").await?;
+    fail_block(link).await
+}
+
+/// Has an open transaction block fail.
+async fn fail_block(link: &mut Link) -> Result<(), ReplayError> {
     match simple(link, "ROLLBACK TO SAVEPOINT helios_aborted").await {
         Err(ReplayError::State(_)) => Ok(()),
         Err(e) => Err(e),

@@ -89,7 +89,10 @@ pub(super) async fn resolve(
             Outcome::Committed
         }
         Some("aborted") => Outcome::Aborted,
-        Some("in progress") if topology.epoch == ran_on.0 => Outcome::InProgress,
+        // The server goes on, or was started again; after a promotion nothing of before can run.
+        Some("in progress") if topology.epoch == ran_on.0 || topology.timeline == ran_on.1 => {
+            Outcome::InProgress
+        }
         _ => Outcome::Unknown,
     })
 }

@@ -103,14 +103,19 @@ impl Life {
     }
 }
 
-/// What the status `committed` of `xid` is worth, when the first restart behind `from` went on with
-/// the id `restarted`.
-pub(super) fn judged(xid: Xid, from: From, restarted: Option<Xid>) -> Outcome {
+/// What `status` of `xid` is worth (committed, or in progress), when the first restart behind
+/// `from` went on with the id `restarted`.
+pub(super) fn judged(status: Outcome, xid: Xid, from: From, restarted: Option<Xid>) -> Outcome {
+    let runs = status == Outcome::InProgress;
     match restarted {
         Some(next) if xid >= next && from.exact => Outcome::Aborted,
-        // It may have been handed out behind that restart, or in front of it.
+        // It may have been handed out behind that restart, or in front of it: once it has ended,
+        // more may be known.
+        Some(next) if xid >= next && runs => Outcome::InProgress,
         Some(next) if xid >= next => Outcome::Unknown,
-        _ => Outcome::Committed,
+        // Only what is prepared outlives a restart.
+        Some(_) if runs => Outcome::Unknown,
+        _ => status,
     }
 }
 
@@ -170,11 +175,24 @@ mod tests {
     #[test]
     fn an_id_that_was_free_again_is_not_believed() {
         let at = |exact| From { at: Lsn(1), exact };
-        assert_eq!(judged(Xid(9), at(true), None), Outcome::Committed);
-        assert_eq!(judged(Xid(9), at(true), Some(Xid(10))), Outcome::Committed);
-        assert_eq!(judged(Xid(10), at(true), Some(Xid(10))), Outcome::Aborted);
-        assert_eq!(judged(Xid(10), at(false), Some(Xid(10))), Outcome::Unknown);
-        assert_eq!(judged(Xid(9), at(false), Some(Xid(10))), Outcome::Committed);
+        let next = Some(Xid(10));
+        // the id, the next one behind the restart, what `committed` is worth, and `in progress`
+        let table = [
+            (9, true, None, (Outcome::Committed, Outcome::InProgress)),
+            (9, true, next, (Outcome::Committed, Outcome::Unknown)),
+            (10, true, next, (Outcome::Aborted, Outcome::Aborted)),
+            (10, false, next, (Outcome::Unknown, Outcome::InProgress)),
+            (9, false, next, (Outcome::Committed, Outcome::Unknown)),
+        ];
+        for (xid, exact, next, (committed, runs)) in table {
+            let judge = |status| judged(status, Xid(xid), at(exact), next);
+            assert_eq!(
+                judge(Outcome::Committed),
+                committed,
+                "{xid} {exact} {next:?}"
+            );
+            assert_eq!(judge(Outcome::InProgress), runs, "{xid} {exact} {next:?}");
+        }
     }
 
     #[test]

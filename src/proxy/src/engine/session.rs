@@ -29,11 +29,9 @@ use super::registry::{Entry, Registered, lock};
 use super::room::Room;
 use super::shared::Shared;
 use super::tables::Rows;
+use super::temporary::Temporary;
 use crate::backend::{self, BackendConn};
 use crate::login::ClientLogin;
-
-/// What is in flight when a planned move cuts it off, and goes on, is looked at again after this.
-const CUT_AGAIN: Duration = Duration::from_millis(50);
 
 /// A backend in use.
 #[derive(Debug)]
@@ -45,6 +43,21 @@ pub(super) struct Server {
     pub epoch: Epoch,
     /// A position that the server's log had when the backend was there.
     pub floor: Option<helios_api::Lsn>,
+}
+
+/// A backend that a session has, or had last, as it is known when its connection is gone.
+#[derive(Debug)]
+pub(super) struct OldBackend {
+    pub pid: i32,
+    /// The server that it runs on.
+    pub at: Endpoint,
+}
+
+impl OldBackend {
+    pub(super) fn at(pid: i32, at: &Endpoint) -> Option<Box<Self>> {
+        let at = at.clone();
+        Some(Box::new(Self { pid, at }))
+    }
 }
 
 impl Server {
@@ -118,6 +131,8 @@ pub struct Session {
     pub(super) room: Room,
     /// State outside a transaction, as the backend told it last.
     pub(super) state: Snapshot,
+    /// Its temporary objects, if it has any.
+    pub(super) temporary: Option<Box<Temporary>>,
     /// The answer to a question for the state that is on its way; ReadyForQuery waits for it.
     pub(super) asking: Option<Snapshot>,
     /// Parameters as the client knows them.
@@ -152,6 +167,9 @@ pub struct Session {
     pub(super) timeline: Timeline,
     /// The rebuilt session waits for the phase *send*.
     pub(super) rebuilt: bool,
+    /// It has found the primary by itself, which has started anew in its epoch, before the gate
+    /// closed for those who have not: its transaction goes on to its end.
+    pub(super) stays: bool,
     /// A cancel request of the client's waits for the moment when it may go on.
     pub(super) cancel_waits: bool,
     /// We cancelled the statement in flight ourselves, for a planned move.
@@ -164,12 +182,12 @@ pub struct Session {
     /// The transaction must be aborted, for this reason.
     pub(super) forced: Option<String>,
     /// `until_event` has a timer running.
-    pub(super) timer_armed: bool,
+    pub(super) timer_at: Option<Instant>,
     /// Next attempt to find a server, not before.
     pub(super) retry_at: Option<Instant>,
     pub(super) last_activity: Instant,
-    /// Process id of the last backend.
-    pub(super) old_pid: Option<i32>,
+    /// The last backend, until it is known to have ended.
+    pub(super) old: Option<Box<OldBackend>>,
     /// Epoch of the last move that was reported.
     pub(super) shown_epoch: Epoch,
     pub(super) noted: Noted,
@@ -192,6 +210,12 @@ fn greet(link: &mut Link, conn: &BackendConn, entry: &Entry) {
     back::ready_for_query(&mut link.output, TxnStatus::Idle.byte());
 }
 
+/// A client's last message; one that does not read it is not waited for.
+async fn farewell(client: &mut Link, frame: &[u8]) {
+    client.output.extend_from_slice(frame);
+    let _ = tokio::time::timeout(Duration::from_secs(5), client.flush()).await;
+}
+
 /// Runs a client's session from its login to its end.
 pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let secret_len = if client.protocol_minor >= 2 { 32 } else { 4 };
@@ -204,19 +228,15 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     let opened = Box::pin(open_first(&shared, &mut gate, &registered.entry)).await;
     let (conn, epoch) = match opened {
         Ok(opened) => opened,
-        Err(frame) => {
-            link.output.extend_from_slice(&frame);
-            let _ = tokio::time::timeout(Duration::from_secs(5), link.flush()).await;
-            return;
-        }
+        Err(frame) => return farewell(&mut link, &frame).await,
     };
     greet(&mut link, &conn, &registered.entry);
-    let pid = conn.pid;
     let timeline = gate.borrow().topology.timeline;
     let member = shared.gate.join(Arc::clone(&registered.entry.bell));
     let session = Box::new(Session {
         tracker: follow(&shared, &conn),
         known: conn.parameters.clone(),
+        old: OldBackend::at(conn.pid, &conn.endpoint),
         server: Some(Server::new(conn, epoch)),
         gate: gate.borrow_and_update().clone(),
         room: shared.room(),
@@ -225,6 +245,7 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         member,
         client: link,
         state: Snapshot::default(),
+        temporary: None,
         asking: None,
         skip: None,
         rerun: Rerun::default(),
@@ -242,16 +263,16 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         resend_left: 0,
         timeline,
         rebuilt: false,
+        stays: false,
         cancel_waits: false,
         cut: false,
         cancelled_by_client: false,
         dropping_rest: false,
         state_due: false,
         forced: None,
-        timer_armed: false,
+        timer_at: None,
         retry_at: None,
         last_activity: Instant::now(),
-        old_pid: Some(pid),
         shown_epoch: epoch,
         noted: Noted::default(),
         moving: Moving::No,
@@ -262,29 +283,6 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
     tracing::debug!(session = %id, "session started");
     session.run(gate).await;
     tracing::debug!(session = %id, "session ended");
-}
-
-/// Whether a server refuses because it starts, stops or recovers (57P01 to 57P03).
-pub(super) fn is_away(code: &SqlState) -> bool {
-    [
-        SqlState::ADMIN_SHUTDOWN,
-        SqlState::CRASH_SHUTDOWN,
-        SqlState::CANNOT_CONNECT_NOW,
-    ]
-    .contains(code)
-}
-
-/// Whether the server said that it takes writes (`in_hot_standby`, reported since PostgreSQL 14).
-pub(super) fn is_primary(conn: &BackendConn) -> bool {
-    conn.parameters
-        .get("in_hot_standby")
-        .is_none_or(|v| v == "off")
-}
-
-pub(super) fn no_primary(why: &str) -> ErrorFields {
-    ErrorFields::fatal(SqlState::CANNOT_CONNECT_NOW, "no primary is available")
-        .detail(why.to_owned())
-        .hint("Try again later; the cluster's status tells what it waits for.")
 }
 
 pub(super) fn frame_of(fields: &ErrorFields) -> Bytes {
@@ -339,6 +337,7 @@ impl Session {
                     self.forward_cancel();
                 }
                 self.asked_to_leave();
+                self.asked_to_keep();
                 Ok(())
             }
             Event::ServerLost => {
@@ -357,12 +356,12 @@ impl Session {
             return;
         }
         let quiet = self.tracker.is_between() && self.tracker.is_quiet() && self.asking.is_none();
-        let stands = quiet || self.server.is_none();
+        let stands = (quiet && !self.keeps_now()) || self.server.is_none();
         let yes = match self.gate.phase {
             Phase::Open => true,
             Phase::Hold => stands && self.tracker.status() == TxnStatus::Idle,
             Phase::Freeze | Phase::Cut | Phase::Still => stands,
-            Phase::Replay => self.rebuilt || !self.must_rebuild(),
+            Phase::Replay => self.rebuilt || self.stays || !self.must_rebuild(),
             Phase::Send => !self.rebuilt,
         };
         if yes {
@@ -371,66 +370,6 @@ impl Session {
             }
             self.member.acknowledge(step);
         }
-    }
-
-    pub(super) fn next_timer(&self) -> Option<Instant> {
-        if self.server.is_none() && self.gate.phase == Phase::Open && self.wants_server() {
-            return Some(self.retry_at.unwrap_or_else(Instant::now));
-        }
-        if self.cancel_waits {
-            return Some(Instant::now() + Duration::from_millis(2));
-        }
-        if self.cut_waits() {
-            return Some(Instant::now() + CUT_AGAIN);
-        }
-        let idle = self.shared.options.idle_timeout?;
-        Some(self.last_activity + idle.max(Duration::from_secs(1)))
-    }
-
-    /// Whether to look for a backend: one is needed, and no timer stands for the next attempt.
-    pub(super) fn needs_server_now(&self) -> bool {
-        self.server.is_none()
-            && self.gate.phase == Phase::Open
-            && self.wants_server()
-            && !self.timer_armed
-    }
-
-    /// Whether a backend is needed now.
-    pub(super) fn wants_server(&self) -> bool {
-        !self.client.input.is_empty()
-            || self.must_rebuild()
-            || self.client.passing > 0
-            || self.last_words.is_some()
-            || self.resend.is_some()
-    }
-
-    async fn timer(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {
-        if self.server.is_none() && self.gate.phase == Phase::Open && self.wants_server() {
-            if self.retry_at.is_some_and(|at| at > Instant::now()) {
-                return Ok(());
-            }
-            return self.find_server(gate).await;
-        }
-        if self.cancel_waits {
-            self.forward_cancel();
-            return Ok(());
-        }
-        if self.cut_waits() {
-            self.cut_in_flight();
-            return Ok(());
-        }
-        let quiet = self.tracker.is_between() && self.tracker.status() == TxnStatus::Idle;
-        if let Some(limit) = self.shared.options.idle_timeout
-            && quiet
-            && self.last_activity.elapsed() >= limit
-        {
-            let message = "terminating connection due to idle-session timeout";
-            return Err(End::Fatal(ErrorFields::fatal(
-                SqlState::IDLE_SESSION_TIMEOUT,
-                message,
-            )));
-        }
-        Ok(())
     }
 
     pub(super) fn show_instance(&self) {
@@ -446,8 +385,7 @@ impl Session {
             End::Forward(frame) => Some(frame.freeze()),
         };
         if let Some(frame) = frame {
-            self.client.output.extend_from_slice(&frame);
-            let _ = tokio::time::timeout(Duration::from_secs(5), self.client.flush()).await;
+            farewell(&mut self.client, &frame).await;
         }
         if let Some(mut server) = self.server.take() {
             // A statement that still runs would hold its locks: a client that vanishes cancels.
@@ -507,7 +445,7 @@ mod tests {
     /// A thousand idle sessions are a thousand of these.
     #[test]
     fn a_session_is_small() {
-        assert!(size_of::<Session>() <= 2112, "{}", size_of::<Session>());
+        assert!(size_of::<Session>() <= 2144, "{}", size_of::<Session>());
         assert!(size(serve) <= 8192, "{}", size(serve));
     }
 }

@@ -64,6 +64,8 @@ pub struct EngineOptions {
     pub capture_settings: bool,
     /// Prepared statements move; otherwise a session that has them is unprotected.
     pub capture_prepared: bool,
+    /// Temporary tables move; otherwise a session that has them is unprotected.
+    pub capture_temporary: bool,
     /// Payload of the notification that a client gets on each of its channels when others may have
     /// been lost; without it there is a warning only.
     pub lost_notification: Option<String>,
@@ -101,6 +103,7 @@ impl Default for EngineOptions {
             barrier_limit: Duration::from_secs(5),
             capture_settings: true,
             capture_prepared: true,
+            capture_temporary: true,
             lost_notification: None,
             replay_on_connection_loss: true,
             move_on_failure: true,

@@ -3,7 +3,7 @@
 //! The engine hands over every frame before it forwards it. The tracker says whether it goes on,
 //! and when the proxy should ask the server something of its own, in the same flight.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use helios_api::protection::Unprotected;
 use helios_api::{Lsn, Xid};
@@ -17,6 +17,7 @@ use crate::locks::Calls;
 use crate::reply::Reply;
 use crate::script::{Script, Speaks};
 use crate::state::{Change, Prepared, PreparedStatements};
+use crate::temporary::OnCommit;
 use crate::{ReplayMode, TxnStatus};
 
 mod client;
@@ -24,6 +25,7 @@ mod endings;
 mod marks;
 mod named;
 mod server;
+mod temporary;
 mod texts;
 
 use marks::Marking;
@@ -186,6 +188,8 @@ pub struct Tracker {
     custom: BTreeSet<String>,
     /// Calls of advisory lock functions since somebody took note.
     calls: Calls,
+    /// Temporary tables that statements of this session have made.
+    temporary: BTreeMap<String, OnCommit>,
     gtids: GtidSource,
     /// What goes in front of the client's next frame.
     lead: Option<Lead>,
@@ -222,6 +226,7 @@ impl Tracker {
             chained: false,
             custom: BTreeSet::new(),
             calls: Calls::None,
+            temporary: BTreeMap::new(),
             gtids: GtidSource::default(),
             lead: None,
             marks_refused: false,
@@ -354,6 +359,7 @@ impl Tracker {
         }
         next.prepared.settle();
         next.custom.clone_from(&self.custom);
+        next.temporary.clone_from(&self.temporary);
         next.gtids = self.gtids;
         next.marks_refused = self.marks_refused;
         next.marks_calls = self.marks_calls;
@@ -384,6 +390,11 @@ impl Tracker {
     /// Calls of advisory lock functions since this was asked last.
     pub fn take_calls(&mut self) -> Calls {
         std::mem::take(&mut self.calls)
+    }
+
+    /// The block that was opened fails, by what nobody has asked for: its record stays.
+    pub fn fail(&mut self) {
+        self.status = TxnStatus::Failed;
     }
 
     /// The open transaction is gone (aborted by us): the status is what the new backend has.

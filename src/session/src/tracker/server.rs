@@ -266,6 +266,7 @@ impl Tracker {
             false => Calls::of(&texts, &front.reply),
         };
         self.calls = self.calls.and(calls);
+        self.note_temporary(&texts);
         let room = MAX_CUSTOM.saturating_sub(self.custom.len());
         self.custom.extend(names.into_iter().take(room));
     }

@@ -3,9 +3,11 @@
 use helios_wire::frontend;
 
 use super::Tracker;
+use crate::TxnStatus;
 use crate::decide::{Evidence, InFlight, MarkState};
 use crate::grammar::{self, Kind};
 use crate::journal::Exchange;
+use crate::locks::Calls;
 
 impl Tracker {
     /// The statements of an exchange, read with the grammar; `None` when its text was not kept.
@@ -15,6 +17,30 @@ impl Tracker {
             return None;
         }
         Some(self.kinds_of(self.journal.exchange_bytes(exchange)))
+    }
+
+    /// Whether the transaction was begun by a query of its own, has failed, and nothing that its
+    /// client may ask for brings back a part of it: no savepoint was set, and nothing was done to
+    /// the session that outlasts a rollback, as far as texts tell. Reads all of them.
+    #[must_use]
+    pub fn has_failed_for_good(&self) -> bool {
+        use Kind::{CopyIn, Empty, LockingRead, Read, Write};
+        let lost = |k: &Kind| matches!(k, Empty | Read | LockingRead | Write | CopyIn);
+        let Some((begin, others)) = self.journal.records().split_first() else {
+            return false;
+        };
+        let messages = self.journal.record_bytes(begin);
+        let mut named = self.prepared.now().filter(|(_, p)| p.made_inside);
+        self.status == TxnStatus::Failed
+            && !self.touched
+            && self.calls == Calls::None
+            && named.all(|(name, _)| name.is_empty())
+            && messages.first() == Some(&frontend::QUERY)
+            && self.kinds_of(messages) == [Kind::Begin]
+            && others.iter().all(|record| {
+                let messages = self.journal.record_bytes(record);
+                self.kinds_of(messages).iter().all(lost)
+            })
     }
 
     /// The statements that a sequence of client messages runs.

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::bank::{Accounts, Notes};
 use super::plan::{ClientKind, client_rng};
 use super::record::{Live, Phase, Recorder, Trouble};
+use super::slow::Request;
 use super::windows::Windows;
 
 /// A request without an answer for so long is an error: nothing may hang.
@@ -156,7 +157,7 @@ impl Worker {
         let start = Instant::now();
         let answer = tokio::time::timeout(ANSWER_LIMIT, request).await;
         let end = Instant::now();
-        self.recorder.answered(start, end);
+        self.recorder.answered(Request { phase, start, end });
         let (sqlstate, message) = match answer {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(error)) => describe(&error),

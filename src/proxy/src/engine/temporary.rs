@@ -1,0 +1,293 @@
+//! Temporary tables of a session: kept beside it while its backend lives, made again on the next.
+//!
+//! They are read by the session's own backend, nobody else could, while its client is idle, in front
+//! of a transaction, or when a planned move stops the session. The invariant: what is made again is
+//! what was there behind the last exchange that the journal does not hold; otherwise the session is
+//! unprotected, and its client is told.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use helios_api::protection::Unprotected;
+use helios_session::keyword::{Hint, hint};
+use helios_session::temporary::Objects;
+use helios_session::tracker::until_zero;
+use helios_session::{ReplayMode, TxnStatus};
+use helios_wire::frontend;
+use helios_wire::message::read;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+
+use super::gate::{GateState, Phase};
+use super::kept::{Asking, Failure, Kept, keep};
+use super::moving::LastWords;
+use super::registry::{Entry, lock};
+use super::replay::ReplayError;
+use super::session::{Server, Session};
+use super::shared::Shared;
+
+/// A client is idle for so long before its tables are read.
+const IDLE: Duration = Duration::from_millis(50);
+
+/// Reading the tables takes at most this part of a session's time, and [`AT_FIRST`].
+const SHARE: u32 = 20;
+
+/// What reading them may take beside: the first time takes most, for all objects are asked for.
+const AT_FIRST: Duration = Duration::from_millis(250);
+
+/// Tables that took longer to read are not read while a planned move holds everybody.
+const WHILE_OTHERS_WAIT: Duration = Duration::from_secs(1);
+
+/// How long the preparation of a move waits for those who read.
+const AHEAD: Duration = Duration::from_secs(10);
+
+/// The temporary objects of a session.
+#[derive(Debug)]
+pub(super) struct Temporary {
+    kept: Option<Kept>,
+    /// Number of the exchange behind which they were as they are kept.
+    at: u64,
+    /// Why they are not, as of that exchange.
+    why: Option<(u64, String)>,
+    /// When they are read, unless the client says something before.
+    due: Instant,
+    /// Since when there are any.
+    since: Instant,
+    /// How long reading them has taken, together and the last time.
+    spent: Duration,
+    took: Duration,
+    /// They are to be read before the client's next message is sent.
+    wanted: bool,
+    /// Dropped when they have been read: a move that is prepared waits for it.
+    done: Option<oneshot::Sender<()>>,
+}
+
+impl Default for Temporary {
+    fn default() -> Self {
+        Self {
+            kept: None,
+            at: 0,
+            why: None,
+            due: Instant::now() + IDLE,
+            since: Instant::now(),
+            spent: Duration::ZERO,
+            took: Duration::ZERO,
+            wanted: false,
+            done: None,
+        }
+    }
+}
+
+impl Temporary {
+    /// How long to wait until reading them again has not taken too large a part of the time.
+    fn debt(&self) -> Duration {
+        let allowed = self.since.elapsed() / SHARE + AT_FIRST;
+        self.spent.saturating_sub(allowed) * SHARE
+    }
+}
+
+/// Has sessions read their temporary tables ahead of a planned move: what has not changed when it
+/// stops them holds nobody up.
+pub(crate) async fn keep_ahead(shared: &Shared) {
+    let ask = |entry: Arc<Entry>| {
+        let (done, read) = oneshot::channel::<()>();
+        *lock(&entry.keep) = Some(done);
+        entry.bell.ring();
+        read
+    };
+    let asked: Vec<_> = shared.registry.all().into_iter().map(ask).collect();
+    let _ = tokio::time::timeout(AHEAD, futures_util::future::join_all(asked)).await;
+}
+
+impl Session {
+    /// The session has temporary objects, or has none any more.
+    pub(super) fn has_temporary(&mut self, yes: bool) {
+        match yes {
+            true => drop(self.temporary.get_or_insert_default()),
+            false => self.temporary = None,
+        }
+    }
+
+    /// An exchange of the client's is answered: what is kept may be out of date.
+    pub(super) fn temporary_used(&mut self) {
+        if let Some(temporary) = &mut self.temporary {
+            temporary.due = Instant::now() + IDLE.max(temporary.debt());
+        }
+    }
+
+    /// What makes the temporary objects again, as they were when the open transaction began.
+    pub(super) fn kept(&self) -> Option<&Kept> {
+        let temporary = self.temporary.as_ref()?;
+        let covers = self.tracker.covers_since(temporary.at);
+        temporary.kept.as_ref().filter(|_| covers)
+    }
+
+    /// Why they would be lost with the backend.
+    pub(super) fn temporary_unkept(&self) -> Option<String> {
+        let temporary = self.temporary.as_ref()?;
+        if self.kept().is_some() {
+            return None;
+        }
+        let why = temporary.why.as_ref().map(|(_, why)| why.as_str());
+        let why = why.unwrap_or("changed since they were read");
+        Some(format!("{}: {why}", Unprotected::TemporaryObject.text()))
+    }
+
+    /// They cannot be made again. False when they were given up before.
+    pub(super) fn give_up_temporary(&mut self, error: &ReplayError) -> bool {
+        let now = self.tracker.sequence();
+        let kept = |t: &mut Box<Temporary>| {
+            t.why = Some((now, error.to_string()));
+            t.kept.take().is_some()
+        };
+        self.temporary.as_mut().is_some_and(kept)
+    }
+
+    /// The backend that the session goes on with has what was kept, and the journal begins anew.
+    pub(super) fn temporary_installed(&mut self) {
+        if let Some(temporary) = &mut self.temporary {
+            temporary.at = 0;
+            temporary.why = None;
+        }
+    }
+
+    /// Whether they could be read now, and it is not known that it would be in vain.
+    fn may_keep(&self, temporary: &Temporary) -> bool {
+        let Some(Server { link, .. }) = &self.server else {
+            return false;
+        };
+        let stands = self.tracker.status() == TxnStatus::Idle
+            && self.tracker.is_between()
+            && self.tracker.is_quiet()
+            && self.asking.is_none()
+            && !self.state_due;
+        let now = self.tracker.sequence();
+        let tried = temporary.why.as_ref().is_some_and(|(at, _)| *at == now);
+        let fresh = temporary.kept.is_some() && temporary.at == now;
+        let quiet = link.input.is_empty() && link.output.is_empty() && !link.ended;
+        let moves = self.tracker.mode() != ReplayMode::None;
+        moves && stands && quiet && !tried && !fresh && self.resend.is_none() && !self.rebuilt
+    }
+
+    /// When they are to be read, if they are.
+    pub(super) fn keeps_at(&self) -> Option<Instant> {
+        let temporary = self.temporary.as_ref()?;
+        if !self.may_keep(temporary) {
+            return None;
+        }
+        match self.gate.phase {
+            Phase::Open if temporary.wanted => Some(Instant::now()),
+            Phase::Open => Some(temporary.due),
+            Phase::Hold | Phase::Freeze | Phase::Cut | Phase::Still => {
+                let long = temporary.took > WHILE_OTHERS_WAIT;
+                (!long).then(Instant::now)
+            }
+            Phase::Replay | Phase::Send => None,
+        }
+    }
+
+    /// Whether they are to be read now.
+    pub(super) fn keeps_now(&self) -> bool {
+        self.temporary.is_some() && self.keeps_at().is_some_and(|at| at <= Instant::now())
+    }
+
+    /// Whether they are to be read before this message is sent: it begins a transaction, which would
+    /// be unprotected as a whole.
+    pub(super) fn keeps_before(&mut self, tag: u8, have: usize) -> bool {
+        let Some(temporary) = &self.temporary else {
+            return false;
+        };
+        let affordable = temporary.debt().is_zero();
+        let body = self.client.input.get(5..have).unwrap_or_default();
+        let begins = match tag {
+            frontend::QUERY => hint(until_zero(body)) == Hint::Begin,
+            frontend::PARSE => {
+                let text = body.iter().position(|b| *b == 0).map_or(0, |at| at + 1);
+                hint(until_zero(body.get(text..).unwrap_or_default())) == Hint::Begin
+            }
+            frontend::BIND => {
+                let names = read::bind_names(body).ok();
+                let known = names.and_then(|(_, n)| self.tracker.prepared().get(n));
+                known.is_some_and(|p| p.hint == Hint::Begin)
+            }
+            _ => false,
+        };
+        if !begins || !affordable || self.gate.phase != Phase::Open || !self.may_keep(temporary) {
+            return false;
+        }
+        if let Some(temporary) = &mut self.temporary {
+            temporary.wanted = true;
+        }
+        true
+    }
+
+    /// Reads them ahead of a planned move, if one asks for it and they can be read now.
+    pub(super) fn asked_to_keep(&mut self) {
+        let Some(done) = lock(&self.entry().keep).take() else {
+            return;
+        };
+        let may = self.temporary.as_ref().is_some_and(|t| self.may_keep(t));
+        if let Some(temporary) = self.temporary.as_mut().filter(|_| may) {
+            temporary.wanted = true;
+            temporary.done = Some(done);
+        }
+    }
+
+    /// Reads the temporary objects. Nothing else of the session goes on meanwhile.
+    pub(super) async fn keep_temporary(&mut self, gate: &watch::Receiver<GateState>) {
+        let Some(server) = self.server.as_mut() else {
+            return;
+        };
+        let Some(mut temporary) = self.temporary.take() else {
+            return;
+        };
+        let began = Instant::now();
+        let (now, epoch) = (self.tracker.sequence(), self.gate.topology.epoch);
+        let (seen, shared) = (self.tracker.temporary(), &self.shared);
+        let mut asking = Asking {
+            link: &mut server.link,
+            client: &mut self.client.output,
+        };
+        let objects = |rows: &[Vec<Option<String>>]| {
+            let mut objects = Objects::default();
+            for row in rows {
+                if let [Some(kind), Some(name), Some(text)] = row.as_slice() {
+                    objects.add_row(kind, name, text, seen);
+                }
+            }
+            objects
+        };
+        let mut watch = gate.clone();
+        let gone = watch.wait_for(|g| g.topology.epoch != epoch || g.phase >= Phase::Replay);
+        let result = tokio::select! {
+            biased;
+            result = keep(&mut asking, shared, temporary.kept.take(), objects) => result,
+            _ = gone => Err(Failure::Gone(None)),
+        };
+        temporary.took = began.elapsed();
+        temporary.spent += temporary.took;
+        temporary.wanted = false;
+        let done = temporary.done.take();
+        temporary.why = None;
+        let gone = match result {
+            Ok(kept) => {
+                (temporary.kept, temporary.at) = (Some(kept), now);
+                None
+            }
+            Err(Failure::Not(why)) => {
+                temporary.why = Some((now, why));
+                None
+            }
+            Err(Failure::Gone(words)) => Some(words),
+        };
+        tracing::debug!(session = %self.entry().id, why = ?temporary.why, took = ?began.elapsed(),
+            lost = gone.is_some(), "temporary tables were read");
+        self.temporary = Some(temporary);
+        if let Some(words) = gone {
+            self.last_words = words.map(|frame| LastWords::new(&frame, &self.shared));
+            self.server_lost();
+        }
+        self.show_protection();
+        drop(done);
+    }
+}
