@@ -173,3 +173,9 @@ def resident_bytes(pid):
     """Resident memory of one process."""
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def private_bytes(pid):
+    """Memory of one process that no other one shares."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        return 1024 * sum(int(line.split()[1]) for line in file if line.startswith("Private_"))

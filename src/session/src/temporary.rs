@@ -23,13 +23,16 @@ pub const SETTINGS: &str = "SELECT pg_catalog.set_config('search_path', 'pg_cata
      pg_catalog.set_config('statement_timeout', '0', true), \
      pg_catalog.set_config('client_min_messages', 'error', true)";
 
-/// What runs in front of the statements of [`Objects`] on a fresh server.
-pub const BEFORE_RESTORE: &str =
-    "SET search_path = pg_catalog, pg_temp; SET client_min_messages = error";
+/// What runs in front of the statements of [`Objects`] on a fresh server, in one transaction with
+/// them. No default of a role stands in their way, and nobody waits for a disk or a standby: what
+/// they make does not outlive the backend.
+pub const BEFORE_RESTORE: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
+     SET LOCAL synchronous_commit = off; SET LOCAL statement_timeout = 0; \
+     SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL client_min_messages = error";
 
 /// What runs behind them. Setting a sequence counts as having used it, for `currval` and `lastval`;
 /// the session of before had not, or its value is told to be gone.
-pub const AFTER_RESTORE: &str = "DISCARD SEQUENCES; RESET search_path; RESET client_min_messages";
+pub const AFTER_RESTORE: &str = "DISCARD SEQUENCES; COMMIT";
 
 /// The query that [`Objects::add_row`] takes the rows of; behind [`SETTINGS`].
 pub const OBJECTS_QUERY: &str = include_str!("temporary.sql");

@@ -45,10 +45,9 @@ col AS (SELECT c.oid, a.attnum, a.attname, quote_ident(a.attname) AS q, a.attgen
   concat_ws(' ', quote_ident(a.attname), format_type(a.atttypid, a.atttypmod),
    (SELECT format('COLLATE %I.%I', n.nspname, o.collname) FROM pg_collation o JOIN pg_namespace n ON n.oid = o.collnamespace WHERE o.oid = a.attcollation AND a.attcollation <> t.typcollation),
    CASE a.attcompression WHEN 'p' THEN 'COMPRESSION pglz' WHEN 'l' THEN 'COMPRESSION lz4' END,
-   CASE WHEN a.attgenerated = 's' THEN format('GENERATED ALWAYS AS (%s) STORED', pg_get_expr(ad.adbin, ad.adrelid)) END,
+   CASE a.attgenerated WHEN 's' THEN format('GENERATED ALWAYS AS (%s) STORED', pg_get_expr(ad.adbin, ad.adrelid)) WHEN '' THEN 'DEFAULT ' || pg_get_expr(ad.adbin, ad.adrelid) END,
    CASE WHEN a.attidentity <> '' THEN (SELECT format('GENERATED %s AS IDENTITY (SEQUENCE NAME %s %s)', CASE a.attidentity WHEN 'a' THEN 'ALWAYS' ELSE 'BY DEFAULT' END, seq.q, regexp_replace(seq.options, '^AS \S+', '')) FROM identity i JOIN seq ON seq.oid = i.seq WHERE i.col = c.oid AND i.num = a.attnum) END,
-   CASE WHEN a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'n' AND k.conkey = ARRAY[a.attnum]) THEN 'NOT NULL' END) AS def,
-  CASE WHEN a.attgenerated = '' AND ad.adbin IS NOT NULL THEN pg_get_expr(ad.adbin, ad.adrelid) END AS preset
+   CASE WHEN a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'n' AND k.conkey = ARRAY[a.attnum]) THEN 'NOT NULL' END) AS def
   FROM c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped JOIN pg_type t ON t.oid = a.atttypid
   LEFT JOIN pg_attrdef ad ON ad.adrelid = c.oid AND ad.adnum = a.attnum WHERE c.relkind = 'r'),
 rows (step, at, kind, name, sql) AS (
@@ -56,7 +55,6 @@ rows (step, at, kind, name, sql) AS (
  UNION ALL SELECT 1, oid, 'd', q, format('CREATE SEQUENCE %s %s', q, options) FROM seq WHERE oid NOT IN (SELECT i.seq FROM identity i)
  UNION ALL SELECT 2, c.oid, 'd', c.q, format('CREATE TABLE %s (%s) USING heap%s', c.q, (SELECT string_agg(part, ', ' ORDER BY n, m) FROM (SELECT 0, col.attnum::int8, col.def FROM col WHERE col.oid = c.oid
    UNION ALL SELECT 1, k.oid::int8, format('CONSTRAINT %I %s', k.conname, pg_get_constraintdef(k.oid)) FROM pg_constraint k WHERE k.conrelid = c.oid AND k.contype = 'n') parts (n, m, part)), ' WITH (' || array_to_string(c.reloptions, ', ') || ')') FROM c WHERE relkind = 'r'
- UNION ALL SELECT 3, c.oid, 'd', c.q, format('ALTER TABLE ONLY %s ALTER COLUMN %s SET DEFAULT %s', c.q, col.q, col.preset) FROM c JOIN col ON col.oid = c.oid WHERE col.preset IS NOT NULL
  UNION ALL SELECT 3, d.objid, 'd', s.q, format('ALTER SEQUENCE %s OWNED BY %s.%s', s.q, c.q, col.q) FROM pg_depend d JOIN c s ON s.oid = d.objid JOIN c ON c.oid = d.refobjid JOIN col ON col.oid = c.oid AND col.attnum = d.refobjsubid WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'a' AND s.relkind = 'S'
  UNION ALL SELECT 4, c.oid, 'e', c.relname, c.q FROM c WHERE relkind = 'r' AND pg_relation_size(c.oid) = 0
  UNION ALL SELECT 4, c.oid, 't', c.q, (SELECT string_agg(col.q, ', ' ORDER BY attnum) FROM col WHERE col.oid = c.oid AND col.attgenerated = '') FROM c WHERE relkind = 'r'

@@ -69,7 +69,8 @@ impl Session {
             made.splice(..0, std::mem::take(&mut state.prepared));
             inside.append(&mut there);
         }
-        replay::restore(&mut server.link, &state, self.kept(), &there).await?;
+        let temporary = self.kept().map(|kept| (kept, &self.shared.makers));
+        replay::restore(&mut server.link, &state, temporary, &there).await?;
         for one in made {
             let alone = Snapshot {
                 prepared: vec![one.clone()],

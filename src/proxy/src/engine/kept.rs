@@ -16,11 +16,12 @@ use helios_session::temporary::{
 };
 use helios_wire::backend;
 use helios_wire::message::front;
+use tokio::sync::Semaphore;
 
 use super::link::{HIGH_WATER, Link};
 use super::own;
 use super::registry::lock;
-use super::replay::{ReplayError, describe_error, is_fatal, next_frame, simple, text_row};
+use super::replay::{ReplayError, describe_error, is_fatal, next_frame, text_row};
 use super::shared::Shared;
 
 /// A backend that says nothing for so long is given up. One that goes on sending rows is not, however
@@ -282,64 +283,97 @@ pub(super) async fn keep(
     Ok(kept)
 }
 
-/// Makes what was kept again, on a fresh backend.
+/// Sessions whose objects are made again side by side. Each is told of what all others change in the
+/// catalogs, so more of them together would take longer than one after the other.
+pub(super) const MAKERS: usize = 16;
+
+/// Makes what was kept again, on a fresh backend, in one transaction and one flight: a thousand
+/// sessions may want to behind a promotion, which are served in turn.
 ///
 /// # Errors
 /// The connection's, or [`ReplayError::State`] when the server refuses something or takes another
 /// number of rows than there were.
-pub(super) async fn restore(link: &mut Link, kept: &Kept) -> Result<(), ReplayError> {
-    simple(link, BEFORE_RESTORE).await?;
-    let mut batch = String::new();
+pub(super) async fn restore(
+    link: &mut Link,
+    kept: &Kept,
+    makers: &Semaphore,
+) -> Result<(), ReplayError> {
+    let _turn = makers.acquire().await;
+    let mut cycles = Vec::new();
+    let mut batch = BEFORE_RESTORE.to_owned();
     for step in &kept.steps {
         match step {
             Made::Run(sql) => {
-                batch.push_str(sql.trim_end().trim_end_matches(';'));
                 batch.push(';');
+                batch.push_str(sql.trim_end().trim_end_matches(';'));
             }
             Made::Rows(sql, range, count) => {
-                simple(link, &std::mem::take(&mut batch)).await?;
+                ask(link, &mut cycles, &std::mem::take(&mut batch), None)?;
+                ask(link, &mut cycles, sql, Some(count))?;
                 let bytes = kept.rows.bytes().get(range.clone()).unwrap_or_default();
-                copy_in(link, sql, bytes, count).await?;
+                for piece in bytes.chunks(HIGH_WATER) {
+                    link.output.extend_from_slice(piece);
+                    link.flush().await?;
+                }
+                front::copy_done(&mut link.output);
             }
         }
     }
-    simple(link, &batch).await?;
-    simple(link, AFTER_RESTORE).await?;
+    batch.push(';');
+    batch.push_str(AFTER_RESTORE);
+    ask(link, &mut cycles, &batch, None)?;
     // Who changes nothing need not be read again.
-    simple(link, FLUSH_QUERY).await?;
-    let now = simple(link, &format!("{SETTINGS}; {FINGERPRINT_QUERY}")).await?;
-    *lock(&kept.state) = State::from_rows(now).0;
+    ask(link, &mut cycles, FLUSH_QUERY, None)?;
+    let state = format!("{SETTINGS}; {FINGERPRINT_QUERY}");
+    ask(link, &mut cycles, &state, None)?;
+    link.flush().await?;
+    *lock(&kept.state) = State::from_rows(answers(link, &cycles).await?).0;
     Ok(())
 }
 
-async fn copy_in(
+/// Appends a query whose answer is one of `cycles`: with this CommandComplete, where one is given.
+fn ask<'a>(
     link: &mut Link,
+    cycles: &mut Vec<Option<&'a [u8]>>,
     sql: &str,
-    bytes: &[u8],
-    count: &[u8],
+    complete: Option<&'a [u8]>,
 ) -> Result<(), ReplayError> {
+    if sql.is_empty() {
+        return Ok(());
+    }
     let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
     front::query(&mut link.output, sql.as_bytes()).map_err(too_long)?;
-    for piece in bytes.chunks(HIGH_WATER) {
-        link.output.extend_from_slice(piece);
-        link.flush().await?;
-    }
-    front::copy_done(&mut link.output);
-    link.flush().await?;
-    let mut error = None;
-    loop {
-        let (tag, frame) = next_frame(link).await?;
-        let body = frame.get(5..).unwrap_or_default();
-        match tag {
-            backend::READY_FOR_QUERY => break,
-            backend::ERROR_RESPONSE => error = Some(describe_error(body)),
-            backend::COMMAND_COMPLETE if frame != count => {
-                error = Some("another number of rows than before".to_owned());
+    cycles.push(complete);
+    Ok(())
+}
+
+/// Reads the answers to all of `cycles`; the rows of the last.
+async fn answers(
+    link: &mut Link,
+    cycles: &[Option<&[u8]>],
+) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
+    let (mut rows, mut error) = (Vec::new(), None);
+    for complete in cycles {
+        rows.clear();
+        loop {
+            let (tag, frame) = next_frame(link).await?;
+            let body = frame.get(5..).unwrap_or_default();
+            match tag {
+                backend::READY_FOR_QUERY => break,
+                // The first one: the others follow from it.
+                backend::ERROR_RESPONSE => {
+                    error.get_or_insert_with(|| describe_error(body));
+                }
+                backend::DATA_ROW => rows.push(text_row(body)),
+                backend::COMMAND_COMPLETE if complete.is_some_and(|c| *c != *frame) => {
+                    error.get_or_insert_with(|| "another number of rows than before".to_owned());
+                }
+                _ => {}
             }
-            _ => {}
         }
     }
-    error.map_or(Ok(()), |e| {
-        Err(ReplayError::State(format!("temporary table: {e}")))
-    })
+    match error {
+        Some(e) => Err(ReplayError::State(format!("temporary table: {e}"))),
+        None => Ok(rows),
+    }
 }

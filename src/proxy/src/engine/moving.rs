@@ -147,6 +147,7 @@ impl Session {
             self.last_words = None;
             self.lost = None;
             self.released();
+            self.comes_back();
         } else if self.held_since.is_some() {
             self.released();
         }
@@ -346,7 +347,10 @@ impl Session {
 
     /// One attempt to get a backend and to bring it to the session's state; void as soon as the
     /// gate's epoch changes.
-    async fn attempt(&mut self, gate: &watch::Receiver<GateState>) -> Result<(), Attempt> {
+    pub(super) async fn attempt(
+        &mut self,
+        gate: &watch::Receiver<GateState>,
+    ) -> Result<(), Attempt> {
         let mut watch = gate.clone();
         let epoch = self.gate.topology.epoch;
         let from = self.gate.phase;

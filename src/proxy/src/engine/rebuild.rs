@@ -274,7 +274,8 @@ impl Session {
         prepared: &[(Vec<u8>, Prepared)],
         next: &mut helios_session::tracker::Tracker,
     ) -> Result<(), ReplayError> {
-        replay::restore(&mut server.link, &self.state, self.kept(), prepared).await?;
+        let temporary = self.kept().map(|kept| (kept, &self.shared.makers));
+        replay::restore(&mut server.link, &self.state, temporary, prepared).await?;
         if self.tracker.status() == TxnStatus::Idle {
             return Ok(());
         }

@@ -16,6 +16,7 @@ use helios_session::state::{Prepared, Snapshot, literal};
 use helios_session::tracker::{ServerStep, Tracker};
 use helios_wire::message::{back, front, read};
 use helios_wire::{FrameError, backend, peek_header};
+use tokio::sync::Semaphore;
 
 use super::feed::feed_all;
 use super::kept::{self, Kept};
@@ -198,11 +199,11 @@ async fn take_locks(link: &mut Link, locks: &Locks) -> Result<(), ReplayError> {
 pub(super) async fn restore(
     link: &mut Link,
     state: &Snapshot,
-    temporary: Option<&Kept>,
+    temporary: Option<(&Kept, &Semaphore)>,
     prepared: &[(Vec<u8>, Prepared)],
 ) -> Result<(), ReplayError> {
     take_locks(link, &state.locks).await?;
-    if let Some(temporary) = temporary {
+    if let Some((temporary, makers)) = temporary {
         // They belong to who has logged in, and no setting may stand in their way.
         if let Some(user) = &state.session_authorization {
             simple(
@@ -211,7 +212,7 @@ pub(super) async fn restore(
             )
             .await?;
         }
-        kept::restore(link, temporary).await?;
+        kept::restore(link, temporary, makers).await?;
     }
     let mut cycles = 0;
     let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());

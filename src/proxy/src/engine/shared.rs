@@ -15,12 +15,14 @@ use tokio::sync::{Semaphore, broadcast, watch};
 use super::evidence::Found;
 use super::gate::Gate;
 use super::history::History;
+use super::kept::MAKERS;
 use super::protection::Ledger;
 use super::reads::Proofs;
 use super::registry::{Registry, lock};
 use super::restarts::Positions;
 use super::room::{Room, SpillOptions};
 use super::sequences::ReplayLock;
+use super::temporary::READERS;
 use crate::backend::Login;
 use crate::tls::BackendTls;
 
@@ -139,6 +141,10 @@ pub struct Shared {
     pub started: Instant,
     /// Limits logins that run side by side.
     pub logins: Semaphore,
+    /// Limits readings of temporary tables that run side by side.
+    pub(super) readers: Semaphore,
+    /// Limits those who make their temporary tables again.
+    pub(super) makers: Semaphore,
     /// Held by every replay; alone by one that sets sequences back.
     pub(super) replaying: ReplayLock,
     /// Whether new work is held back for replays: only then sequences may be set back.
@@ -189,6 +195,8 @@ impl Shared {
             service,
             started: Instant::now(),
             logins: Semaphore::new(SIDE_BY_SIDE),
+            readers: Semaphore::new(READERS),
+            makers: Semaphore::new(MAKERS),
             replaying: ReplayLock::default(),
             barrier: watch::Sender::new(false),
             worked: Mutex::default(),

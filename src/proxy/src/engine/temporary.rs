@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use helios_api::protection::Unprotected;
 use helios_session::keyword::{Hint, hint};
 use helios_session::temporary::Objects;
@@ -15,15 +16,16 @@ use helios_session::tracker::until_zero;
 use helios_session::{ReplayMode, TxnStatus};
 use helios_wire::frontend;
 use helios_wire::message::read;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{SemaphorePermit, oneshot, watch};
 use tokio::time::Instant;
 
 use super::gate::{GateState, Phase};
-use super::kept::{Asking, Failure, Kept, keep};
+use super::kept::{Asking, Failure, Kept, MAKERS, keep};
 use super::moving::LastWords;
+use super::rebuild::Attempt;
 use super::registry::{Entry, lock};
 use super::replay::ReplayError;
-use super::session::{Server, Session};
+use super::session::{End, Server, Session};
 use super::shared::Shared;
 
 /// A client is idle for so long before its tables are read.
@@ -37,6 +39,13 @@ const AT_FIRST: Duration = Duration::from_millis(250);
 
 /// Tables that took longer to read are not read while a planned move holds everybody.
 const WHILE_OTHERS_WAIT: Duration = Duration::from_secs(1);
+
+/// Sessions whose tables are read side by side.
+pub(super) const READERS: usize = 8;
+
+/// How long after a move the tables of an idle session are made again, at the earliest: those whose
+/// clients wait come first.
+const BACK: Duration = Duration::from_millis(250);
 
 /// How long the preparation of a move waits for those who read.
 const AHEAD: Duration = Duration::from_secs(10);
@@ -58,6 +67,8 @@ pub(super) struct Temporary {
     took: Duration,
     /// They are to be read before the client's next message is sent.
     wanted: bool,
+    /// When they are made again after a move, unless the client says something before.
+    back: Option<Instant>,
     /// Dropped when they have been read: a move that is prepared waits for it.
     done: Option<oneshot::Sender<()>>,
 }
@@ -73,6 +84,7 @@ impl Default for Temporary {
             spent: Duration::ZERO,
             took: Duration::ZERO,
             wanted: false,
+            back: None,
             done: None,
         }
     }
@@ -95,8 +107,10 @@ pub(crate) async fn keep_ahead(shared: &Shared) {
         entry.bell.ring();
         read
     };
-    let asked: Vec<_> = shared.registry.all().into_iter().map(ask).collect();
-    let _ = tokio::time::timeout(AHEAD, futures_util::future::join_all(asked)).await;
+    // A few at a time: whoever waits for its turn lets its client go on.
+    let all = futures_util::stream::iter(shared.registry.all());
+    let each = all.for_each_concurrent(READERS, |entry| async { drop(ask(entry).await) });
+    let _ = tokio::time::timeout(AHEAD, each).await;
 }
 
 impl Session {
@@ -148,6 +162,37 @@ impl Session {
         if let Some(temporary) = &mut self.temporary {
             temporary.at = 0;
             temporary.why = None;
+            temporary.back = None;
+        }
+    }
+
+    /// A move has left an idle session without a backend: its tables are made again before its client
+    /// asks for them, when nobody else waits for that.
+    pub(super) fn comes_back(&mut self) {
+        if let Some(temporary) = &mut self.temporary {
+            temporary.back = Some(Instant::now() + BACK);
+        }
+    }
+
+    /// When that is to be looked at.
+    pub(super) fn back_at(&self) -> Option<Instant> {
+        let temporary = self.temporary.as_ref()?;
+        let idle = self.server.is_none() && self.gate.phase == Phase::Open && self.lost.is_none();
+        temporary.back.filter(|_| idle)
+    }
+
+    /// Makes them again, or puts it off. Should it fail, the client's next statement finds out why.
+    pub(super) async fn come_back(&mut self, gate: &watch::Receiver<GateState>) -> Result<(), End> {
+        let busy = self.shared.makers.available_permits() < MAKERS / 2;
+        if let Some(temporary) = &mut self.temporary {
+            temporary.back = busy.then(|| Instant::now() + BACK);
+        }
+        if busy {
+            return Ok(());
+        }
+        match self.attempt(gate).await {
+            Err(Attempt::End(end)) => Err(end),
+            Ok(()) | Err(_) => Ok(()),
         }
     }
 
@@ -233,8 +278,38 @@ impl Session {
         }
     }
 
+    /// A turn to read, which few have at a time: a thousand that read side by side would all take
+    /// long. Waited for where somebody waits for the tables; else the client goes on meanwhile.
+    async fn turn_to_keep<'a>(
+        &mut self,
+        shared: &'a Shared,
+        gate: &watch::Receiver<GateState>,
+    ) -> Option<SemaphorePermit<'a>> {
+        let temporary = self.temporary.as_mut()?;
+        let patient = self.gate.phase == Phase::Open && !temporary.wanted;
+        // Clients wait for those whose tables are being made again.
+        let busy = patient && shared.makers.available_permits() == 0;
+        if !busy && let Ok(turn) = shared.readers.try_acquire() {
+            return Some(turn);
+        }
+        if patient {
+            temporary.due = Instant::now() + IDLE;
+            return None;
+        }
+        let mut watch = gate.clone();
+        tokio::select! {
+            biased;
+            turn = shared.readers.acquire() => turn.ok(),
+            _ = watch.changed() => None,
+        }
+    }
+
     /// Reads the temporary objects. Nothing else of the session goes on meanwhile.
     pub(super) async fn keep_temporary(&mut self, gate: &watch::Receiver<GateState>) {
+        let shared = Arc::clone(&self.shared);
+        let Some(_turn) = self.turn_to_keep(&shared, gate).await else {
+            return;
+        };
         let Some(server) = self.server.as_mut() else {
             return;
         };
@@ -243,7 +318,7 @@ impl Session {
         };
         let began = Instant::now();
         let (now, epoch) = (self.tracker.sequence(), self.gate.topology.epoch);
-        let (seen, shared) = (self.tracker.temporary(), &self.shared);
+        let seen = self.tracker.temporary();
         let mut asking = Asking {
             link: &mut server.link,
             client: &mut self.client.output,
@@ -261,7 +336,7 @@ impl Session {
         let gone = watch.wait_for(|g| g.topology.epoch != epoch || g.phase >= Phase::Replay);
         let result = tokio::select! {
             biased;
-            result = keep(&mut asking, shared, temporary.kept.take(), objects) => result,
+            result = keep(&mut asking, &shared, temporary.kept.take(), objects) => result,
             _ = gone => Err(Failure::Gone(None)),
         };
         temporary.took = began.elapsed();

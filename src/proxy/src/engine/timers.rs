@@ -16,8 +16,8 @@ const CUT_AGAIN: Duration = Duration::from_millis(50);
 
 impl Session {
     pub(super) fn next_timer(&self) -> Option<Instant> {
-        let (other, keeps) = (self.next_other(), self.keeps_at());
-        other.min(keeps).or(other).or(keeps)
+        let timers = [self.next_other(), self.keeps_at(), self.back_at()];
+        timers.into_iter().flatten().min()
     }
 
     fn next_other(&self) -> Option<Instant> {
@@ -42,10 +42,11 @@ impl Session {
 
     /// Whether to look for a backend: one is needed, and no timer stands for the next attempt.
     pub(super) fn needs_server_now(&self) -> bool {
+        let armed = |next: Instant| self.timer_at.is_some_and(|armed| armed <= next);
         self.server.is_none()
             && self.gate.phase == Phase::Open
             && self.wants_server()
-            && self.timer_at.is_none()
+            && !self.retry_at.is_some_and(armed)
     }
 
     /// Whether a backend is needed now.
@@ -67,6 +68,9 @@ impl Session {
                 return Ok(());
             }
             return self.find_server(gate).await;
+        }
+        if self.back_at().is_some_and(|at| at <= Instant::now()) {
+            return self.come_back(gate).await;
         }
         if self.cancel_waits {
             self.forward_cancel();
