@@ -16,7 +16,7 @@ Measured by `make bench` on {date}: {cores} cores ({cpu}), kernel {kernel}, Post
 ## How to reproduce
 
 ```sh
-make bench                                                    # everything, about 25 minutes
+make bench                                                    # everything, about 45 minutes
 make bench ARGS=--short                                       # a minute or two, to target/benchmarks.md
 make bench ARGS='cases=tpcb/prepared/8 seconds=10'            # one case
 make bench ARGS='parts=pause sessions=1,100'                  # the pause alone
@@ -113,6 +113,29 @@ Every tenth session is in an open transaction. Up to ten sessions, half of them 
     return text
 
 
+def state(results):
+    text = """
+## Sessions with state
+
+Each session has 10 prepared statements and 3 temporary tables with a primary key and 100 rows, and reads one of them about every ten seconds. A session's pause is the longest that one of its statements took between the request of the switchover and ten seconds behind it. Afterwards the rows of all tables and all prepared statements of every session are compared with what they were; one that is not the same has failed.
+
+| sessions | switchovers | migrations, failed | p50, ms | p95, ms | p99, ms | longest before the move, ms | where: medians of the phases, ms |
+|---|---|---|---|---|---|---|---|
+"""
+    for count, value in results["moves"].items():
+        if isinstance(value, str):
+            text += f"| {count:,} | 0 | {value} | | | | | |\n"
+            continue
+        phases = ", ".join(f"{name} {time:.0f}" for name, time in value["phases"].items() if time >= 0.5)
+        cells = f"{value['switchovers']} | {value['migrations']:,}, {value['failed']}"
+        times = " | ".join(f"{value[name]:,.0f}" for name in ("p50", "p95", "p99", "steady"))
+        text += f"| {count:,} | {cells} | {times} | {phases} |\n"
+    memory = results["memory"]
+    return text + f"""
+Memory of such a session: {memory['proxy'] / 1024:,.0f} KiB of the proxy, {memory['backend'] / 2**20:.1f} MiB of its server process that it shares with no other.
+"""
+
+
 def render(results):
     facts = {**results["machine"], "date": datetime.date.today().isoformat()}
     for name in ("seconds", "repeats", "scale", "instances"):
@@ -125,4 +148,6 @@ def render(results):
         text += memory(results["memory"], results["idle"])
     if "pause" in results:
         text += pause(results["pause"])
+    if "state" in results:
+        text += state(results["state"])
     return text

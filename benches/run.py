@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""make bench: measures, and writes docs/benchmarks.md. All of it takes about 25 minutes.
+"""make bench: measures, and writes docs/benchmarks.md. All of it takes about 45 minutes.
 
 make bench ARGS=--short              a few cases, a minute or two: does it work?
 make bench ARGS='seconds=10 cases=tpcb/prepared/8 parts=throughput'
@@ -13,8 +13,9 @@ BENCH_SCALE    pgbench's scale factor                  (10)
 BENCH_INSTANCES  servers of a cluster                  (2)
 BENCH_MOVES    switchovers for each number of sessions (5)
 BENCH_SESSIONS numbers of sessions for the pause       (1,100,1000)
+BENCH_STATE    numbers of sessions with state          (100,1000)
 BENCH_IDLE     idle sessions for the memory            (1000)
-BENCH_PARTS    which parts to run                      (throughput,memory,pause)
+BENCH_PARTS    which parts to run                      (throughput,memory,pause,state)
 BENCH_OUT      where to write                          (docs/benchmarks.md)
 BENCH_HELIOS   the program                             (target/release/helios)
 """
@@ -35,6 +36,7 @@ import tempfile
 import time
 
 import report
+import state
 from servers import HELIOS, ROOT, Cluster, PgBouncer
 from sessions import ServerError, idle_memory, switchover_pause
 
@@ -51,12 +53,13 @@ INSERT_CASES = (("simple", 8), ("prepared", 8))
 
 DEFAULTS = {
     "SECONDS": "3", "REPEATS": "3", "CASES": "*/*/*", "SCALE": "10", "INSTANCES": "2", "MOVES": "5",
-    "SESSIONS": "1,100,1000", "IDLE": "1000", "PARTS": "throughput,memory,pause",
+    "SESSIONS": "1,100,1000", "IDLE": "1000", "STATE": "100,1000",
+    "PARTS": "throughput,memory,pause,state",
     "OUT": "docs/benchmarks.md",
 }
 SHORT = {
     "SECONDS": "1", "REPEATS": "2", "CASES": "*/prepared/8", "SCALE": "1", "MOVES": "2",
-    "SESSIONS": "1,100", "IDLE": "200", "OUT": "target/benchmarks.md",
+    "SESSIONS": "1,100", "STATE": "20", "IDLE": "200", "OUT": "target/benchmarks.md",
 }
 BEGUN = time.monotonic()
 chosen = {}
@@ -192,6 +195,19 @@ def pause(cluster, repeats):
     return found
 
 
+def with_state(cluster, repeats):
+    found = {"moves": {}}
+    for count in map(int, setting("STATE").split(",")):
+        try:
+            found["moves"][count] = state.moves(cluster, count, repeats, say)
+        except (ServerError, OSError) as error:
+            found["moves"][count] = str(error)
+        say(f"{count} sessions with state: {found['moves'][count]}")
+    cluster.await_redundancy()
+    found["memory"] = state.memory(cluster, min(map(int, setting("STATE").split(","))))
+    return found
+
+
 def machine():
     with open("/proc/cpuinfo") as file:
         model = re.search(r"model name\s*: (.*)", file.read())
@@ -227,7 +243,7 @@ def main():
             pgbench(clusters[mode].direct, "-i", "-q", "-s", results["scale"])
             psql(clusters[mode].direct, INSERT_TABLE)
         bouncers = {}
-        for pool_mode in ("session", "transaction") if parts != ["pause"] else ():
+        for pool_mode in ("session", "transaction") if {"throughput", "memory"} & set(parts) else ():
             bouncers[pool_mode] = PgBouncer(folder, pool_mode, clusters["transaction"].direct, 1100)
             running.append(bouncers[pool_mode])
         if "throughput" in parts:
@@ -240,6 +256,8 @@ def main():
             running.remove(bouncer)
         if "pause" in parts and instances > 1:
             results["pause"] = pause(clusters["transaction"], int(setting("MOVES")))
+        if "state" in parts and instances > 1:
+            results["state"] = with_state(clusters["transaction"], int(setting("MOVES")))
     finally:
         for server in reversed(running):
             try:

@@ -17,7 +17,7 @@ from wire import ServerError, Session
 STATEMENTS = 10  # prepared by each session
 TABLES = 3  # temporary, of each session
 ROWS = 100  # of each of them
-THINK = 1.0  # seconds, in the mean, between two statements of one session
+THINK = 10.0  # seconds, in the mean, between two statements of one session
 WATCH = 1.0  # seconds of statements before a move, and behind it
 
 # What a session has, in one number for each table and one for the prepared statements.
@@ -81,14 +81,14 @@ def drive(sessions, moving):
 
 
 def one_move(cluster, count):
-    """All of `count` sessions speak about once a second over one switchover; their pauses, in
-    milliseconds."""
+    """All of `count` sessions speak now and then over one switchover; their pauses, in milliseconds,
+    the longest statement before it, which sessions are not what they were, and the move."""
     sessions = open_sessions(cluster.proxy, count)
     for number, session in enumerate(sessions):
         make_state(session, number)
         session.worst = 0.0
     # Tables are read while their session is idle.
-    time.sleep(2)
+    time.sleep(2 + count / 50)
     begun = time.monotonic()
     drive(sessions, lambda: time.monotonic() < begun + WATCH)
     steady = max(session.worst for session in sessions) * 1000
@@ -153,15 +153,17 @@ def moves(cluster, count, repeats, say):
 
 def memory(cluster, count):
     """Bytes that each session with state adds: to the proxy, and to its server process."""
-    before = resident_bytes(cluster.pid)
-    sessions = open_sessions(cluster.proxy, count)
-    backends = []
-    for number, session in enumerate(sessions):
-        make_state(session, number)
-        backends.append(int(session.query("select pg_backend_pid()")))
-    time.sleep(3)
-    proxy = (resident_bytes(cluster.pid) - before) / count
-    backend = statistics.mean(private_bytes(pid) for pid in backends[:50])
+    sessions = open_sessions(cluster.proxy, 2 * count)
+    backends, resident = [], []
+    # What the first half needed is there for the second.
+    for half in (sessions[:count], sessions[count:]):
+        resident.append(resident_bytes(cluster.pid))
+        for number, session in enumerate(half):
+            make_state(session, number)
+            backends.append(int(session.query("select pg_backend_pid()")))
+        time.sleep(2 + count / 50)
+    proxy = (resident_bytes(cluster.pid) - resident[1]) / count
+    backend = statistics.mean(private_bytes(pid) for pid in backends[-50:])
     for session in sessions:
         session.close()
     return {"proxy": proxy, "backend": backend}
