@@ -6,7 +6,7 @@
     reason = "what was measured, for whoever reads the log"
 )]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use helios_e2e::kube::{self, Namespace};
 use helios_e2e::ledger::{Ledger, connect};
@@ -15,6 +15,8 @@ use serde_json::Value;
 
 /// Two data directories, two clones of images, on a machine that is busy otherwise.
 const UP: Duration = Duration::from_secs(300);
+/// From a Pod that is ready to a node that sends clients to it.
+const ROUTED: Duration = Duration::from_secs(30);
 /// A change of primary with everything around it.
 const MOVED: Duration = Duration::from_secs(120);
 /// Clients with open transactions.
@@ -56,6 +58,15 @@ async fn cluster(space: &Namespace) -> Result<Value> {
 /// How a client comes to the proxies: by the Service's address, with the application's Secret.
 async fn client(space: &Namespace) -> Result<tokio_postgres::Config> {
     let service = space.get("service", "pg").await?;
+    let address = format!("{}:5432", text(&service, "/spec/clusterIP"));
+    // The node learns of a ready Pod a moment later than the API server.
+    let deadline = Instant::now() + ROUTED;
+    while let Err(error) = tokio::net::TcpStream::connect(&address).await {
+        if Instant::now() > deadline {
+            return Err(format!("the cluster is ready, its Service is not: {error}").into());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let mut config = tokio_postgres::Config::new();
     config
         .host(text(&service, "/spec/clusterIP"))

@@ -37,7 +37,7 @@ use agents::{Agents, Place};
 use proxies::Proxies;
 pub(crate) use report::{Verdict, report_invalid};
 use store::{Saved, Store};
-use view::{instance_place, leaves, log_end, now, proxy_place, settings};
+use view::{instance_place, leaves, log_end, now, proxy_place, settings, takes_clients};
 
 /// Pause between rounds when nothing happens.
 const IDLE: Duration = Duration::from_millis(500);
@@ -289,8 +289,9 @@ impl Conductor {
         self.carry_out(&input, decision);
         let state = self.store.now().cluster.clone();
         self.labels.keep(&self.world.client, cluster, &state, &pods);
+        let reachable = pods.iter().any(|pod| takes_clients(pod));
         self.reporter
-            .publish(&input, &state, &obs, &mut self.store, now())
+            .publish(&input, &state, (&obs, reachable), &mut self.store, now())
             .await;
         Ok(Some(if moving { MOVING } else { IDLE }))
     }

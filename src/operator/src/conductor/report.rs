@@ -151,12 +151,13 @@ impl Reporter {
         self.request = Some(verdict);
     }
 
-    /// Writes the status if it is worth it. A failure is made good by the next round.
+    /// Writes the status if it is worth it: of what is known, and whether clients reach a proxy. A
+    /// failure is made good by the next round.
     pub(super) async fn publish(
         &mut self,
         input: &Input,
         state: &ClusterState,
-        obs: &Observation,
+        (obs, reachable): (&Observation, bool),
         store: &mut Store,
         now: Time,
     ) {
@@ -171,7 +172,7 @@ impl Reporter {
         if self.failed.is_some_and(|at| at.elapsed() < AFTER_FAILURE) {
             return;
         }
-        let mut status = people(input, state, obs);
+        let mut status = people(input, state, obs, reachable);
         status.conditions = self.conditions(input, &status);
         let mut value = json!(status);
         // A merge leaves alone what is not named.
@@ -305,8 +306,14 @@ fn kind(kind: OperationKind) -> &'static str {
     }
 }
 
-/// The status but for its conditions and the state.
-fn people(input: &Input, state: &ClusterState, obs: &Observation) -> HeliosClusterStatus {
+/// The status but for its conditions and the state. It is ready when a client that comes now is
+/// served: a proxy answers us seconds before Kubernetes sends it clients.
+fn people(
+    input: &Input,
+    state: &ClusterState,
+    obs: &Observation,
+    reachable: bool,
+) -> HeliosClusterStatus {
     let cluster = &input.cluster;
     let instances: Vec<InstanceStatus> = cluster
         .instances
@@ -319,11 +326,12 @@ fn people(input: &Input, state: &ClusterState, obs: &Observation) -> HeliosClust
         .map(|(name, status)| proxy(name, status.as_ref()))
         .collect();
     let ready = instances.iter().filter(|i| i.ready).count();
-    let served = obs
-        .proxies
-        .values()
-        .flatten()
-        .any(|p| p.epoch == state.epoch && p.phase == "running" && p.primary_reachable);
+    let served = reachable
+        && obs
+            .proxies
+            .values()
+            .flatten()
+            .any(|p| p.epoch == state.epoch && p.phase == "running" && p.primary_reachable);
     let phase = match &state.mode {
         _ if input.paused => "Paused",
         Mode::Moving(m) => match m.kind {

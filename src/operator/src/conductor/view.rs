@@ -7,7 +7,7 @@ use helios_api::v1alpha1::DataDurability;
 use helios_api::v1alpha1::names;
 use helios_api::v1alpha1::valid::ValidCluster;
 use helios_cluster::{ClusterState, Durability, Finished, Mode, Observation, Settings, Time};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use kube::ResourceExt as _;
 
 use super::agents::Place;
@@ -46,6 +46,14 @@ pub(super) fn proxy_place(pod: &Pod) -> Option<(String, IpAddr)> {
         return None;
     }
     Some((pod.name_any(), status.pod_ip.as_ref()?.parse().ok()?))
+}
+
+/// Whether Kubernetes lets clients come to this proxy: it answers us some seconds before that.
+pub(super) fn takes_clients(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
+    let ready =
+        |all: &Vec<PodCondition>| all.iter().any(|c| c.type_ == "Ready" && c.status == "True");
+    proxy_place(pod).is_some() && conditions.is_some_and(ready)
 }
 
 /// What decisions go by.

@@ -78,7 +78,7 @@ impl Shared {
 pub async fn watch_log(shared: Arc<Shared>) {
     let mut gate = shared.gate.watch();
     let mut link: Option<(Epoch, Link)> = None;
-    let mut told = false;
+    let mut refused = 0_u32;
     let mut seen = HashMap::new();
     loop {
         let state = gate.borrow_and_update().clone();
@@ -91,13 +91,17 @@ pub async fn watch_log(shared: Arc<Shared>) {
                     let times = (began, shared.now_micros());
                     lock(&shared.positions).note(epoch, times, at);
                     link = Some((epoch, fresh));
+                    refused = 0;
                 }
-                Ok(Err(ReplayError::State(why))) if !told => {
-                    told = true;
-                    tracing::warn!(
-                        why,
-                        "outcomes of autocommit statements will be unknown after a crash"
-                    );
+                Ok(Err(ReplayError::State(why))) => {
+                    refused = refused.saturating_add(1);
+                    // The first time it may be another proxy that makes the same extension.
+                    if refused == 2 {
+                        tracing::warn!(
+                            why,
+                            "outcomes of autocommit statements will be unknown after a crash"
+                        );
+                    }
                 }
                 Ok(Err(_)) | Err(_) => {}
             }
