@@ -52,3 +52,24 @@ async fn temporary_tables_are_made_again_before_the_client_asks_for_them() {
     let row = client.query_one("SELECT sum(n) FROM w", &[]).await.unwrap();
     assert_eq!(row.get::<_, i64>(0), 5050);
 }
+
+/// What is found out in the background is told once, when the client speaks.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_made_again_is_told_at_the_next_statement() {
+    let mut bench = Bench::start(EngineOptions::default(), "SELECT 1")
+        .await
+        .unwrap();
+    let client = bench.client().await.unwrap();
+    let table = "CREATE TEMP TABLE p (n int) PARTITION BY RANGE (n)";
+    client.batch_execute(table).await.unwrap();
+    bench.switchover().await.unwrap();
+    // Long enough for the background to have tried.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let told = client.batch_execute("SELECT 1").await.unwrap_err();
+    assert_eq!(told.code().map(|c| c.code()), Some("40001"), "{told:?}");
+    for _ in 0..2 {
+        client.batch_execute("SELECT 1").await.unwrap();
+    }
+    let gone = client.batch_execute("SELECT * FROM p").await.unwrap_err();
+    assert_eq!(gone.code().map(|c| c.code()), Some("42P01"), "{gone:?}");
+}
