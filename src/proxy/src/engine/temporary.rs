@@ -5,7 +5,8 @@
 //! what was there behind the last exchange that the journal does not hold; otherwise the session is
 //! unprotected, and its client is told.
 
-use std::sync::Arc;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -37,8 +38,9 @@ const SHARE: u32 = 20;
 /// What reading them may take beside: the first time takes most, for all objects are asked for.
 const AT_FIRST: Duration = Duration::from_millis(250);
 
-/// Tables that took longer to read are not read while a planned move holds everybody.
-const WHILE_OTHERS_WAIT: Duration = Duration::from_secs(1);
+/// Tables that took longer to read are not read while a planned move holds everybody; and who reads
+/// for longer holds up no other reader.
+const LONG: Duration = Duration::from_secs(1);
 
 /// Sessions whose tables are read side by side.
 pub(super) const READERS: usize = 8;
@@ -107,10 +109,23 @@ pub(crate) async fn keep_ahead(shared: &Shared) {
         entry.bell.ring();
         read
     };
-    // A few at a time: whoever waits for its turn lets its client go on.
-    let all = futures_util::stream::iter(shared.registry.all());
-    let each = all.for_each_concurrent(READERS, |entry| async { drop(ask(entry).await) });
-    let _ = tokio::time::timeout(AHEAD, each).await;
+    // A few at a time: whoever waits for its turn lets its client go on. One that takes long is waited
+    // for behind the others.
+    let slow = Mutex::new(Vec::new());
+    let each = |entry| async {
+        let mut read = ask(entry);
+        if tokio::time::timeout(LONG, &mut read).await.is_err() {
+            lock(&slow).push(read);
+        }
+    };
+    let all = async {
+        futures_util::stream::iter(shared.registry.all())
+            .for_each_concurrent(READERS, each)
+            .await;
+        let slow = std::mem::take(&mut *lock(&slow));
+        futures_util::future::join_all(slow).await;
+    };
+    let _ = tokio::time::timeout(AHEAD, all).await;
 }
 
 impl Session {
@@ -224,7 +239,7 @@ impl Session {
             Phase::Open if temporary.wanted => Some(Instant::now()),
             Phase::Open => Some(temporary.due),
             Phase::Hold | Phase::Freeze | Phase::Cut | Phase::Still => {
-                let long = temporary.took > WHILE_OTHERS_WAIT;
+                let long = temporary.took > LONG;
                 (!long).then(Instant::now)
             }
             Phase::Replay | Phase::Send => None,
@@ -307,8 +322,13 @@ impl Session {
     /// Reads the temporary objects. Nothing else of the session goes on meanwhile.
     pub(super) async fn keep_temporary(&mut self, gate: &watch::Receiver<GateState>) {
         let shared = Arc::clone(&self.shared);
-        let Some(_turn) = self.turn_to_keep(&shared, gate).await else {
+        let Some(turn) = self.turn_to_keep(&shared, gate).await else {
             return;
+        };
+        let give_up_turn = async {
+            tokio::time::sleep(LONG).await;
+            drop(turn);
+            std::future::pending::<Infallible>().await
         };
         let Some(server) = self.server.as_mut() else {
             return;
@@ -338,6 +358,7 @@ impl Session {
             biased;
             result = keep(&mut asking, &shared, temporary.kept.take(), objects) => result,
             _ = gone => Err(Failure::Gone(None)),
+            never = give_up_turn => match never {},
         };
         temporary.took = began.elapsed();
         temporary.spent += temporary.took;
