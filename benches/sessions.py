@@ -72,6 +72,23 @@ def probe(probes, moving):
     ready.close()
 
 
+def until(move, more):
+    """A function that is true until `more` seconds behind the end of a process."""
+    ended = None
+
+    def moving():
+        nonlocal ended
+        if ended is None and move.poll() is not None:
+            ended = time.monotonic()
+        return ended is None or time.monotonic() < ended + more
+
+    return moving
+
+
+def centile(values, part):
+    return sorted(values)[max(0, -(-len(values) * part // 100) - 1)]
+
+
 def one_switchover(cluster, count):
     """Holds `count` sessions, every tenth in a transaction, over one switchover.
 
@@ -94,15 +111,7 @@ def one_switchover(cluster, count):
     for session in probes:
         session.worst = 0.0
     move = cluster.switchover()
-    ended = None
-
-    def moving():
-        nonlocal ended
-        if ended is None and move.poll() is not None:
-            ended = time.monotonic()
-        return ended is None or time.monotonic() < ended + WATCH
-
-    probe(probes, moving)
+    probe(probes, until(move, WATCH))
     out, err = move.communicate()
     if move.returncode != 0:
         raise ServerError(f"switchover failed: {out}{err}")
@@ -139,7 +148,7 @@ def switchover_pause(cluster, count, repeats, say):
     return {
         "switchovers": repeats,
         "median": statistics.median(seen),
-        "p99": sorted(seen)[max(0, -(-len(seen) * 99 // 100) - 1)],
+        "p99": centile(seen, 99),
         "worst": statistics.median(worst),
         "phases": {name: statistics.median(times) for name, times in phases.items()},
     }

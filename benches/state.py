@@ -11,7 +11,7 @@ import statistics
 import time
 
 from servers import private_bytes, resident_bytes
-from sessions import open_sessions
+from sessions import centile, open_sessions, until
 from wire import ServerError, Session
 
 STATEMENTS = 10  # prepared by each session
@@ -95,15 +95,7 @@ def one_move(cluster, count):
     for session in sessions:
         session.worst = 0.0
     move = cluster.switchover()
-    ended = None
-
-    def moving():
-        nonlocal ended
-        if ended is None and move.poll() is not None:
-            ended = time.monotonic()
-        return ended is None or time.monotonic() < ended + WATCH + THINK
-
-    drive(sessions, moving)
+    drive(sessions, until(move, WATCH + THINK))
     out, err = move.communicate()
     if move.returncode != 0:
         raise ServerError(f"switchover failed: {out}{err}")
@@ -117,10 +109,6 @@ def one_move(cluster, count):
     for session in sessions:
         session.close()
     return pauses, steady, failed, json.loads(out)
-
-
-def centile(values, part):
-    return sorted(values)[max(0, -(-len(values) * part // 100) - 1)]
 
 
 def moves(cluster, count, repeats, say):
