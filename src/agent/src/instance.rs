@@ -117,6 +117,7 @@ impl Instance {
         }
         tracing::debug!(%epoch, ?command, "command");
         // Each is boxed: the largest of these futures would otherwise sit in all callers.
+        let promotes = matches!(command, AgentCommand::Promote);
         let result = match command {
             AgentCommand::Bootstrap => Box::pin(self.bootstrap()).await,
             AgentCommand::StartPrimary => Box::pin(self.start_primary()).await,
@@ -140,6 +141,8 @@ impl Instance {
         };
         match &self.postmaster {
             Some(postmaster) if postmaster.has_exited() => self.clean_up_crash().await,
+            // It has said what it is, and all sessions are about to run there.
+            Some(postmaster) if promotes && result.is_ok() => postmaster.poke_later(),
             Some(postmaster) => postmaster.poke(),
             // A command that failed before it started anything may have said "starting".
             None if matches!(self.hub.state().instance, InstanceState::Starting { .. }) => {

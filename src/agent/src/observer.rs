@@ -6,8 +6,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use helios_api::Timeline;
 use helios_api::agent::{InstanceState, StandbyPosition};
+use helios_api::{Endpoint, Timeline};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_postgres::Client;
@@ -15,6 +15,7 @@ use tokio_postgres::Client;
 use crate::AgentConfig;
 use crate::hub::{Hub, Run};
 use crate::postmaster::trim_log;
+use crate::promote;
 use crate::sql::{self, Row, SqlError};
 
 /// How often the instance is asked when nothing happens.
@@ -30,8 +31,10 @@ const STATEMENT_LIMIT: Duration = Duration::from_secs(5);
 /// A running server's log is set aside past this size.
 const LOG_LIMIT: u64 = 64 << 20;
 
-/// Role, timeline and positions in one row, the standbys in the rows after it.
-const QUESTION: &str = "\
+/// Role, timeline and positions in one row, the standbys in the rows after it. Planned once: this
+/// is asked five times a second, and in the middle of every move.
+const PREPARE: &str = "\
+prepare standing as
 select pg_is_in_recovery(),
        case when pg_is_in_recovery() then
          (select greatest(c.timeline_id, r.min_recovery_end_timeline,
@@ -44,9 +47,12 @@ select pg_is_in_recovery(),
        pg_last_wal_replay_lsn(),
        (select (extract(epoch from clock_timestamp() - last_msg_receipt_time) * 1000)::bigint
         from pg_stat_get_wal_receiver() where status = 'streaming');
+prepare standbys as
 select application_name, flush_lsn, sync_state in ('sync', 'quorum')
 from pg_stat_replication where state = 'streaming' and flush_lsn is not null
 order by application_name";
+
+const QUESTION: &str = "execute standing; execute standbys";
 
 /// Watches one run.
 #[derive(Debug)]
@@ -77,8 +83,10 @@ impl Observer {
     async fn connect(&self, silence: &mut Option<Silence>) -> (Arc<Client>, Arc<Client>) {
         let endpoint = self.config.unix_endpoint();
         loop {
-            let login = || sql::connect(&endpoint, &self.config.superuser, STATEMENT_LIMIT);
-            let both = async { futures_util::try_join!(Box::pin(login()), Box::pin(login())) };
+            let login = |prepare| self.login(&endpoint, prepare);
+            let both = async {
+                futures_util::try_join!(Box::pin(login(PREPARE)), Box::pin(login(promote::PREPARE)))
+            };
             tokio::pin!(both);
             let error = loop {
                 tokio::select! {
@@ -93,6 +101,12 @@ impl Observer {
             self.report_refusal(&error, silence.as_mut());
             tokio::time::sleep(CONNECT_INTERVAL).await;
         }
+    }
+
+    async fn login(&self, at: &Endpoint, prepare: &str) -> Result<Arc<Client>, SqlError> {
+        let client = sql::connect(at, &self.config.superuser, STATEMENT_LIMIT).await?;
+        sql::rows(&client, prepare, STATEMENT_LIMIT).await?;
+        Ok(client)
     }
 
     fn report_refusal(&self, error: &SqlError, silence: Option<&mut Silence>) {

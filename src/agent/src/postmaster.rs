@@ -29,6 +29,9 @@ const IMMEDIATE_LIMIT: Duration = Duration::from_millis(250);
 /// A log that has grown past this is set aside at the next start.
 const LOG_LIMIT: u64 = 16 << 20;
 
+/// When the observer looks at a server that has just been promoted.
+const LATER: Duration = Duration::from_millis(50);
+
 /// A postmaster that was started or found.
 #[derive(Debug)]
 pub(crate) struct Postmaster {
@@ -146,6 +149,15 @@ impl Postmaster {
     /// Makes the observer look at once.
     pub(crate) fn poke(&self) {
         self.poke.notify_one();
+    }
+
+    /// Makes the observer look soon: what it would see at once has been said.
+    pub(crate) fn poke_later(&self) {
+        let poke = Arc::clone(&self.poke);
+        tokio::spawn(async move {
+            tokio::time::sleep(LATER).await;
+            poke.notify_one();
+        });
     }
 
     /// Re-reads the configuration files.

@@ -33,17 +33,38 @@ const CANCEL_AFTER: Duration = Duration::from_millis(5);
 /// Replay that stands still for so long may be waiting for an idle transaction: they are ended.
 const TERMINATE_AFTER: Duration = Duration::from_millis(100);
 
-/// Receiver there?, received, replayed, and whether replay has run out of WAL.
-const PROGRESS: &str = "\
-select exists (select from pg_stat_activity where backend_type = 'walreceiver'),
+/// What a move asks, parsed and planned when the connection is opened: parsing and planning is most
+/// of what these statements cost, more than half of it in the first use of what they name, and in
+/// a move everybody waits for them.
+///
+/// `progress`: in recovery?, receiver there?, received, replayed, whether replay has run out of WAL,
+/// and the process that replays. One look at the processes, so it is as old as the oldest of these.
+pub(crate) const PREPARE: &str = "\
+prepare progress as
+select pg_is_in_recovery(),
+       coalesce(bool_or(backend_type = 'walreceiver'), false),
        greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()),
        pg_last_wal_replay_lsn(),
-       exists (select from pg_stat_activity where backend_type = 'startup'
-               and wait_event in ('RecoveryWalStream', 'RecoveryRetrieveRetryInterval'))";
+       coalesce(bool_or(backend_type = 'startup' and
+           wait_event in ('RecoveryWalStream', 'RecoveryRetrieveRetryInterval')), false),
+       min(pid) filter (where backend_type = 'startup')
+from pg_stat_get_activity(null);
+prepare replayed as select pg_last_wal_replay_lsn();
+prepare horizon as select pg_snapshot_xmax(pg_current_snapshot());
+prepare recovering as select pg_is_in_recovery();
+prepare promote as select pg_promote(false);
+prepare fork as
+select ('x' || name)::bit(32)::int,
+       pg_read_file('pg_wal/' || name || '.history', 0, 1048576, true)
+from substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) name;
+execute progress;
+execute replayed;
+execute horizon;
+execute recovering;
+explain execute promote;
+explain execute fork";
 
-/// The process that replays.
-const STARTUP: &str = "\
-select min(pid) from pg_stat_activity where backend_type = 'startup'";
+const PROGRESS: &str = "execute progress";
 
 /// Frees replay from a pause and from queries that hold a snapshot.
 const CANCEL: &str = "\
@@ -59,26 +80,27 @@ where backend_type = 'client backend' and pid <> pg_backend_pid()
 
 /// The order matters: everything up to the position was visible before the snapshot was taken, and
 /// the server was still in recovery after it. Three statements, so three snapshots.
-const EVIDENCE: &str = "\
-select pg_last_wal_replay_lsn();
-select pg_snapshot_xmax(pg_current_snapshot());
-select pg_is_in_recovery()";
+const EVIDENCE: &str = "execute replayed; execute horizon; execute recovering";
 
 struct Progress {
+    recovering: bool,
     receiving: bool,
     received: Lsn,
     replayed: Lsn,
     starved: bool,
+    startup: Option<i32>,
 }
 
 impl Progress {
     async fn read(client: &Client) -> Result<Self, SqlError> {
         let row = sql::one(client, PROGRESS, sql::LIMIT).await?;
         Ok(Self {
-            receiving: sql::column::<String>(&row, 0)? == "t",
-            received: sql::optional(&row, 1)?.unwrap_or_default(),
-            replayed: sql::optional(&row, 2)?.unwrap_or_default(),
-            starved: sql::column::<String>(&row, 3)? == "t",
+            recovering: sql::column::<String>(&row, 0)? == "t",
+            receiving: sql::column::<String>(&row, 1)? == "t",
+            received: sql::optional(&row, 2)?.unwrap_or_default(),
+            replayed: sql::optional(&row, 3)?.unwrap_or_default(),
+            starved: sql::column::<String>(&row, 4)? == "t",
+            startup: sql::optional(&row, 5)?,
         })
     }
 
@@ -91,10 +113,9 @@ impl Progress {
 impl Instance {
     pub(crate) async fn stop_receiver(&mut self) -> Result<AgentReply, AgentError> {
         let client = self.client().await?;
-        if !in_recovery(&client).await? {
+        let Some(end) = self.finish_replay(&client).await? else {
             return Err(refused("instance is a primary; it has no WAL receiver"));
-        }
-        let end = self.finish_replay(&client).await?;
+        };
         let timeline = match self.hub.state().instance {
             InstanceState::Standby { timeline, .. } => timeline,
             _ => Timeline(0),
@@ -102,8 +123,13 @@ impl Instance {
         Ok(AgentReply::Positions { end, timeline })
     }
 
-    /// Stops the WAL receiver and waits until everything it brought is replayed; returns the end.
-    async fn finish_replay(&self, client: &Client) -> Result<Lsn, AgentError> {
+    /// Stops the WAL receiver and waits until everything it brought is replayed; returns the end,
+    /// `None` for a primary.
+    async fn finish_replay(&self, client: &Client) -> Result<Option<Lsn>, AgentError> {
+        let first = Progress::read(client).await?;
+        if !first.recovering {
+            return Ok(None);
+        }
         let dynamic = Dynamic::read(&self.config);
         if !dynamic.primary_conninfo.is_empty() {
             let without = Dynamic {
@@ -113,7 +139,7 @@ impl Instance {
                 ..dynamic
             };
             without.write(&self.config)?;
-            self.reload_startup(client).await?;
+            self.reload_startup(&first)?;
         }
         let mut moved = Instant::now();
         let mut last = Lsn(0);
@@ -125,7 +151,7 @@ impl Instance {
                 // Twice at the same place: once may have been between two records.
                 if complete_at == Some(progress.replayed) || progress.received <= progress.replayed
                 {
-                    return Ok(progress.replayed);
+                    return Ok(Some(progress.replayed));
                 }
                 complete_at = Some(progress.replayed);
             }
@@ -152,9 +178,8 @@ impl Instance {
     /// is a receiver. All others would do so too if the postmaster were told, each backend in front
     /// of its next statement (`PostgresMain` in `src/backend/tcop/postgres.c`): that is a millisecond
     /// for each of the sessions that wait for the promotion.
-    async fn reload_startup(&self, client: &Client) -> Result<(), AgentError> {
-        let row = sql::one(client, STARTUP, sql::LIMIT).await?;
-        match sql::optional::<i32>(&row, 0)? {
+    fn reload_startup(&self, progress: &Progress) -> Result<(), AgentError> {
+        match progress.startup {
             Some(pid) => process::signal(Pid::from_raw(pid), Signal::SIGHUP),
             None => self.running()?.reload(),
         }
@@ -169,17 +194,16 @@ impl Instance {
         let client = self.client().await?;
         let known = self.store.get().promotion.clone();
         let evidence = known.filter(|p| p.epoch == epoch).and_then(|p| p.evidence);
-        if !in_recovery(&client).await? {
+        if self.finish_replay(&client).await?.is_none() {
             record.done().await?;
             return self.promoted_before(&client, epoch, evidence, began).await;
         }
-        self.finish_replay(&client).await?;
         let replayed = began.elapsed();
         let mut seen = Vec::new();
         if !gather(&client, &mut seen).await? {
             return Err(failed("recovery ended before the promotion"));
         }
-        sql::rows(&client, "select pg_promote(false)", sql::LIMIT).await?;
+        sql::rows(&client, "execute promote", sql::LIMIT).await?;
         // The epoch is durable before anybody hears of the new primary, and written while the server
         // is busy. Until then a command of an earlier epoch could reach an agent that has died in
         // this very moment, but none of them does harm: the primary of that epoch has been fenced
@@ -284,11 +308,6 @@ fn reply(fence: Fence, began: Instant) -> AgentReply {
     }
 }
 
-async fn in_recovery(client: &Client) -> Result<bool, SqlError> {
-    let row = sql::one(client, "select pg_is_in_recovery()", sql::LIMIT).await?;
-    Ok(sql::column::<String>(&row, 0)? == "t")
-}
-
 /// Reads the evidence once; `false` when recovery has ended, and then it is worth nothing.
 async fn gather(client: &Client, seen: &mut Vec<Evidence>) -> Result<bool, SqlError> {
     let rows = sql::rows(client, EVIDENCE, sql::LIMIT).await?;
@@ -313,10 +332,7 @@ async fn gather(client: &Client, seen: &mut Vec<Evidence>) -> Result<bool, SqlEr
 
 /// The timeline that the new primary writes, and where it begins.
 async fn fork(client: &Client) -> Result<(Timeline, Lsn), AgentError> {
-    let sql = "select ('x' || name)::bit(32)::int, \
-               pg_read_file('pg_wal/' || name || '.history', 0, 1048576, true) \
-               from substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) name";
-    let row = sql::one(client, sql, sql::LIMIT).await?;
+    let row = sql::one(client, "execute fork", sql::LIMIT).await?;
     let timeline = Timeline(sql::column(&row, 0)?);
     let Some(text) = sql::optional::<String>(&row, 1)? else {
         return Err(refused("instance is a primary that was never promoted"));
