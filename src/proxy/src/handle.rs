@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::VerifierCache;
 use crate::engine::gate::{Gate, Phase};
 use crate::engine::registry::lock;
+use crate::engine::rehearsal::Rehearsals;
 use crate::engine::session;
 use crate::engine::shared::Shared;
 use crate::engine::{evidence, monitor};
@@ -274,15 +275,17 @@ impl ProxyHandle {
 
     async fn open_ahead(&self, candidate: &Backend) {
         let shared = &self.0.shared;
+        let rehearsals = Rehearsals::collect(shared).await;
         let open = shared.registry.all().into_iter().map(|entry| {
             let (shared, at) = (Arc::clone(shared), candidate.endpoint.clone());
+            let rehearsals = rehearsals.clone();
             let home = entry.home.clone();
             // On the session's own thread, where the connection will be used.
             home.spawn(async move {
                 let Ok(_permit) = shared.logins.acquire().await else {
                     return;
                 };
-                if let Some(conn) = opening::open_ahead(&shared, &entry, &at).await {
+                if let Some(conn) = opening::open_ahead(&shared, &entry, &at, &rehearsals).await {
                     *lock(&entry.warm) = Some(conn);
                 }
             })

@@ -14,6 +14,7 @@ pub mod keyword;
 pub mod locks;
 mod log;
 pub mod reads;
+pub mod rehearsal;
 pub mod reply;
 pub mod script;
 pub mod sequences;

@@ -171,7 +171,11 @@ async fn schema(link: &mut Link) -> Result<Option<String>, ReplayError> {
     Ok(first(&simple(link, sql).await?))
 }
 
-async fn connect(shared: &Shared, topology: &Topology) -> Result<Link, ReplayError> {
+/// A connection of the proxy's own to the primary.
+///
+/// # Errors
+/// Whatever is in the way of it.
+pub(super) async fn connect(shared: &Shared, topology: &Topology) -> Result<Link, ReplayError> {
     let at = &topology.primary.endpoint;
     let limit = shared.options.connect_timeout;
     let conn = backend::connect(at, &shared.tls, &shared.service, limit)

@@ -29,6 +29,7 @@ mod pump;
 mod reads;
 mod rebuild;
 pub mod registry;
+pub mod rehearsal;
 mod replay;
 mod resolve;
 mod restarts;

@@ -372,7 +372,7 @@ impl Session {
 
     async fn attempt_on(&mut self, topology: &Topology) -> Result<(), Attempt> {
         let conn = self.connect(topology).await?;
-        let mut server = Server::new(conn, topology.epoch);
+        let mut server = Server::adopted(conn, topology);
         self.check_last_words(&mut server, topology).await?;
         if self.held_since.is_some() {
             self.begin_migration();

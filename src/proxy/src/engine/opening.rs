@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use super::gate::{GateState, Phase};
 use super::link::Link;
 use super::registry::{Entry, Identity, lock};
+use super::rehearsal::Rehearsals;
 use super::replay::simple;
 use super::session::frame_of;
 use super::shared::Shared;
@@ -34,6 +35,7 @@ pub(crate) async fn open_ahead(
     shared: &Shared,
     entry: &Entry,
     at: &Endpoint,
+    rehearsals: &Rehearsals,
 ) -> Option<BackendConn> {
     let limit = shared.options.connect_timeout;
     let conn = match backend::connect(at, &shared.tls, &entry.login, limit).await {
@@ -47,8 +49,12 @@ pub(crate) async fn open_ahead(
         parameters: conn.parameters,
         ..Link::new(conn.stream, conn.buf)
     };
-    match tokio::time::timeout(limit, simple(&mut link, WARM_UP)).await {
-        Ok(Ok(_)) => Some(BackendConn {
+    let warming = async {
+        simple(&mut link, WARM_UP).await?;
+        rehearsals.run(&mut link, &entry.login.database).await
+    };
+    match tokio::time::timeout(limit, warming).await {
+        Ok(Ok(())) => Some(BackendConn {
             stream: link.stream,
             buf: link.input,
             parameters: link.parameters,
@@ -123,10 +129,13 @@ pub(super) fn is_away(code: &SqlState) -> bool {
     .contains(code)
 }
 
-/// Whether the server said that it takes writes (`in_hot_standby`, reported since PostgreSQL 14).
+/// Whether the server is in recovery, reported since PostgreSQL 14.
+pub(super) const IN_HOT_STANDBY: &str = "in_hot_standby";
+
+/// Whether the server said that it takes writes.
 pub(super) fn is_primary(conn: &BackendConn) -> bool {
     conn.parameters
-        .get("in_hot_standby")
+        .get(IN_HOT_STANDBY)
         .is_none_or(|v| v == "off")
 }
 

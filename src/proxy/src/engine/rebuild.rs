@@ -21,7 +21,7 @@ use super::evidence;
 use super::gate::Phase;
 use super::reads;
 use super::registry::{Identity, lock};
-use super::replay::{self, ReplayError};
+use super::replay::{self, How, ReplayError};
 use super::resolve::Outcome;
 use super::restarts::Life;
 use super::session::{End, OldBackend, Server, Session, Skip};
@@ -280,7 +280,9 @@ impl Session {
             return Ok(());
         }
         // Before anything of the client's: its first statement may decide over its snapshot.
-        server.floor = Some(evidence::flush_position(&mut server.link).await?);
+        if server.floor.is_none() {
+            server.floor = Some(evidence::flush_position(&mut server.link).await?);
+        }
         let (at, database) = (
             &self.gate.topology.primary.endpoint,
             &self.entry().login.database,
@@ -297,10 +299,14 @@ impl Session {
         let lossy = self.gate.topology.may_have_lost(self.epoch);
         let entry = self.entry();
         let (link, keeper) = (&mut server.link, turn.keeper());
-        let options = &self.shared.options;
+        let how = How {
+            lossy,
+            held: behind_barrier,
+            options: &self.shared.options,
+        };
         let under_way = entry.replay.begin(self.tracker.journal().records().len());
         let old = &self.tracker;
-        let replay = replay::replay(link, old, next, keeper, lossy, &under_way, options);
+        let replay = replay::replay(link, old, next, keeper, &under_way, how);
         tokio::select! {
             // First: a turn that came too late must set nothing back.
             biased;

@@ -7,6 +7,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::task::Poll;
+use std::time::Duration;
 
 use helios_session::TxnStatus;
 use helios_session::expect::Violation;
@@ -296,8 +297,18 @@ async fn exchange_bytes(link: &mut Link) -> Result<(), ReplayError> {
     if link.ended { Err(ended()) } else { Ok(()) }
 }
 
-/// Runs the journal of `old` again with `new` as its tracker, and compares. `lossy`: commits that it
-/// may have read are perhaps not on this primary.
+/// How a journal is run again.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct How<'a> {
+    /// Commits that it may have read are perhaps not on this primary.
+    pub lossy: bool,
+    /// The session's thread has nothing to do for clients: see [`gather`].
+    pub held: bool,
+    /// The proxy's options.
+    pub options: &'a EngineOptions,
+}
+
+/// Runs the journal of `old` again with `new` as its tracker, and compares.
 ///
 /// # Errors
 /// [`ReplayError::Different`] when something differs that the client may not see differ.
@@ -306,10 +317,10 @@ pub(super) async fn replay(
     old: &Tracker,
     new: &mut Tracker,
     mut keeper: Option<&mut Keeper>,
-    lossy: bool,
     progress: &UnderWay<'_>,
-    options: &EngineOptions,
+    how: How<'_>,
 ) -> Result<(), ReplayError> {
+    let How { lossy, options, .. } = how;
     let records = old.journal().records();
     for (index, record) in records.iter().enumerate() {
         let bytes = old.journal().record_bytes(record);
@@ -320,16 +331,33 @@ pub(super) async fn replay(
             progress.at(new.journal().records().len());
             continue;
         };
-        settle(link, new, records, index, progress).await?;
+        settle(link, new, records, index, progress, how.held).await?;
         let reply = old.journal().reply(record);
         keeper.set_back(link, new, bytes, &reply).await?;
         feed_all(link, new, records, bytes, at, options).await?;
-        settle(link, new, records, index + 1, progress).await?;
+        settle(link, new, records, index + 1, progress, how.held).await?;
         keeper.set_forward().await?;
     }
-    settle(link, new, records, records.len(), progress).await?;
+    settle(link, new, records, records.len(), progress, how.held).await?;
     let verified = verify(link, old, new, lossy).await;
     verified.map_err(|e| if lossy { e.after_loss() } else { e })
+}
+
+/// As many exchanges in flight are worth waiting for their answers together.
+const MANY: usize = 32;
+
+/// How long a server is left alone with them.
+const ALONE: Duration = Duration::from_micros(150);
+
+/// Lets the answers to a long pipeline come in. The server writes each by itself, and where both
+/// share a machine each wakes this thread up, most often in the place of the server, for which it is
+/// then switched out again: half of the time of a long replay. So it is the thread that sleeps, not
+/// the task, which would be woken up all the same. Behind the barrier nobody else on it has anything
+/// to do but this.
+fn gather(link: &Link, new: &Tracker) {
+    if link.output.is_empty() && new.journal().in_flight().len() >= MANY {
+        std::thread::sleep(ALONE);
+    }
 }
 
 /// Waits until `count` records are answered and the server owes nothing.
@@ -339,8 +367,12 @@ async fn settle(
     records: &[Record],
     count: usize,
     progress: &UnderWay<'_>,
+    held: bool,
 ) -> Result<(), ReplayError> {
     while new.journal().records().len() < count || !new.is_quiet() {
+        if held {
+            gather(link, new);
+        }
         advance(link, new, records).await?;
         progress.at(new.journal().records().len());
     }

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use helios_api::control::Backend;
+use helios_api::control::{Backend, Topology};
 use helios_api::{Endpoint, Epoch, Timeline};
 use helios_session::TxnStatus;
 use helios_session::state::Snapshot;
@@ -24,7 +24,7 @@ use super::events::{Moving, Noted};
 use super::gate::{GateState, Member, Phase};
 use super::link::Link;
 use super::moving::{LastWords, Lost};
-use super::opening::{follow, open_first};
+use super::opening::{IN_HOT_STANDBY, follow, is_primary, open_first};
 use super::registry::{Entry, Registered, lock};
 use super::room::Room;
 use super::shared::Shared;
@@ -73,6 +73,24 @@ impl Server {
             epoch,
             floor: None,
         }
+    }
+
+    /// A backend on the primary of `topology`. One that was opened while that server was a standby
+    /// has not said yet that it takes writes, and was there when its timeline began: the server has
+    /// not been started since.
+    pub(super) fn adopted(conn: BackendConn, topology: &Topology) -> Self {
+        let was_standby = !is_primary(&conn);
+        let mut server = Self::new(conn, topology.epoch);
+        if was_standby {
+            let parameters = &mut server.link.parameters;
+            parameters.insert(IN_HOT_STANDBY.to_owned(), "off".to_owned());
+            let now = (topology.epoch, topology.timeline);
+            let mut fences = topology.fences.iter();
+            server.floor = fences
+                .find(|f| (f.epoch, f.timeline) == now)
+                .map(|f| f.fork);
+        }
+        server
     }
 }
 
