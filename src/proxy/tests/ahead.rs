@@ -1,6 +1,8 @@
 //! Backends that are opened ahead of a planned move: what they are warmed up with, and that none of
 //! it is left in the session that goes on with one.
 
+#![allow(clippy::unwrap_used, clippy::indexing_slicing)] // helpers of tests are tests
+
 use bytes::BytesMut;
 use helios_proxy::engine::shared::EngineOptions;
 use helios_testkit::Bench;

@@ -9,11 +9,10 @@ use helios_session::journal::Exchange;
 use helios_session::tracker::Alone;
 use helios_telemetry::metrics::CommitOutcome;
 use helios_wire::message::back;
-use helios_wire::{ErrorFields, SqlState, frontend};
+use helios_wire::{ErrorFields, SqlState, frontend, peek_header};
 
 use super::rebuild::Attempt;
 use super::registry::lock;
-use super::replay;
 use super::session::{End, Rerun, Session};
 
 /// Why something is lost that came behind a change of the session that nobody had asked for yet.
@@ -80,12 +79,12 @@ impl Session {
         };
         if kinds.len() == 1 {
             let delivered = self.skip.map_or(front.reply.messages, |s| s.messages);
-            return Some(replay::committed_reply(bytes, delivered, tag));
+            return Some(committed_reply(bytes, delivered, tag));
         }
         // Several statements in one query: all but the COMMIT must have been answered.
         let answered = front.reply.commands.len() + 1 == kinds.len() && self.skip.is_none();
         let simple = bytes.first() == Some(&frontend::QUERY);
-        (answered && simple).then(|| replay::committed_reply(bytes, 0, tag))
+        (answered && simple).then(|| committed_reply(bytes, 0, tag))
     }
 
     /// The exchange in front is over, and its client has everything but ReadyForQuery.
@@ -285,4 +284,44 @@ pub(super) fn retryable(reason: &str) -> ErrorFields {
     )
     .detail(reason.to_owned())
     .hint("Try the transaction again.")
+}
+
+/// The reply that a committed exchange would have got, without its first `delivered` messages and
+/// without ReadyForQuery.
+#[must_use]
+fn committed_reply(messages: &[u8], delivered: u64, tag: &str) -> BytesMut {
+    let mut out = BytesMut::new();
+    let mut rest = messages;
+    let mut parts: Vec<BytesMut> = Vec::new();
+    let mut part = |build: &dyn Fn(&mut BytesMut)| {
+        let mut bytes = BytesMut::new();
+        build(&mut bytes);
+        parts.push(bytes);
+    };
+    while let Ok(Some(header)) = peek_header(rest) {
+        let (frame, tail) = rest.split_at_checked(header.len).unwrap_or((rest, &[]));
+        use helios_wire::frontend as f;
+        match header.tag {
+            f::QUERY => {
+                part(&|o| back::command_complete(o, tag));
+            }
+            f::PARSE => part(&|o| o.extend_from_slice(b"1\0\0\0\x04")),
+            f::BIND => part(&|o| o.extend_from_slice(b"2\0\0\0\x04")),
+            f::DESCRIBE => {
+                if frame.get(5) == Some(&b'S') {
+                    part(&|o| o.extend_from_slice(b"t\0\0\0\x06\0\0"));
+                }
+                part(&|o| o.extend_from_slice(b"n\0\0\0\x04"));
+            }
+            f::EXECUTE => part(&|o| back::command_complete(o, tag)),
+            f::CLOSE => part(&|o| o.extend_from_slice(b"3\0\0\0\x04")),
+            _ => {}
+        }
+        rest = tail;
+    }
+    let skip = usize::try_from(delivered).unwrap_or(usize::MAX);
+    for part in parts.into_iter().skip(skip) {
+        out.extend_from_slice(&part);
+    }
+    out
 }

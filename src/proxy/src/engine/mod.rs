@@ -12,6 +12,7 @@ mod events;
 pub mod evidence;
 mod feed;
 pub mod gate;
+mod gather;
 pub mod history;
 mod io;
 mod kept;

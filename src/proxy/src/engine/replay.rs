@@ -7,7 +7,6 @@
 use std::future::poll_fn;
 use std::io;
 use std::task::Poll;
-use std::time::Duration;
 
 use helios_session::TxnStatus;
 use helios_session::expect::Violation;
@@ -15,11 +14,12 @@ use helios_session::journal::Record;
 use helios_session::locks::{Locks, take_again_sql};
 use helios_session::state::{Prepared, Snapshot, literal};
 use helios_session::tracker::{ServerStep, Tracker};
-use helios_wire::message::{back, front, read};
+use helios_wire::message::{front, read};
 use helios_wire::{FrameError, backend, peek_header};
 use tokio::sync::Semaphore;
 
 use super::feed::feed_all;
+use super::gather::gather;
 use super::kept::{self, Kept};
 use super::link::Link;
 use super::progress::UnderWay;
@@ -116,8 +116,9 @@ pub(super) async fn simple(
 }
 
 fn note_parameter(link: &mut Link, tag: u8, frame: &[u8]) {
+    let body = frame.get(5..).unwrap_or_default();
     if tag == backend::PARAMETER_STATUS
-        && let Ok((name, value)) = read::parameter_status(frame.get(5..).unwrap_or_default())
+        && let Ok((name, value)) = read::parameter_status(body)
     {
         let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
         link.parameters.insert(text(name), text(value));
@@ -320,7 +321,7 @@ pub(super) async fn replay(
     progress: &UnderWay<'_>,
     how: How<'_>,
 ) -> Result<(), ReplayError> {
-    let How { lossy, options, .. } = how;
+    let (lossy, options) = (how.lossy, how.options);
     let records = old.journal().records();
     for (index, record) in records.iter().enumerate() {
         let bytes = old.journal().record_bytes(record);
@@ -341,23 +342,6 @@ pub(super) async fn replay(
     settle(link, new, records, records.len(), progress, how.held).await?;
     let verified = verify(link, old, new, lossy).await;
     verified.map_err(|e| if lossy { e.after_loss() } else { e })
-}
-
-/// As many exchanges in flight are worth waiting for their answers together.
-const MANY: usize = 32;
-
-/// How long a server is left alone with them.
-const ALONE: Duration = Duration::from_micros(150);
-
-/// Lets the answers to a long pipeline come in. The server writes each by itself, and where both
-/// share a machine each wakes this thread up, most often in the place of the server, for which it is
-/// then switched out again: half of the time of a long replay. So it is the thread that sleeps, not
-/// the task, which would be woken up all the same. Behind the barrier nobody else on it has anything
-/// to do but this.
-fn gather(link: &Link, new: &Tracker) {
-    if link.output.is_empty() && new.journal().in_flight().len() >= MANY {
-        std::thread::sleep(ALONE);
-    }
 }
 
 /// Waits until `count` records are answered and the server owes nothing.
@@ -475,44 +459,4 @@ async fn fail_block(link: &mut Link) -> Result<(), ReplayError> {
             "the transaction block did not fail".into(),
         )),
     }
-}
-
-/// The reply that a committed exchange would have got, without its first `delivered` messages and
-/// without ReadyForQuery.
-#[must_use]
-pub(super) fn committed_reply(messages: &[u8], delivered: u64, tag: &str) -> bytes::BytesMut {
-    let mut out = bytes::BytesMut::new();
-    let mut rest = messages;
-    let mut parts: Vec<bytes::BytesMut> = Vec::new();
-    let mut part = |build: &dyn Fn(&mut bytes::BytesMut)| {
-        let mut bytes = bytes::BytesMut::new();
-        build(&mut bytes);
-        parts.push(bytes);
-    };
-    while let Ok(Some(header)) = peek_header(rest) {
-        let (frame, tail) = rest.split_at_checked(header.len).unwrap_or((rest, &[]));
-        use helios_wire::frontend as f;
-        match header.tag {
-            f::QUERY => {
-                part(&|o| back::command_complete(o, tag));
-            }
-            f::PARSE => part(&|o| o.extend_from_slice(b"1\0\0\0\x04")),
-            f::BIND => part(&|o| o.extend_from_slice(b"2\0\0\0\x04")),
-            f::DESCRIBE => {
-                if frame.get(5) == Some(&b'S') {
-                    part(&|o| o.extend_from_slice(b"t\0\0\0\x06\0\0"));
-                }
-                part(&|o| o.extend_from_slice(b"n\0\0\0\x04"));
-            }
-            f::EXECUTE => part(&|o| back::command_complete(o, tag)),
-            f::CLOSE => part(&|o| o.extend_from_slice(b"3\0\0\0\x04")),
-            _ => {}
-        }
-        rest = tail;
-    }
-    let skip = usize::try_from(delivered).unwrap_or(usize::MAX);
-    for part in parts.into_iter().skip(skip) {
-        out.extend_from_slice(&part);
-    }
-    out
 }
