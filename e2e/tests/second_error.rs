@@ -11,7 +11,10 @@ use helios_e2e::{Result, Shown};
 use helios_proxy::engine::shared::EngineOptions;
 use helios_testkit::Bench;
 use helios_testkit::frames::Unit;
-use helios_testkit::interpose::{Cut, Order, Way};
+use helios_testkit::interpose::{Class, Cut, Order, Way};
+
+/// What a step may take on a machine that is busy with other things.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 async fn client(bench: &Bench) -> Result<RawClient> {
     let target = Target::local(bench.proxy.port());
@@ -173,13 +176,13 @@ async fn told_once(sent: Sent) -> Result<()> {
     let failed = "insert into t values (1) returning random(); select 1/(pg_backend_pid() * 0)";
     let got = cut_behind(&bench, &mut client, failed, "commit", sent, (ends, b'C')).await?;
     expect("a commit of nothing", got, format!("{front}C ZI"))?;
-    // It would not fail again itself: every other value makes it fail.
+    // It would not fail again itself: every other value makes it fail. It has failed all the same.
     let before = "insert into t values (2)";
     let failing = "select 1/(nextval('s') % 2 - 1)";
     let got = cut_behind_the_error(&bench, &mut client, before, failing, sent).await?;
     expect("a statement that differs", got, want("22012", "E"))?;
     let got = all(&mut client, "commit").await?;
-    expect("its commit", got, "40001 ZI".to_owned())?;
+    expect("its commit", got, "C ZI".to_owned())?;
     // One that only the second run gives is nobody's: the client has a row.
     let failing = "select 1/(nextval('s') % 2)";
     let after = if extended { 3 } else { 2 };
@@ -211,4 +214,68 @@ async fn an_error_of_a_simple_query_is_told_once() -> std::result::Result<(), Sh
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_of_an_extended_query_is_told_once() -> std::result::Result<(), Shown> {
     Ok(told_once(Sent::Extended).await?)
+}
+
+/// The server passes on the error, gives up the locks, and dies before it is ready again: somebody
+/// else has the lock by now, so nothing of the failed transaction may be done again. (Seen twice in
+/// 210 runs, and once in 150, of `a_failed_transaction_takes_no_locks_at_a_crash` on a machine that
+/// was busy: the replay waited for the other, who was held until it was over.)
+async fn gives_way(sent: Sent) -> Result<()> {
+    let options = EngineOptions {
+        barrier_limit: 4 * PATIENCE,
+        ..EngineOptions::default()
+    };
+    let schema = "create table t (id int primary key, v int); insert into t values (1, 0)";
+    let mut bench = Bench::start(options, schema).await?;
+    bench.known().await?;
+    bench.interpose()?;
+    let (mut failed, mut other) = (client(&bench).await?, client(&bench).await?);
+    all(&mut failed, "begin").await?;
+    all(&mut failed, "update t set v = v + 1 where id = 1").await?;
+    all(&mut other, "begin").await?;
+    // Answers to questions of the proxy's own have come by then.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let after = match sent {
+        Sent::Simple => 2,
+        Sent::Extended => 3,
+    };
+    let (way, unit) = (Way::FromServer, Unit::Messages);
+    let order = Order::waiting(Cut { way, unit, after }, 1);
+    let between = bench.between.as_ref().ok_or("no go-between")?;
+    between.set(|rules| rules.cut = Some(order.clone()));
+    let failing = "select 1/(pg_backend_pid() * 0)";
+    failed.send(&request(failing, sent)).await?;
+    let told = failed.until(b'E').await?;
+    if order.hits() != [Some(b'E')] {
+        return Err(format!("held behind {:?}: {}", order.hits(), shape(&told)).into());
+    }
+    between.set(|rules| rules.cut = None);
+    let got = all(&mut other, "update t set v = v + 10 where id = 1").await?;
+    if got != "C ZT" {
+        return Err(format!("the other: {got}").into());
+    }
+    between.close(Class::Session);
+    bench.crash().await?;
+    tokio::time::timeout(PATIENCE, bench.resume())
+        .await
+        .map_err(|_| "a replay waits for a lock")??;
+    let ready = shape(&answer(&mut failed).await?);
+    let ended = all(&mut failed, "commit").await?;
+    let committed = all(&mut other, "commit").await?;
+    let v = bench.column("select v from t").await?.concat();
+    let got = [ready, ended, committed, v];
+    match got == ["ZE", "C ZI", "C ZI", "10"] {
+        true => Ok(()),
+        false => Err(format!("{sent:?}: {got:?}").into()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_simple_query_that_has_failed_gives_way_to_others() -> std::result::Result<(), Shown> {
+    Ok(gives_way(Sent::Simple).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_extended_query_that_has_failed_gives_way_to_others() -> std::result::Result<(), Shown> {
+    Ok(gives_way(Sent::Extended).await?)
 }

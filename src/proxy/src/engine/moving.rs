@@ -67,6 +67,7 @@ const CUT_PIPELINE: Duration = Duration::from_millis(60);
 impl Session {
     /// The backend's connection ended.
     pub(super) fn server_lost(&mut self) {
+        self.end_what_failed();
         self.server = None;
         self.stays = false;
         self.entry().uncut.store(false, Ordering::Relaxed);
@@ -168,6 +169,7 @@ impl Session {
                 break;
             }
         }
+        self.end_what_failed();
         if let Some(server) = self.server.take()
             && !self.tracker.is_between()
         {

@@ -254,7 +254,7 @@ impl Session {
             .store(self.room.used() as u64, Ordering::Relaxed);
     }
 
-    fn pump_server(&mut self) -> Result<(), Event> {
+    pub(super) fn pump_server(&mut self) -> Result<(), Event> {
         let mut run = 0;
         loop {
             let Some(server) = self.server.as_mut() else {

@@ -43,6 +43,22 @@ impl Tracker {
             })
     }
 
+    /// Whether the open transaction has failed for certain in the exchange in front, and all that
+    /// its client has not been told of that is ReadyForQuery.
+    #[must_use]
+    pub fn lacks_only_ready(&self) -> bool {
+        let Some(front) = self.journal.in_flight().front() else {
+            return false;
+        };
+        let stays = |k: &Kind| k.stays_inside() && *k != Kind::Opaque;
+        self.status == TxnStatus::Open
+            && front.closed
+            && front.has_told_error()
+            && !front.reply.inside_message()
+            && self.ready_ends_front()
+            && self.kinds(front).is_some_and(|k| k.iter().all(stays))
+    }
+
     /// The statements that a sequence of client messages runs.
     #[must_use]
     pub fn kinds_of(&self, messages: &[u8]) -> Vec<Kind> {
