@@ -11,6 +11,7 @@ use helios_wire::startup::startup_message;
 use helios_wire::{ErrorFields, backend, peek_header};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio_postgres::NoTls;
 
 /// A client that says what it likes.
 struct Plain(TcpStream, BytesMut);
@@ -52,7 +53,7 @@ impl Plain {
 async fn a_backend_opened_ahead_has_planned_what_clients_run() {
     let schema = "CREATE TABLE accounts (id int PRIMARY KEY, balance int);
                   INSERT INTO accounts VALUES (1, 10), (2, 20);
-                  CREATE TABLE called (n int);
+                  CREATE ROLE stranger LOGIN;
                   CREATE FUNCTION note(n int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT n'";
     let mut bench = Bench::start(EngineOptions::default(), schema)
         .await
@@ -66,6 +67,14 @@ async fn a_backend_opened_ahead_has_planned_what_clients_run() {
     calls.batch_execute("SELECT note(7)").await.unwrap();
     // Twice, so it comes first: the last one is what the server shows.
     let again = bench.client().await.unwrap();
+    // Another user's is not shown to this one, in a backend of its own.
+    let stranger = format!("{} user=stranger", bench.conninfo());
+    let (stranger, connection) = tokio_postgres::connect(&stranger, NoTls).await.unwrap();
+    tokio::spawn(connection);
+    for _ in 0..2 {
+        let secret = "SELECT 1 WHERE 'secret' = 'secret'";
+        stranger.batch_execute(secret).await.unwrap();
+    }
     again.batch_execute("SELECT note(8)").await.unwrap();
     odd.batch_execute("SELECT 1 FROM missing")
         .await
@@ -78,6 +87,9 @@ async fn a_backend_opened_ahead_has_planned_what_clients_run() {
                   'EXPLAIN SELECT 1 FROM missing')";
     // One for each session: none of them has needed it yet.
     assert_eq!(bench.column(asked).await.unwrap(), ["5"]);
+    let shown = "SELECT usename FROM pg_stat_activity WHERE query LIKE '%secret%' \
+                 AND query NOT LIKE '%usename%' AND query LIKE 'EXPLAIN%'";
+    assert_eq!(bench.column(shown).await.unwrap(), ["stranger"]);
     // Nothing was executed, and the unnamed statement is not there.
     let balance = "SELECT balance FROM accounts WHERE id = 1";
     assert_eq!(bench.column(balance).await.unwrap(), ["9"]);

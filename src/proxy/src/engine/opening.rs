@@ -51,7 +51,7 @@ pub(crate) async fn open_ahead(
     };
     let warming = async {
         simple(&mut link, WARM_UP).await?;
-        rehearsals.run(&mut link, &entry.login.database).await
+        rehearsals.run(&mut link, &entry.login).await
     };
     match tokio::time::timeout(limit, warming).await {
         Ok(Ok(())) => Some(BackendConn {
