@@ -186,6 +186,7 @@ impl Session {
         }
         match self.plan() {
             Plan::Replay => {
+                self.end_what_failed();
                 if let Some(server) = self.server.take() {
                     self.spawn_cancel(&server, false);
                 }
