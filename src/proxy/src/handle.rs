@@ -23,7 +23,7 @@ use crate::engine::registry::lock;
 use crate::engine::rehearsal::Rehearsals;
 use crate::engine::session;
 use crate::engine::shared::Shared;
-use crate::engine::{evidence, monitor};
+use crate::engine::{counting, evidence, monitor};
 use crate::engine::{leaving, opening, temporary};
 use crate::listener::{BindError, Incoming, Limits, Listener};
 use crate::login::{self, Accepted, EdgeContext};
@@ -148,6 +148,7 @@ impl Proxy {
         handle.spawn_listener(listener, edge, workers);
         handle.spawn_monitor(options.health_check_interval, options.health_check_timeout);
         handle.spawn_watch_log();
+        handle.spawn_look_at_statements();
         Ok(handle)
     }
 }
@@ -232,6 +233,17 @@ impl ProxyHandle {
         self.0.tasks.spawn(async move {
             tokio::select! {
                 () = evidence::watch_log(shared) => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
+
+    fn spawn_look_at_statements(&self) {
+        let shared = Arc::clone(&self.0.shared);
+        let stop = self.0.stop.clone();
+        self.0.tasks.spawn(async move {
+            tokio::select! {
+                () = counting::look_at_statements(shared) => {}
                 () = stop.cancelled() => {}
             }
         });

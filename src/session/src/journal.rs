@@ -19,7 +19,7 @@ use crate::log::Log;
 pub use crate::log::Spill;
 use crate::reply::Reply;
 use crate::script::Speaks;
-use crate::tracker::Alone;
+use crate::tracker::{Alone, Runs};
 
 /// Bytes of one exchange in flight that are kept although its transaction's journal is lost.
 const KEEP_IN_FLIGHT: usize = 16 * 1024;
@@ -72,6 +72,8 @@ pub struct Exchange {
     pub speaks: Speaks,
     /// Number of statements, where it is a simple query of several with a mark in front.
     pub statements: usize,
+    /// Whether it is one plain statement, and nothing else.
+    pub plain: Runs,
     /// What became of the transaction with the mark, once it was looked for.
     pub fate: Option<Fate>,
     /// It ends a prepared transaction: what the server told of that one in front, its id as log

@@ -13,6 +13,7 @@ pub mod kept;
 pub mod keyword;
 pub mod locks;
 mod log;
+pub mod plain;
 pub mod reads;
 pub mod rehearsal;
 pub mod reply;

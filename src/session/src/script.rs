@@ -87,7 +87,7 @@ pub fn split(sql: &[u8]) -> Option<Vec<&[u8]>> {
 }
 
 /// Length of what stands at the beginning and is neither space nor comment.
-fn token(rest: &[u8]) -> Option<usize> {
+pub(crate) fn token(rest: &[u8]) -> Option<usize> {
     match rest.first()? {
         quote @ (b'\'' | b'"') => {
             let inner = rest[1..].iter().position(|b| b == quote)?;
@@ -122,7 +122,7 @@ fn dollar(rest: &[u8]) -> Option<usize> {
 }
 
 /// Length of a block comment; they nest.
-fn comment(rest: &[u8]) -> Option<usize> {
+pub(crate) fn comment(rest: &[u8]) -> Option<usize> {
     let (mut at, mut depth) = (2, 1);
     while depth > 0 {
         match rest.get(at..at + 2)? {

@@ -23,6 +23,8 @@ pub struct Prepared {
     pub hint: Hint,
     /// What it is outside a transaction block.
     pub unit: Unit,
+    /// Its key, where it is a plain statement ([`crate::plain`]).
+    pub plain: Option<crate::plain::Key>,
     /// Its text might change session state.
     pub touches: bool,
     /// Made in the transaction that is open.
@@ -322,6 +324,7 @@ mod tests {
             hint: Hint::Read,
             unit: Unit::Reads,
             touches: false,
+            plain: None,
             made_inside: inside,
             columns: None,
             description: None,

@@ -13,8 +13,8 @@ use super::pump::Verdict;
 use super::session::{Event, Session};
 
 impl Session {
-    /// Sends a mark; how the frame behind it is sent.
-    pub(super) fn set_mark(&mut self, lead: Lead) -> Form {
+    /// Sends a mark; how the frame behind it, of which so many bytes are there, is sent.
+    pub(super) fn set_mark(&mut self, lead: Lead, have: usize) -> Form {
         self.entry()
             .mark_floor
             .fetch_min(lead.mark.floor.0, Ordering::Relaxed);
@@ -29,6 +29,10 @@ impl Session {
         if lead.form == Form::Extended && self.skip.is_some() {
             self.tracker.hold_commit();
             return Form::ExtendedHeld;
+        }
+        if lead.form == Form::Extended && self.is_countable_query(lead.plain, have) {
+            self.tracker.keep_simple();
+            return Form::AsIs;
         }
         lead.form
     }

@@ -93,6 +93,12 @@ impl Session {
         self.resolved_front();
     }
 
+    /// The same, for one whose answer was counted.
+    pub(super) fn finish_counted(&mut self) {
+        self.forget_rerun();
+        self.finish_front();
+    }
+
     /// The transaction of the exchange in front has ended on the backend that is gone.
     fn resolved_front(&mut self) {
         self.tracker.committed_front();
@@ -289,7 +295,7 @@ pub(super) fn retryable(reason: &str) -> ErrorFields {
 /// The reply that a committed exchange would have got, without its first `delivered` messages and
 /// without ReadyForQuery.
 #[must_use]
-fn committed_reply(messages: &[u8], delivered: u64, tag: &str) -> BytesMut {
+pub(super) fn committed_reply(messages: &[u8], delivered: u64, tag: &str) -> BytesMut {
     let mut out = BytesMut::new();
     let mut rest = messages;
     let mut parts: Vec<BytesMut> = Vec::new();

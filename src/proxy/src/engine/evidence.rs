@@ -15,6 +15,7 @@ use helios_api::{Epoch, Lsn, SessionId, Timeline, Xid};
 use helios_session::evidence::{Ended, Fate, Gtid, Mark, described, full_id};
 use helios_session::state::literal;
 
+use super::counting::Changes;
 use super::gate::{GateState, Phase};
 use super::link::Link;
 use super::registry::lock;
@@ -37,9 +38,11 @@ const SCHEMA: &str = "helios";
 #[derive(Debug)]
 pub(super) struct Found {
     epoch: Epoch,
-    link: Link,
+    pub(super) link: Link,
     read: Option<((Epoch, Timeline), Lsn)>,
     log: Log,
+    /// What marked transactions did, once that was asked.
+    pub(super) changes: Option<Changes>,
 }
 
 /// What a part of the log tells.
@@ -164,7 +167,7 @@ async fn prepare(link: &mut Link) -> Result<(), ReplayError> {
 }
 
 /// The extension's schema, as an identifier.
-async fn schema(link: &mut Link) -> Result<Option<String>, ReplayError> {
+pub(super) async fn schema(link: &mut Link) -> Result<Option<String>, ReplayError> {
     let sql = "SELECT pg_catalog.quote_ident(n.nspname) FROM pg_catalog.pg_extension AS e \
                JOIN pg_catalog.pg_namespace AS n ON n.oid = e.extnamespace \
                WHERE e.extname = 'pg_walinspect'";
@@ -243,7 +246,7 @@ pub(super) async fn outcome(
 impl Found {
     /// The one in `slot`, if it is of this epoch. It is taken out while it is used: a question that
     /// is broken off leaves no half-read answer.
-    async fn take(
+    pub(super) async fn take(
         slot: &mut Option<Self>,
         shared: &Shared,
         topology: &Topology,
@@ -256,7 +259,25 @@ impl Found {
             link: connect(shared, topology).await?,
             read: None,
             log: Log::default(),
+            changes: None,
         })
+    }
+
+    /// The id of the transaction with a mark, as log records and locks show it.
+    ///
+    /// # Errors
+    /// The connection's; it may be tried again.
+    pub(super) async fn record_of(
+        &mut self,
+        shared: &Shared,
+        topology: &Topology,
+        ran_on: (Epoch, Timeline),
+        mark: Mark,
+    ) -> Result<Option<u32>, ReplayError> {
+        let all = self
+            .read(shared, topology, ran_on, mark.floor, true)
+            .await?;
+        Ok(self.log.marks.get(&mark.gtid).copied().filter(|_| all))
     }
 
     async fn fate(
@@ -325,6 +346,11 @@ impl Found {
     }
 }
 
+/// Whether the log of a primary has come to its end: none of its transactions goes on.
+pub(super) fn has_ended(topology: &Topology, ran_on: (Epoch, Timeline)) -> bool {
+    matches!(until(topology, ran_on), Until::Fork(_))
+}
+
 fn until(topology: &Topology, ran_on: (Epoch, Timeline)) -> Until {
     if topology.epoch == ran_on.0 || topology.timeline == ran_on.1 {
         return Until::Now;
@@ -337,7 +363,7 @@ fn until(topology: &Topology, ran_on: (Epoch, Timeline)) -> Until {
 }
 
 /// Everything that has committed up to now is in the log up to this position, and readable.
-async fn flushed(link: &mut Link) -> Result<Lsn, ReplayError> {
+pub(super) async fn flushed(link: &mut Link) -> Result<Lsn, ReplayError> {
     simple(link, "SET synchronous_commit = local").await?;
     // A commit of our own flushes all that came before, those without a wait among it.
     simple(

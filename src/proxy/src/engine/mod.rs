@@ -8,6 +8,7 @@ mod aborted;
 mod again;
 mod answers;
 pub mod bell;
+pub mod counting;
 mod events;
 pub mod evidence;
 mod feed;

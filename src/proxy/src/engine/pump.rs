@@ -96,13 +96,9 @@ impl Session {
             let mut form = Form::AsIs;
             match self.tracker.before(header.tag, frame, floor) {
                 Before::Go => {}
-                Before::Lead(lead) => form = self.set_mark(lead),
+                Before::Lead(lead) => form = self.set_mark(lead, have),
                 Before::Flush if self.skip.is_some() => return self.hold_sync(),
-                Before::Flush => {
-                    if let Some(server) = self.server.as_mut() {
-                        own::flush(&mut server.link.output);
-                    }
-                }
+                Before::Flush => self.flush_uncountable(),
                 Before::AskGid => self.ask_gid(),
                 Before::Wait => return Ok(()),
                 Before::Ask(ask) => {

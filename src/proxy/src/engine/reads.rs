@@ -56,7 +56,7 @@ pub(super) struct Proofs {
     epoch: Epoch,
     endpoint: Endpoint,
     database: String,
-    link: Link,
+    pub(super) link: Link,
     known: BTreeMap<Vec<String>, bool>,
 }
 
@@ -86,7 +86,7 @@ pub(super) async fn only_read(
 
 /// The connection to ask on. It is taken out while it is used: a question that is broken off leaves
 /// no half-read answer.
-async fn take(
+pub(super) async fn take(
     slot: &mut Option<Proofs>,
     shared: &Shared,
     topology: &Topology,
@@ -205,7 +205,8 @@ async fn prove(link: &mut Link, texts: &[String]) -> Result<bool, ReplayError> {
     Ok(false)
 }
 
-fn array(words: &BTreeSet<String>) -> String {
+/// Words as an array.
+pub(super) fn array(words: &BTreeSet<String>) -> String {
     let quoted = words
         .iter()
         .map(|w| format!("\"{}\"", w.replace('\\', "\\\\").replace('"', "\\\"")));
@@ -215,7 +216,7 @@ fn array(words: &BTreeSet<String>) -> String {
 
 /// Anything of these names, or any operator, cast or index support of the database's own, that may
 /// write: functions, tables with row security, foreign tables.
-fn suspicious(words: &BTreeSet<String>) -> String {
+pub(super) fn suspicious(words: &BTreeSet<String>) -> String {
     let (names, harmless) = (array(words), harmless());
     format!(
         "SELECT 1 FROM pg_catalog.pg_proc AS p \

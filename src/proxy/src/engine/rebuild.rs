@@ -72,7 +72,8 @@ impl Session {
                 Plan::Finish if self.forced.is_none() && self.skip.is_none() => {
                     self.finish_front();
                 }
-                Plan::Finish | Plan::ResultsLost => self.results_lost()?,
+                Plan::Finish => self.results_lost()?,
+                Plan::ResultsLost => self.deliver_counted(topology).await?,
                 Plan::ProveInside { at } => self.prove_inside(at, topology).await?,
                 Plan::FirstCommitted => self.first_committed()?,
                 Plan::Complete => self.deliver_commit()?,

@@ -12,6 +12,7 @@ use helios_session::ReplayMode;
 use helios_telemetry::metrics::Metrics;
 use tokio::sync::{Semaphore, broadcast, watch};
 
+use super::counting::Countable;
 use super::evidence::Found;
 use super::gate::Gate;
 use super::history::History;
@@ -155,6 +156,8 @@ pub struct Shared {
     pub(super) positions: Mutex<Positions>,
     /// Statements that were proven to read only.
     pub(super) proofs: tokio::sync::Mutex<Option<Proofs>>,
+    /// Statements whose answer the log can tell.
+    pub(super) countable: Countable,
     /// Marks found for the move under way: one reading of the log serves all sessions.
     pub(super) found: tokio::sync::Mutex<Option<Found>>,
     /// What is counted of protection.
@@ -202,6 +205,7 @@ impl Shared {
             worked: Mutex::default(),
             positions: Mutex::default(),
             proofs: tokio::sync::Mutex::default(),
+            countable: Countable::default(),
             found: tokio::sync::Mutex::default(),
             events: broadcast::Sender::new(EVENTS),
             report: Mutex::default(),

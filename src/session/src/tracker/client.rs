@@ -10,6 +10,7 @@ use super::{Ask, ClientStep, Named, Tracker, XidKnowledge};
 use crate::ReplayMode;
 use crate::expect::{Expect, Owner};
 use crate::keyword::{Hint, Unit, hint, touches_session, unit};
+use crate::plain;
 use crate::script::Speaks;
 use crate::state::Prepared;
 
@@ -255,6 +256,7 @@ fn look_at_parse(frame: &[u8], body: &[u8]) -> Looked {
         parse: Arc::from(frame),
         hint: hint(sql),
         unit: unit(sql),
+        plain: plain::key(sql),
         touches,
         made_inside: false,
         columns: None,

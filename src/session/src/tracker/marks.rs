@@ -55,6 +55,7 @@ impl Tracker {
                 floor,
             },
             form,
+            plain: self.plain_key_of(tag, frame, form),
             prepare: self.marking != Marking::Prepared,
         };
         self.lead = Some(lead);
@@ -213,6 +214,14 @@ impl Tracker {
     pub fn hold_commit(&mut self) {
         if let Some(lead) = self.lead.as_mut().filter(|l| l.form == Form::Extended) {
             lead.form = Form::ExtendedHeld;
+        }
+    }
+
+    /// The simple query that [`Before::Lead`] was answered for stays one: its answer, which comes
+    /// behind the commit, can be counted.
+    pub fn keep_simple(&mut self) {
+        if let Some(lead) = self.lead.as_mut() {
+            lead.form = Form::AsIs;
         }
     }
 

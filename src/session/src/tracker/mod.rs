@@ -24,11 +24,13 @@ mod client;
 mod endings;
 mod marks;
 mod named;
+mod plain;
 mod server;
 mod temporary;
 mod texts;
 
 use marks::Marking;
+pub use plain::Runs;
 pub use texts::until_zero;
 
 /// A question that the proxy asks the server on its own behalf, in the flight of a client's
@@ -55,6 +57,8 @@ pub struct Lead {
     pub speaks: Speaks,
     /// The frame holds several statements.
     pub script: Option<Script>,
+    /// The key of the plain statement that the frame runs ([`crate::plain`]).
+    pub plain: Option<crate::plain::Key>,
 }
 
 /// How a client's frame is sent.
@@ -63,8 +67,8 @@ pub enum Form {
     /// As it is.
     #[default]
     AsIs,
-    /// A simple query in its extended form, with a Flush in front of the Sync: the server answers
-    /// a simple query only after the commit.
+    /// A simple query in its extended form, as a rule with a Flush in front of the Sync: the server
+    /// answers a simple query only after the commit.
     Extended,
     /// The same for COPY … FROM STDIN: Flush and Sync follow the end of the data.
     ExtendedCopy,
@@ -79,7 +83,8 @@ pub enum Before {
     Go,
     /// Now, behind this mark.
     Lead(Lead),
-    /// Now, behind a Flush: the results are to be known before the commit begins.
+    /// Now, behind a Flush: the results are to be known before the commit begins, unless the log
+    /// can tell them ([`Tracker::plain_key`]).
     Flush,
     /// Now, behind the question for the prepared transaction that it ends
     /// ([`Tracker::take_gid`]).
@@ -326,7 +331,8 @@ impl Tracker {
         if let (Some(lead), Some(last)) = (lead, self.journal.in_flight_mut().back_mut()) {
             last.mark = Some(lead.mark);
             last.speaks = lead.speaks;
-            last.statements = lead.script.map_or(0, |s| s.statements);
+            let whole = tag == frontend::QUERY && form == Form::AsIs;
+            last.statements = lead.script.map_or(usize::from(whole), |s| s.statements);
             last.touches |= lead.script.is_some_and(|s| s.session);
             last.sync_owed = matches!(form, Form::ExtendedCopy | Form::ExtendedHeld);
             if tag == frontend::QUERY {
@@ -334,6 +340,7 @@ impl Tracker {
                 looked.unit = Some(Unit::Writes);
             }
         }
+        self.note_plain(tag, frame, lead);
         self.note(tag, frame, &looked);
         step.closed = self.back_closed();
         if step.closed && self.wants_ask_after() {
