@@ -138,7 +138,7 @@ need_node() {
 # Debian's wrapper scripts count too: psql and pgbench are taken from beside the server.
 client_directory() {
     local key dir
-    key="$(cd e2e/clients && cat requirements.txt package.json ClientJdbc.java | sha256sum | cut -c1-16)"
+    key="$(cd e2e/clients && cat requirements.txt package.json *.java | sha256sum | cut -c1-16)"
     dir="$cache/clients-$key"
     mkdir -p "$cache"
     exec 9>"$dir.lock"
@@ -154,8 +154,8 @@ client_directory() {
         cp e2e/clients/package.json "$dir/node/"
         (cd "$dir/node" && npm install --silent --no-audit --no-fund >&2 </dev/null) \
             || die "node-postgres could not be installed" "see the message of npm above"
-        javac -d "$dir/java" -cp /usr/share/java/postgresql.jar e2e/clients/ClientJdbc.java >&2 \
-            || die "the JDBC client program does not compile"
+        javac -d "$dir/java" -cp /usr/share/java/postgresql.jar e2e/clients/*.java >&2 \
+            || die "the JDBC client programs do not compile"
         touch "$dir/complete"
     fi
     echo "$dir"

@@ -15,7 +15,7 @@ use crate::script::{comment, token};
 const LIMIT: usize = 4096;
 
 /// What the statement does to its table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verb {
     /// `INSERT INTO … VALUES`.
     Insert,
@@ -39,7 +39,7 @@ impl Verb {
 }
 
 /// A plain statement.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Plain {
     /// What it does.
     pub verb: Verb,

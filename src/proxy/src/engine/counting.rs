@@ -25,7 +25,7 @@ use super::evidence::{Found, flushed, has_ended, schema};
 use super::gate::Phase;
 use super::link::Link;
 use super::own;
-use super::reads::{self, suspicious};
+use super::reads::{self, Proofs, suspicious};
 use super::rebuild::{Attempt, retry};
 use super::registry::lock;
 use super::replay::{ReplayError, simple};
@@ -212,7 +212,8 @@ async fn counted(
 ) -> Result<Counted, ReplayError> {
     let mut slot = shared.proofs.lock().await;
     let mut proofs = reads::take(&mut slot, shared, topology, database).await?;
-    let table = table(&mut proofs.link, plain).await?;
+    let ended = has_ended(topology, ran_on);
+    let Looked { table, until } = proofs.look(shared, plain, ended).await?;
     *slot = Some(proofs);
     drop(slot);
     // The log is read to behind that: what has changed the table meanwhile is in it.
@@ -222,7 +223,7 @@ async fn counted(
         Some(id) => Some(id),
         None => found.record_of(shared, topology, ran_on, mark).await?,
     };
-    let read = read(&mut found, (shared, topology), ran_on, mark.floor).await?;
+    let read = read(&mut found, (shared, topology), (ran_on, mark.floor), until).await?;
     let counted = match (&found.changes, record) {
         (Some(changes), Some(record)) if read => {
             let redefined = table
@@ -241,6 +242,8 @@ async fn counted(
 #[derive(Debug)]
 pub(super) struct Changes {
     ran_on: (Epoch, Timeline),
+    /// When its end was asked for.
+    at: u64,
     from: Lsn,
     to: Lsn,
     of: HashMap<u32, Vec<Change>>,
@@ -261,24 +264,33 @@ impl Changes {
     }
 }
 
-/// Reads the log from `floor` to its end, or, of a timeline that has ended, what was added since;
-/// `false` when not all of it can be read any more.
+/// Reads the log from `floor` to where it stood at `until` or later. Of a timeline that has ended
+/// it reads on from what others have read. `false` when not all of it can be read any more.
 async fn read(
     found: &mut Found,
     (shared, topology): (&Shared, &Topology),
-    ran_on: (Epoch, Timeline),
-    floor: Lsn,
+    (ran_on, floor): ((Epoch, Timeline), Lsn),
+    until: u64,
 ) -> Result<bool, ReplayError> {
-    let end = flushed(&mut found.link).await?;
     // Of a transaction that goes on, what follows would be missing.
     let ended = has_ended(topology, ran_on);
     let usable = |c: &Changes| ended && c.ran_on == ran_on && c.from <= floor;
+    if found
+        .changes
+        .as_ref()
+        .is_some_and(|c| usable(c) && c.at >= until)
+    {
+        return Ok(true);
+    }
+    let at = shared.now_micros();
+    let end = flushed(&mut found.link).await?;
     let mut changes = match found.changes.take().filter(usable) {
         Some(changes) => changes,
         None => {
             let from = shared.registry.lowest_mark().min(floor);
             Changes {
                 ran_on,
+                at,
                 from,
                 to: from,
                 of: HashMap::new(),
@@ -293,6 +305,7 @@ async fn read(
         changes.of.clear();
         all = scan(&mut found.link, &mut changes, end).await?;
     }
+    changes.at = at;
     found.changes = Some(changes).filter(|_| all);
     Ok(all)
 }
@@ -366,6 +379,41 @@ fn changes_query(schema: &str, from: Lsn, end: Lsn) -> String {
            regexp_matches(told, 'relcache ([0-9]+)', 'g') AS changed \
            WHERE manager IN ('Transaction', 'Standby') GROUP BY 2"
     )
+}
+
+/// What was found in the catalogs, and when they had been read.
+#[derive(Debug, Clone)]
+struct Looked {
+    table: Option<Table>,
+    until: u64,
+}
+
+/// What was found for plain statements.
+#[derive(Debug, Default)]
+pub(super) struct Tables(HashMap<Plain, Looked>);
+
+impl Proofs {
+    /// The table of a plain statement, by catalogs that were read after the statement was sent:
+    /// what has changed since is in the log behind its mark. One that `ended` with a primary of
+    /// the past was sent before anything was read here.
+    async fn look(
+        &mut self,
+        shared: &Shared,
+        plain: &Plain,
+        ended: bool,
+    ) -> Result<Looked, ReplayError> {
+        if let Some(looked) = self.tables.0.get(plain).filter(|_| ended) {
+            return Ok(looked.clone());
+        }
+        let table = table(&mut self.link, plain).await?;
+        let until = shared.now_micros();
+        let looked = Looked { table, until };
+        if self.tables.0.len() >= STATEMENTS {
+            self.tables.0.clear();
+        }
+        self.tables.0.insert(plain.clone(), looked.clone());
+        Ok(looked)
+    }
 }
 
 /// The table of a plain statement, where the statement does nothing but what it says: there is one

@@ -15,6 +15,7 @@ use helios_session::reads::{names, words};
 use helios_session::script::{Inside, inside_block};
 use helios_session::state::literal;
 
+use super::counting::Tables;
 use super::link::Link;
 use super::replay::{ReplayError, simple};
 use super::shared::Shared;
@@ -58,6 +59,8 @@ pub(super) struct Proofs {
     database: String,
     pub(super) link: Link,
     known: BTreeMap<Vec<String>, bool>,
+    /// What tables plain statements have.
+    pub(super) tables: Tables,
 }
 
 /// Whether none of these statements, which ran in `database`, can have written.
@@ -168,6 +171,7 @@ async fn open(shared: &Shared, topology: &Topology, database: &str) -> Result<Pr
         database: database.to_owned(),
         link,
         known: BTreeMap::new(),
+        tables: Tables::default(),
     })
 }
 
