@@ -13,7 +13,8 @@ import java.util.Properties;
 public final class Settlement {
     private static final BufferedReader INPUT =
             new BufferedReader(new InputStreamReader(System.in));
-    private static final int ROWS = 100_000;
+    private static final int ROWS = Integer.parseInt(
+            System.getenv().getOrDefault("HELIOS_SETTLEMENT_ROWS", "100000"));
     private static final int BATCHES = 10;
     private static final int ACCOUNTS = 500;
 

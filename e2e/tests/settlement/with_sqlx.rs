@@ -8,9 +8,16 @@ use sqlx::{
     AssertSqlSafe, ConnectOptions as _, Connection as _, Executor as _, PgConnection, Row as _,
 };
 
-const ROWS: i64 = 100_000;
 const BATCHES: i64 = 10;
 const ACCOUNTS: i64 = 500;
+
+/// The number of trades, from the environment as for the other programs.
+fn trades() -> Result<i64> {
+    match std::env::var("HELIOS_SETTLEMENT_ROWS") {
+        Ok(rows) => Ok(rows.parse()?),
+        Err(_) => Ok(100_000),
+    }
+}
 
 fn amount(n: i64) -> i64 {
     n * 7919 % 10007
@@ -33,22 +40,23 @@ pub(crate) async fn program(
         .database(&target.database)
         .ssl_mode(PgSslMode::Disable);
     let mut conn = options.connect().await?;
-    prepare(&mut conn).await?;
-    settle(&mut conn, &mut switch).await?;
+    let rows = trades()?;
+    prepare(&mut conn, rows).await?;
+    settle(&mut conn, rows, &mut switch).await?;
     let left = "select (select count(*) from trades), (select count(*) from fees)";
     let left: (i64, i64) = sqlx::query_as(left).fetch_one(&mut conn).await?;
-    same("what is left", left, (ROWS, ROWS))?;
+    same("what is left", left, (rows, rows))?;
     conn.close().await?;
 
     let mut conn = options.connect().await?;
     let settled = "select account::bigint, amount, fees from settled order by account";
     let settled: Vec<(i64, i64, i64)> = sqlx::query_as(settled).fetch_all(&mut conn).await?;
-    same("settled", settled, expected())?;
+    same("settled", settled, expected(rows))?;
     conn.execute("drop table settled").await?;
     Ok(conn.close().await?)
 }
 
-async fn prepare(conn: &mut PgConnection) -> Result<()> {
+async fn prepare(conn: &mut PgConnection, rows: i64) -> Result<()> {
     conn.execute("drop table if exists settled").await?;
     conn.execute("create table settled (account int primary key, amount bigint, fees bigint)")
         .await?;
@@ -57,7 +65,7 @@ async fn prepare(conn: &mut PgConnection) -> Result<()> {
     }
     let trades = format!(
         "create temporary table trades as select n as id, n % {ACCOUNTS} as account, \
-         n * 7919::bigint % 10007 as amount from generate_series(1, {ROWS}) n"
+         n * 7919::bigint % 10007 as amount from generate_series(1, {rows}) n"
     );
     conn.execute(AssertSqlSafe(trades)).await?;
     conn.execute("create index on trades (account)").await?;
@@ -67,6 +75,7 @@ async fn prepare(conn: &mut PgConnection) -> Result<()> {
 
 async fn settle(
     conn: &mut PgConnection,
+    rows: i64,
     switch: &mut impl AsyncFnMut() -> Result<()>,
 ) -> Result<()> {
     let mut transaction = conn
@@ -85,7 +94,7 @@ async fn settle(
         transaction
             .execute(AssertSqlSafe(format!("execute charge ({batch})")))
             .await?;
-        let numbers = || (1..=ROWS).filter(|n| n % BATCHES == batch);
+        let numbers = || (1..=rows).filter(|n| n % BATCHES == batch);
         charged += i64::try_from(numbers().count())?;
         fees += numbers().map(fee).sum::<i64>();
         switch().await?;
@@ -108,9 +117,9 @@ async fn settle(
 }
 
 /// What is settled, by account: amounts and fees.
-fn expected() -> Vec<(i64, i64, i64)> {
+fn expected(rows: i64) -> Vec<(i64, i64, i64)> {
     let account = |a: i64| {
-        let numbers = || (1..=ROWS).filter(move |n| n % ACCOUNTS == a);
+        let numbers = || (1..=rows).filter(move |n| n % ACCOUNTS == a);
         (a, numbers().map(amount).sum(), numbers().map(fee).sum())
     };
     (0..ACCOUNTS).map(account).collect()
