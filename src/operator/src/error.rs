@@ -5,6 +5,9 @@ use helios_api::v1alpha1::valid::Invalid;
 /// Why something could not be done.
 #[derive(Debug, thiserror::Error)]
 pub enum OperatorError {
+    /// The registry of metrics refuses one: a bug.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
     /// The API server refused or could not be reached; tried again.
     #[error("API server: {0}")]
     Api(#[from] kube::Error),

@@ -18,6 +18,7 @@ mod conductor;
 mod error;
 mod http;
 mod leader;
+mod metrics;
 mod reconcile;
 mod secret;
 
@@ -49,17 +50,18 @@ pub struct Options {
 /// this starts it again.
 pub async fn run(options: Options, cancel: CancellationToken) -> Result<(), OperatorError> {
     let client = kube::Client::try_default().await?;
-    let leading = http::serve(options.http, cancel.clone()).await?;
+    let metrics = metrics::Metrics::new()?;
+    http::serve(options.http, metrics.clone(), cancel.clone()).await?;
     let lease = leader::Lease::new(client.clone(), &options);
     tokio::select! {
         () = lease.acquire() => {}
         () = cancel.cancelled() => return Ok(()),
     }
-    leading.set();
+    metrics.lead();
     tracing::info!(identity = options.identity, "leading");
     let work = cancel.child_token();
     let result = tokio::select! {
-        result = reconcile::run(client, options, work.clone()) => result,
+        result = reconcile::run(client, options, metrics, work.clone()) => result,
         () = lease.keep() => Err(OperatorError::LeaseLost),
     };
     work.cancel();

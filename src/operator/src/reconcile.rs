@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::build::{self, Built, Offers};
 use crate::conductor::{self, Handle, Input, Verdict};
+use crate::metrics::Metrics;
 use crate::{OperatorError, Options, secret};
 
 /// What exists for a cluster is compared with what should so often, if its spec has not changed:
@@ -43,6 +44,7 @@ pub(crate) struct World {
     pub(crate) options: Options,
     pub(crate) recorder: Recorder,
     pub(crate) pods: Store<Pod>,
+    pub(crate) metrics: Metrics,
     offers: Offers,
     conductors: Mutex<HashMap<Key, Handle>>,
     failures: Mutex<HashMap<Key, u32>>,
@@ -71,6 +73,7 @@ where
 pub(crate) async fn run(
     client: Client,
     options: Options,
+    metrics: Metrics,
     stop: CancellationToken,
 ) -> Result<(), OperatorError> {
     let reporter = Reporter {
@@ -86,6 +89,7 @@ pub(crate) async fn run(
         client: client.clone(),
         options,
         pods,
+        metrics,
         conductors: Mutex::default(),
         failures: Mutex::default(),
         applied: Mutex::default(),
@@ -172,6 +176,8 @@ fn key(cluster: &HeliosCluster) -> Key {
 
 fn retry(cluster: Arc<HeliosCluster>, error: &OperatorError, world: Arc<World>) -> Action {
     tracing::warn!(cluster = cluster.name_any(), %error, "reconciliation failed");
+    let (namespace, name) = key(&cluster);
+    world.metrics.failed((&namespace, &name));
     let mut failures = lock(&world.failures);
     let count = failures.entry(key(&cluster)).or_default();
     *count = count.saturating_add(1).min(16);

@@ -123,10 +123,16 @@ pub(crate) fn start(world: Arc<World>, input: Input) -> Handle {
         input: sender,
     };
     tokio::spawn(async move {
-        let name = receiver.borrow().cluster.name.clone();
+        let (namespace, name) = {
+            let input = receiver.borrow();
+            (input.cluster.namespace.clone(), input.cluster.name.clone())
+        };
         tokio::select! {
             result = conduct(Arc::clone(&world), receiver, poke) => match result {
-                Ok(()) => tracing::info!(cluster = name, "cluster is gone"),
+                Ok(()) => {
+                    world.metrics.forget((&namespace, &name));
+                    tracing::info!(cluster = name, "cluster is gone");
+                }
                 Err(error @ OperatorError::Overtaken(_)) => {
                     tracing::error!(cluster = name, %error, "ending");
                     world.fatal.cancel();

@@ -173,6 +173,8 @@ impl Reporter {
             return;
         }
         let mut status = people(input, state, obs, reachable);
+        let cluster = (&*self.cluster.namespace, &*self.cluster.name);
+        self.world.metrics.observe(cluster, &status);
         status.conditions = self.conditions(input, &status);
         let mut value = json!(status);
         // A merge leaves alone what is not named.
@@ -236,12 +238,15 @@ impl Reporter {
         let newest = state.operations.last().map_or(0, |op| op.id);
         let told = *self.told.get_or_insert(newest);
         for operation in state.operations.iter().filter(|op| op.id > told) {
-            let (type_, reason) = match operation.outcome {
-                Outcome::Succeeded => (EventType::Normal, "Completed"),
-                Outcome::Aborted { .. } => (EventType::Warning, "Aborted"),
-                Outcome::Diverted { .. } => (EventType::Warning, "Diverted"),
+            let (type_, reason, outcome) = match operation.outcome {
+                Outcome::Succeeded => (EventType::Normal, "Completed", "succeeded"),
+                Outcome::Aborted { .. } => (EventType::Warning, "Aborted", "aborted"),
+                Outcome::Diverted { .. } => (EventType::Warning, "Diverted", "diverted"),
             };
             let kind = kind(operation.kind);
+            let cluster = (&*self.cluster.namespace, &*self.cluster.name);
+            let metrics = &self.world.metrics;
+            metrics.ended(cluster, (kind, outcome), operation.pause_micros());
             let note = format!(
                 "{kind} from {} to {}: pause {} ms, {} sessions replayed, epoch {}",
                 operation.from,

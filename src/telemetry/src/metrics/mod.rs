@@ -74,6 +74,9 @@ pub enum ReplayResult {
 }
 
 impl ReplayResult {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Success, Self::Mismatch, Self::Error, Self::Timeout];
+
     fn label(self) -> &'static str {
         match self {
             Self::Success => "success",
@@ -96,6 +99,9 @@ pub enum CommitOutcome {
 }
 
 impl CommitOutcome {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Committed, Self::NotCommitted, Self::Unknown];
+
     fn label(self) -> &'static str {
         match self {
             Self::Committed => "committed",
@@ -200,6 +206,15 @@ impl Metrics {
         let r = Registry::new();
         let sessions = gauges(&r, n::SESSIONS, "state")?;
         let bytes = counters(&r, n::BYTES, &["direction"])?;
+        let replays = counters(&r, n::TRANSACTION_REPLAYS, &["result"])?;
+        let commit_resolutions = counters(&r, n::COMMIT_RESOLUTIONS, &["outcome"])?;
+        // An increase from nothing to 1 is invisible to Prometheus; one from 0 is not.
+        for result in ReplayResult::ALL {
+            replays.with_label_values(&[result.label()]);
+        }
+        for outcome in CommitOutcome::ALL {
+            commit_resolutions.with_label_values(&[outcome.label()]);
+        }
         Ok(Self(Arc::new(Handles {
             sessions: SessionState::ALL.map(|s| sessions.with_label_values(&[s.label()])),
             connections: counter(&r, n::CONNECTIONS)?,
@@ -210,7 +225,7 @@ impl Metrics {
             migrations: counters(&r, n::SESSION_MIGRATIONS, &["result", "reason"])?,
             migrations_failed: counter(&r, n::SESSION_MIGRATIONS_FAILED)?,
             migrations_successful: counter(&r, n::SESSION_MIGRATIONS_SUCCESSFUL)?,
-            replays: counters(&r, n::TRANSACTION_REPLAYS, &["result"])?,
+            replays,
             replay_seconds: register(
                 &r,
                 Histogram::with_opts(buckets(n::TRANSACTION_REPLAY_SECONDS))?,
@@ -221,7 +236,7 @@ impl Metrics {
             )?,
             losses_prevented: counter(&r, n::LOSSES_PREVENTED)?,
             lossy_promotions: counter(&r, n::LOSSY_PROMOTIONS)?,
-            commit_resolutions: counters(&r, n::COMMIT_RESOLUTIONS, &["outcome"])?,
+            commit_resolutions,
             pause_seconds: histograms(&r, n::PAUSE_SECONDS, "kind")?,
             phase_seconds: histograms(&r, n::MOVE_PHASE_SECONDS, "phase")?,
             exchanges: counter(&r, n::EXCHANGES)?,
@@ -465,6 +480,19 @@ mod tests {
         m.backend_gone("pg-1");
         m.backend_gone("never there");
         assert!(!m.render().contains("pg-1"));
+    }
+
+    #[test]
+    fn what_alerts_count_is_there_from_the_start() {
+        let text = Metrics::new().render();
+        for line in [
+            "helios_transaction_replays_total{result=\"mismatch\"} 0",
+            "helios_commit_resolutions_total{outcome=\"unknown\"} 0",
+            "helios_session_migrations_failed 0",
+            "helios_lossy_promotions_total 0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} not in:\n{text}");
+        }
     }
 
     #[test]

@@ -68,11 +68,33 @@ pub const SESSION_MIGRATIONS_STATE_BYTES: &str = "helios_session_migrations_stat
 /// Gauge: 1 when the `instance` answered its last health check, else 0.
 pub const BACKEND_UP: &str = "helios_backend_up";
 
+/// Gauge: 1 when this replica of the operator leads, else 0.
+pub const OPERATOR_LEADING: &str = "helios_operator_leading";
+/// Counter: reconciliations of a cluster that failed and were tried again, by `namespace` and
+/// `cluster`.
+pub const RECONCILE_FAILURES: &str = "helios_operator_reconcile_failures_total";
+/// Gauge: 1 when a cluster's phase is Ready, else 0, by `namespace` and `cluster`; so are the next.
+pub const CLUSTER_READY: &str = "helios_cluster_ready";
+/// Gauge: instances that exist.
+pub const CLUSTER_INSTANCES: &str = "helios_cluster_instances";
+/// Gauge: instances that serve in their role.
+pub const CLUSTER_INSTANCES_READY: &str = "helios_cluster_instances_ready";
+/// Gauge: standbys that commits wait for and that are up.
+pub const CLUSTER_CONFIRMING: &str = "helios_cluster_confirming_standbys";
+/// Gauge, bytes: what a standby has not replayed yet, by `instance` too; none when it is not known.
+pub const CLUSTER_LAG_BYTES: &str = "helios_cluster_lag_bytes";
+/// Counter: operations that ended while this replica led, by `kind` (`switchover`, `failover`,
+/// `restart`) and `outcome` (`succeeded`, `aborted`, `diverted`) too.
+pub const CLUSTER_OPERATIONS: &str = "helios_cluster_operations_total";
+/// Histogram, seconds: what sessions may have noticed of an operation, by `kind` too.
+pub const CLUSTER_PAUSE_SECONDS: &str = "helios_cluster_pause_seconds";
+
 /// Shows that a metric was added without a help text; a test refuses it.
-pub(super) const NO_HELP: &str = "no help";
+pub const NO_HELP: &str = "no help";
 
 /// The help text of a metric.
-pub(super) fn help(name: &str) -> &'static str {
+#[must_use]
+pub fn help(name: &str) -> &'static str {
     match name {
         SESSIONS => "client sessions by state",
         BYTES => "bytes of protocol traffic by direction",
@@ -100,6 +122,15 @@ pub(super) fn help(name: &str) -> &'static str {
         SESSION_MIGRATIONS_STARTED => "session migrations that began by reason",
         SESSION_MIGRATIONS_STATE_BYTES => "bytes of journal and state of sessions that moved",
         BACKEND_UP => "1 when the instance answered its last health check",
+        OPERATOR_LEADING => "1 when this replica of the operator leads",
+        RECONCILE_FAILURES => "reconciliations of a cluster that failed",
+        CLUSTER_READY => "1 when the cluster is ready",
+        CLUSTER_INSTANCES => "instances that exist",
+        CLUSTER_INSTANCES_READY => "instances that serve in their role",
+        CLUSTER_CONFIRMING => "standbys that commits wait for and that are up",
+        CLUSTER_LAG_BYTES => "bytes that a standby has not replayed yet",
+        CLUSTER_OPERATIONS => "operations that ended by kind and outcome",
+        CLUSTER_PAUSE_SECONDS => "seconds that sessions may have noticed of an operation",
         _ => NO_HELP,
     }
 }
