@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use helios_api::InstanceName;
 
+use crate::plugin::PluginArgs;
+
 /// What `--help` says of the exit status.
 pub(crate) const EXIT_CODES: &str = "\
 Exit status:
@@ -79,8 +81,14 @@ pub(crate) enum Command {
     Agent(AgentArgs),
     /// Keep HeliosClusters on Kubernetes as they are described
     Operator(OperatorArgs),
+    /// Look after HeliosClusters on Kubernetes; as kubectl-helios in PATH: "kubectl helios"
+    Kubectl(PluginArgs),
     /// Print the CustomResourceDefinitions
-    Crds,
+    Crds {
+        /// Print the schema of the values of charts/helios-cluster instead
+        #[arg(long, hide = true)]
+        values_schema: bool,
+    },
     /// Copy this program to a file (init containers put the agent into PostgreSQL's images)
     #[command(hide = true)]
     CopyTo {
@@ -373,6 +381,18 @@ pub(crate) struct ProxyArgs {
     /// Folder with ca.crt, tls.crt and tls.key for that port
     #[arg(long, value_name = "DIR")]
     pub(crate) tls_dir: Option<PathBuf>,
+    /// Show sessions on this address too, to whoever reaches it: a loopback one
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "control", value_parser = loopback)]
+    pub(crate) inspect: Option<std::net::SocketAddr>,
+}
+
+/// An address that nobody reaches from outside of the machine, or of the Pod.
+fn loopback(text: &str) -> Result<std::net::SocketAddr, String> {
+    let address: std::net::SocketAddr = text.parse().map_err(|e| format!("{e}"))?;
+    if address.ip().is_loopback() {
+        return Ok(address);
+    }
+    Err("only a loopback address: what is shown there is shown to anybody".to_owned())
 }
 
 /// `NAME=VALUE`.
@@ -444,6 +464,8 @@ mod tests {
             "helios local start --instances 10",
             "helios local start --mode all",
             "helios local fence PG_1",
+            "helios proxy --control 0.0.0.0:1 --tls-dir . --inspect 0.0.0.0:2",
+            "helios kubectl",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

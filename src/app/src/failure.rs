@@ -21,6 +21,14 @@ impl Failure {
         }
     }
 
+    /// Whoever would have to do it does not answer.
+    pub(crate) fn unreachable(message: impl Into<String>) -> Self {
+        Self {
+            code: 3,
+            message: message.into(),
+        }
+    }
+
     /// A value on the command line or in a file cannot work.
     pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self {

@@ -6,6 +6,7 @@ mod commands;
 mod demo;
 mod failure;
 mod out;
+mod plugin;
 mod table;
 
 use std::path::Path;
@@ -19,7 +20,15 @@ use cli::{Cli, Command, LocalCommand, LogArgs, LogFormatArg};
 use failure::Failure;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match plugin_name() {
+        Some(plugin::COMPLETE) => return complete(),
+        Some(_) => {
+            let plugin::PluginCli { log, plugin } = plugin::PluginCli::parse();
+            let command = Command::Kubectl(plugin);
+            Cli { log, command }
+        }
+        None => Cli::parse(),
+    };
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -31,11 +40,32 @@ fn main() -> ExitCode {
     }
 }
 
+/// The plugin's name, if this program was started under it.
+fn plugin_name() -> Option<&'static str> {
+    let path = std::env::args_os().next()?;
+    let name = Path::new(&path).file_name()?.to_str()?.to_owned();
+    [plugin::NAME, plugin::COMPLETE]
+        .into_iter()
+        .find(|known| *known == name)
+}
+
+/// kubectl asks what comes next on its command line. Nothing is a good answer.
+fn complete() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    if let Ok(runtime) = runtime {
+        runtime.block_on(plugin::complete(&words));
+    }
+    ExitCode::SUCCESS
+}
+
 fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
         Command::Completions { shell } => return completions(*shell),
         Command::Proxy(args) if args.check => return commands::proxy::check(args),
-        Command::Crds => return commands::kubernetes::crds(),
+        Command::Crds { values_schema } => return commands::kubernetes::crds(*values_schema),
         Command::CopyTo { path } => return commands::kubernetes::copy_to(path),
         // The first process of a container has to reap what others leave; that is all it does.
         Command::Agent(_) if std::process::id() == 1 => return commands::first::run(),
@@ -68,10 +98,11 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             (Command::Switchover(args), _) => commands::show::switchover(args).await,
             (Command::Proxy(args), _) => Box::pin(commands::proxy::run(args)).await,
             (Command::Operator(args), _) => Box::pin(commands::kubernetes::operator(args)).await,
+            (Command::Kubectl(args), _) => Box::pin(plugin::run(args)).await,
             (
                 Command::Completions { .. }
                 | Command::Demo(_)
-                | Command::Crds
+                | Command::Crds { .. }
                 | Command::CopyTo { .. },
                 _,
             ) => Ok(()),

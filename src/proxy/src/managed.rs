@@ -57,6 +57,16 @@ impl Managed {
         self.0.stop.clone()
     }
 
+    /// What can be looked at and not commanded, for whoever is inside of the Pod: port-forwarding
+    /// leads there, which the API server's RBAC decides about.
+    pub fn inspection(&self) -> Router {
+        Router::new()
+            .route("/v1/status", get(status))
+            .route("/v1/sessions", get(sessions))
+            .route("/v1/protection", get(protection))
+            .with_state(self.clone())
+    }
+
     /// The control API, for the operator alone.
     pub fn orders(&self) -> Router {
         Router::new()

@@ -7,6 +7,8 @@ pub const FIELD_MANAGER: &str = "helios-operator";
 
 /// Asks for a switchover: `auto`, or an instance's name. Removed once the request is durable.
 pub const SWITCHOVER: &str = "heliosdb.io/switchover";
+/// Names of instances that are to be stopped and to stay so, with commas in between; or `*`.
+pub const FENCED: &str = "heliosdb.io/fenced";
 /// `paused`: the operator changes nothing about the cluster.
 pub const RECONCILE: &str = "heliosdb.io/reconcile";
 
@@ -28,6 +30,9 @@ pub const SERVICE_USER: &str = "helios";
 pub const POSTGRES_PORT: u16 = 5432;
 /// Port of the control API of agents and proxies (mutual TLS).
 pub const CONTROL_PORT: u16 = 8443;
+/// Port of a proxy's loopback interface that sessions are shown on (`kubectl helios sessions`
+/// forwards it); nothing can be commanded there.
+pub const INSPECT_PORT: u16 = 9188;
 /// Port of probes and metrics.
 pub const HTTP_PORT: u16 = 9187;
 

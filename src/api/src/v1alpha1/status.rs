@@ -88,7 +88,7 @@ impl ConditionType {
 pub struct InstanceStatus {
     /// Its name, which is that of its StatefulSet.
     pub name: String,
-    /// `primary`, `replica`, or what it is doing instead.
+    /// `primary`, `replica`, `fenced`, or what it is doing instead.
     pub role: String,
     /// Whether it serves in that role.
     pub ready: bool,

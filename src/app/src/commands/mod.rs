@@ -3,7 +3,7 @@
 pub(crate) mod first;
 pub(crate) mod kubernetes;
 pub(crate) mod local;
-mod protection;
+pub(crate) mod protection;
 pub(crate) mod proxy;
 pub(crate) mod serve;
 pub(crate) mod show;

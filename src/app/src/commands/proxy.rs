@@ -41,6 +41,11 @@ pub(crate) async fn run(args: &ProxyArgs) -> Result<(), Failure> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     if let (Some(control), Some(dir)) = (args.control, &args.tls_dir) {
         let managed = managed(config, control, dir).await?;
+        if let Some(address) = args.inspect {
+            let listener = listen(address).await?;
+            let router = managed.inspection();
+            tokio::spawn(async move { axum::serve(listener, router).await });
+        }
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}

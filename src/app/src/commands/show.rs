@@ -15,6 +15,21 @@ use crate::cli::{FailoverArgs, SessionsArgs, ShowArgs, SwitchoverArgs};
 use crate::failure::Failure;
 use crate::{out, table};
 
+/// What the columns of [`session`] are.
+pub(crate) const SESSION_HEAD: [&str; 11] = [
+    "SESSION",
+    "STATE",
+    "USER",
+    "DATABASE",
+    "APPLICATION",
+    "CLIENT",
+    "INSTANCE",
+    "IN TRANSACTION",
+    "JOURNAL",
+    "MOVES",
+    "PROTECTED",
+];
+
 /// `helios status`.
 pub(crate) async fn status(args: &ShowArgs) -> Result<(), Failure> {
     let status = LocalClient::new(absolute(&args.dir)?).status().await?;
@@ -43,22 +58,7 @@ pub(crate) async fn sessions(args: &SessionsArgs) -> Result<(), Failure> {
         return json(&sessions);
     }
     let rows: Vec<_> = sessions.iter().map(session).collect();
-    out::print(&table::render(
-        &[
-            "SESSION",
-            "STATE",
-            "USER",
-            "DATABASE",
-            "APPLICATION",
-            "CLIENT",
-            "INSTANCE",
-            "IN TRANSACTION",
-            "JOURNAL",
-            "MOVES",
-            "PROTECTED",
-        ],
-        &rows,
-    ));
+    out::print(&table::render(&SESSION_HEAD, &rows));
     Ok(())
 }
 
@@ -250,7 +250,8 @@ fn operation(o: &OperationRecord) -> Vec<String> {
     ]
 }
 
-fn session(s: &SessionInfo) -> Vec<String> {
+/// A session as a row.
+pub(crate) fn session(s: &SessionInfo) -> Vec<String> {
     let dash = || "-".to_owned();
     vec![
         s.id.to_string(),

@@ -56,6 +56,7 @@ fn pod(cluster: &ValidCluster, name: &str, image: &str) -> Value {
             "--config", format!("{}/{}", config::CONFIG, config::PROXY_FILE),
             "--control", format!("0.0.0.0:{}", names::CONTROL_PORT),
             "--tls-dir", config::TLS,
+            "--inspect", format!("127.0.0.1:{}", names::INSPECT_PORT),
         ],
         "ports": [
             {"name": "postgresql", "containerPort": names::POSTGRES_PORT, "protocol": "TCP"},

@@ -395,9 +395,12 @@ fn instance(
             InstanceState::Primary { position, .. } => Some(*position),
             _ => None,
         });
+    // By a person's word; that it has stopped is what its agent says.
+    let fenced = state.members.get(name).is_some_and(|m| m.fenced);
     let (role, ready, position) = match obs.agent(name).map(|a| &a.instance) {
         None => ("unknown", false, None),
         Some(InstanceState::Empty) => ("empty", false, None),
+        Some(InstanceState::Stopped { .. }) if fenced => ("fenced", false, None),
         Some(InstanceState::Stopped { .. }) => ("stopped", false, None),
         Some(InstanceState::Starting { .. }) => ("starting", false, None),
         Some(InstanceState::Unresponsive { .. }) => ("unresponsive", false, None),
