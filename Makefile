@@ -8,10 +8,10 @@ CLIENTS ?= 8
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-versions test-kubernetes kubernetes-up kubernetes-down bench lint fuzz chaos
+.PHONY: help demo test test-versions e2e e2e-cluster-up e2e-cluster-down charts bench lint fuzz chaos
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 	@echo
 	@echo "make demo ARGS='--switchovers 5 --crashes 5 --seed 7' passes options on to helios demo."
 
@@ -28,14 +28,17 @@ test-versions: ## a short round of the tests on every PostgreSQL from 15 to 18 t
 	@scripts/setup.sh demo
 	@scripts/test-versions.sh
 
-test-kubernetes: ## operator and chart on a real Kubernetes, built from Debian's packages (as root)
-	@scripts/kubernetes.sh test
+e2e: ## the operator on the Kubernetes of KUBECONFIG, or on one built from Debian's packages (as root)
+	@scripts/kubernetes.sh test $(ARGS)
 
-kubernetes-up: ## that Kubernetes, to keep: prints the path of its kubeconfig
+e2e-cluster-up: ## that Kubernetes, to keep: prints the path of its kubeconfig
 	@scripts/kubernetes.sh up
 
-kubernetes-down: ## ends it
+e2e-cluster-down: ## ends it
 	@scripts/kubernetes.sh down
+
+charts: ## the charts: values, schemas, alerts, and what is generated
+	@scripts/charts.sh
 
 bench: ## pgbench on PostgreSQL, PgBouncer and the proxy; writes docs/benchmarks.md
 	@scripts/setup.sh bench
