@@ -11,7 +11,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 packages=(etcd-server containerd runc containernetworking-plugins iptables iproute2 conntrack socat
-    golang-go golang-github-modern-go-reflect2-dev rsync make dpkg-dev buildah debootstrap openssl gcc libc6-dev)
+    golang-go golang-github-modern-go-reflect2-dev rsync make dpkg-dev buildah prometheus debootstrap openssl gcc libc6-dev)
 
 install_packages() {
     local missing=() package
@@ -136,6 +136,15 @@ TOML
 
 start_control_plane() {
     local bin="$1" pki="$cluster_dir/pki"
+    # What the operator asks for, for the test that compares it with what it may.
+    cat >"$cluster_dir/audit.yaml" <<'YAML'
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+  - {level: Metadata, users: ["system:serviceaccount:helios-system:helios-operator"]}
+  - {level: None}
+YAML
     # What a test writes need not survive a power cut.
     start etcd etcd --data-dir "$cluster_dir/etcd" --unsafe-no-fsync \
         --listen-client-urls http://127.0.0.1:23790 --advertise-client-urls http://127.0.0.1:23790 \
@@ -147,6 +156,7 @@ start_control_plane() {
         --service-cluster-ip-range "$service_range" --allow-privileged=true \
         --authorization-mode Node,RBAC --enable-admission-plugins NodeRestriction \
         --client-ca-file "$pki/ca.crt" \
+        --audit-policy-file "$cluster_dir/audit.yaml" --audit-log-path "$cluster_dir/logs/audit.log" \
         --tls-cert-file "$pki/apiserver.crt" --tls-private-key-file "$pki/apiserver.key" \
         --kubelet-certificate-authority "$pki/ca.crt" \
         --kubelet-client-certificate "$pki/admin.crt" --kubelet-client-key "$pki/admin.key" \

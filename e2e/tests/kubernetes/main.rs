@@ -1,10 +1,15 @@
-//! The operator on a real Kubernetes: `make test-kubernetes` builds one, installs the chart and
+//! The operator on a real Kubernetes: `make e2e` builds one where there is none, installs the chart and
 //! runs these. Judged by what clients were told and what the database holds.
 
 #![allow(
     clippy::print_stdout,
     reason = "what was measured, for whoever reads the log"
 )]
+
+mod charts;
+mod monitoring;
+mod plugin;
+mod readme;
 
 use std::time::{Duration, Instant};
 
@@ -23,10 +28,12 @@ const MOVED: Duration = Duration::from_secs(120);
 const WRITERS: i32 = 12;
 
 fn sample(name: &str) -> Result<String> {
-    let path = format!(
-        "{}/../manifests/samples/{name}.yaml",
-        env!("CARGO_MANIFEST_DIR")
-    );
+    manifest(&format!("samples/{name}"))
+}
+
+/// A file of `manifests`, with the image that the tests have.
+fn manifest(name: &str) -> Result<String> {
+    let path = format!("{}/../manifests/{name}.yaml", env!("CARGO_MANIFEST_DIR"));
     let image = std::env::var("HELIOS_POSTGRES_IMAGE")?;
     Ok(std::fs::read_to_string(path)?.replace("docker.io/library/postgres:17", &image))
 }
@@ -57,7 +64,12 @@ async fn cluster(space: &Namespace) -> Result<Value> {
 
 /// How a client comes to the proxies: by the Service's address, with the application's Secret.
 async fn client(space: &Namespace) -> Result<tokio_postgres::Config> {
-    let service = space.get("service", "pg").await?;
+    client_of(space, "pg").await
+}
+
+/// The same, of a cluster with another name.
+async fn client_of(space: &Namespace, name: &str) -> Result<tokio_postgres::Config> {
+    let service = space.get("service", name).await?;
     let address = format!("{}:5432", text(&service, "/spec/clusterIP"));
     // The node learns of a ready Pod a moment later than the API server.
     let deadline = Instant::now() + ROUTED;
@@ -67,13 +79,14 @@ async fn client(space: &Namespace) -> Result<tokio_postgres::Config> {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    let secret = format!("{name}-app");
     let mut config = tokio_postgres::Config::new();
     config
         .host(text(&service, "/spec/clusterIP"))
         .port(5432)
-        .user(space.secret("pg-app", "username").await?)
-        .password(space.secret("pg-app", "password").await?)
-        .dbname(space.secret("pg-app", "dbname").await?)
+        .user(space.secret(&secret, "username").await?)
+        .password(space.secret(&secret, "password").await?)
+        .dbname(space.secret(&secret, "dbname").await?)
         .connect_timeout(Duration::from_secs(20));
     Ok(config)
 }
@@ -99,7 +112,7 @@ async fn settled(space: &Namespace, id: i64) -> Result<Value> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn switchovers_by_annotation_lose_nothing() -> std::result::Result<(), Shown> {
     Ok(switchovers().await?)
 }
@@ -138,7 +151,7 @@ async fn switchovers() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_killed_postmaster_is_failed_over() -> std::result::Result<(), Shown> {
     Ok(failover().await?)
 }
@@ -166,7 +179,7 @@ async fn failover() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_primary_whose_pod_is_deleted_hands_over_first() -> std::result::Result<(), Shown> {
     Ok(deleted().await?)
 }
@@ -195,7 +208,7 @@ async fn deleted() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_primary_whose_pod_vanishes_is_replaced() -> std::result::Result<(), Shown> {
     Ok(vanished().await?)
 }
@@ -223,7 +236,7 @@ async fn vanished() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn an_operator_that_dies_during_a_switchover_is_succeeded() -> std::result::Result<(), Shown>
 {
     Ok(succession().await?)
@@ -265,7 +278,7 @@ async fn succession() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn what_is_wrong_is_named_and_changes_nothing() -> std::result::Result<(), Shown> {
     Ok(wrong().await?)
 }
