@@ -408,6 +408,9 @@ fn setting(text: &str) -> Result<(String, String), String> {
 /// `agent`.
 #[derive(Debug, Args)]
 pub(crate) struct AgentArgs {
+    /// Log what PostgreSQL logs, too
+    #[arg(long)]
+    pub(crate) forward_log: bool,
     /// The configuration (JSON)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: PathBuf,

@@ -120,7 +120,7 @@ fn postgres(cluster: &ValidCluster, name: &InstanceName) -> Value {
         "image": spec.image_name,
         "imagePullPolicy": spec.image_pull_policy.as_str(),
         "command": [
-            format!("{PROGRAM}/helios"), "agent", "--log-format", "json",
+            format!("{PROGRAM}/helios"), "agent", "--log-format", "json", "--forward-log",
             "--config", format!("{}/{name}.json", config::CONFIG),
         ],
         "ports": [
