@@ -76,8 +76,8 @@ impl Bench {
     pub async fn known(&self) -> Result<()> {
         let asked = format!(
             "select count(distinct query) from pg_stat_activity where usename = '{SERVICE}' \
-             and state = 'idle' and (query like '%pg_postmaster_start_time%' \
-             or query like '%pg_current_wal_flush_lsn%')"
+             and state = 'idle' and (query like 'SELECT pg_catalog.pg_postmaster_start_time()%' \
+             or query like 'SELECT pg_catalog.pg_current_wal_flush_lsn()%')"
         );
         let deadline = Instant::now() + KNOWN_LIMIT;
         while self.column(&asked).await? != ["2"] {
