@@ -18,6 +18,13 @@ use crate::Result;
 /// cores with as many switchovers.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(150);
 
+/// [`PROGRAM_LIMIT`], and what `HELIOS_LONG_SECONDS` asks a program to take, twice.
+fn program_limit() -> Duration {
+    let asked = std::env::var("HELIOS_LONG_SECONDS").ok();
+    let asked = asked.and_then(|s| s.parse().ok()).unwrap_or(0);
+    PROGRAM_LIMIT + Duration::from_secs(asked) * 2
+}
+
 /// Where a program is to connect to.
 #[derive(Debug, Clone)]
 pub struct Target {
@@ -122,7 +129,7 @@ impl Programs {
             let _ = stderr.read_to_string(&mut text).await;
             text
         });
-        let talked = timeout(PROGRAM_LIMIT, converse(&mut child, &mut on_switch)).await;
+        let talked = timeout(program_limit(), converse(&mut child, &mut on_switch)).await;
         if !matches!(talked, Ok(Ok(_))) {
             child.kill().await?;
         }

@@ -1,5 +1,6 @@
-//! Long work with temporary tables of its own, over many moves: five switchovers and five crashes in
-//! one transaction. The programs judge by their own data.
+//! Long work over many moves: five switchovers and five crashes in one transaction, of a settlement
+//! with temporary tables of its own and of many small statements. The programs judge by their own
+//! data.
 
 mod settlement {
     pub(crate) mod with_sqlx;
@@ -28,6 +29,14 @@ async fn a_settlement_by_jdbc_survives_five_switchovers_and_five_crashes()
 async fn a_settlement_by_sqlx_survives_five_switchovers_and_five_crashes()
 -> std::result::Result<(), Shown> {
     Ok(by_sqlx().await?)
+}
+
+/// Many small statements; with `HELIOS_LONG_STATEMENTS` and `HELIOS_LONG_SECONDS` more of them, for
+/// longer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_transaction_survives_five_switchovers_and_five_crashes()
+-> std::result::Result<(), Shown> {
+    Ok(with(Program::Python("long_transaction")).await?)
 }
 
 /// One crash, then one switchover, and so on.

@@ -38,6 +38,9 @@ const STATEMENTS: usize = 4096;
 /// After so long everything is looked at anew: a table may have got a trigger, or lost one.
 const AGE: Duration = Duration::from_secs(300);
 
+/// Most of the log that is read for answers, in bytes: others wait for it, a second or two.
+const LOG: u64 = 256 << 20;
+
 /// Pause after a question that found no answer.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -150,8 +153,8 @@ impl Session {
         }
     }
 
-    /// The same, for a simple query that is about to be sent.
-    /// `have` bytes of which are there.
+    /// Whether the log can tell the answer to a simple query that is about to be sent, of which
+    /// `have` bytes are there.
     pub(super) fn is_countable_query(&self, key: Option<Key>, have: usize) -> bool {
         let Some(key) = key else {
             return false;
@@ -313,6 +316,9 @@ async fn read(
 async fn scan(link: &mut Link, changes: &mut Changes, end: Lsn) -> Result<bool, ReplayError> {
     if changes.to >= end {
         return Ok(true);
+    }
+    if end.0.saturating_sub(changes.to.0) > LOG {
+        return Ok(false);
     }
     let Some(schema) = schema(link).await? else {
         return Ok(false);
