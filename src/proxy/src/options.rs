@@ -130,6 +130,7 @@ fn engine_options(config: &ProxyConfig) -> EngineOptions {
         capture_settings: migration.capture_set_parameters,
         capture_prepared: migration.capture_prepared_statements,
         capture_temporary: migration.capture_temp_tables,
+        capture_cursors: migration.capture_cursors,
         lost_notification: migration.lost_notification_payload.clone(),
         move_on_failure: config.triggers.on_backend_failure,
         move_on_maintenance: config.triggers.on_maintenance_signal,

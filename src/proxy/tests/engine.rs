@@ -380,11 +380,11 @@ async fn what_cannot_move_is_known_beforehand_and_never_lost_silently() {
         .await
         .unwrap();
     let temporary = (
-        "CREATE TEMP TABLE tt (a int); CREATE TEMP TABLE of_it () INHERITS (tt)",
+        "CREATE TEMP TABLE tt (a int); ALTER TABLE tt ENABLE ROW LEVEL SECURITY",
         "temporary object",
     );
     let held = (
-        "BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT 1; COMMIT",
+        "BEGIN; DECLARE c CURSOR WITH HOLD FOR SELECT ROW(1, 2); COMMIT",
         "cursor WITH HOLD",
     );
     for ((sql, what), crash, inside) in [

@@ -94,7 +94,7 @@ const COUNTS: &str = "SELECT coalesce(reason, 'protected'), transactions, statem
                       FROM helios_proxy.protection WHERE application_name = 'till' ORDER BY 1";
 
 /// What cannot be moved yet.
-const HELD: &str = "BEGIN; DECLARE held CURSOR WITH HOLD FOR SELECT 1; COMMIT";
+const HELD: &str = "BEGIN; DECLARE held CURSOR WITH HOLD FOR SELECT ROW(1, 2); COMMIT";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_report_counts_what_would_not_survive_and_why() {
@@ -231,7 +231,11 @@ async fn migrations_are_rows_events_and_metrics() {
         &idle,
         "SELECT error FROM helios_proxy.session_migrations WHERE error IS NOT NULL",
     );
-    assert_eq!(told.await, ["cursor WITH HOLD \"held\""]);
+    let told = told.await;
+    assert!(
+        told.len() == 1 && told[0].starts_with("cursor WITH HOLD: "),
+        "{told:?}"
+    );
 
     // Each has begun, and has ended once; bytes and reason are there.
     let mut by_session: BTreeMap<u64, Vec<String>> = BTreeMap::new();

@@ -246,7 +246,7 @@ fn skip_block_comment(mut rest: &[u8]) -> &[u8] {
 }
 
 /// Words that, anywhere in a text, make the session's state worth asking for afterwards.
-const SUSPICIOUS: [&[u8]; 5] = [b"temp", b"advisory", b"set_config", b"with hold", b"listen"];
+const SUSPICIOUS: [&[u8]; 5] = [b"temp", b"advisory", b"set_config", b"declare", b"listen"];
 
 /// Longest text that is searched; a longer one counts as suspicious.
 const SEARCH_LIMIT: usize = 16 * 1024;
@@ -257,7 +257,10 @@ pub fn touches_session(sql: &[u8]) -> bool {
     if sql.len() > SEARCH_LIMIT {
         return true;
     }
+    // DECLARE … WITH HOLD, whatever stands between its words; other cursors end by themselves.
+    let [temp, advisory, set_config, _, listen] = SUSPICIOUS;
     contains_any(sql, &SUSPICIOUS)
+        && contains_any(sql, &[temp, advisory, set_config, b"hold", listen])
 }
 
 /// Whether a text holds one of the words (in lower case), in any case.
@@ -378,11 +381,16 @@ mod tests {
             "create TEMP table x()",
             "select set_config('a','b',false)",
             "declare c cursor with hold for select 1",
+            "DECLARE c SCROLL CURSOR WITH\n\tHOLD FOR SELECT 1",
         ] {
             assert!(touches_session(yes.as_bytes()), "{yes}");
         }
-        assert!(!touches_session(
-            b"select abalance from pgbench_accounts where aid = $1"
-        ));
+        for no in [
+            "select abalance from pgbench_accounts where aid = $1",
+            "select threshold from household",
+            "declare c cursor for select 1",
+        ] {
+            assert!(!touches_session(no.as_bytes()), "{no}");
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! invariant of the crate: every backend message is explained by the head of the expected-reply
 //! queue, and what cannot be explained or proven is an error, never a guess.
 
+pub mod cursors;
 pub mod decide;
 pub mod evidence;
 pub mod expect;
@@ -11,6 +12,7 @@ pub mod grammar;
 pub mod journal;
 pub mod kept;
 pub mod keyword;
+pub mod last_values;
 pub mod locks;
 mod log;
 pub mod plain;

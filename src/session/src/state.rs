@@ -179,12 +179,10 @@ UNION ALL SELECT 'a', pg_catalog.concat_ws(' ', objsubid, classid, objid), mode 
 FROM pg_catalog.pg_locks \
 WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND granted \
 AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
-UNION ALL (SELECT 'x', 'temporary object', relname::pg_catalog.text FROM pg_catalog.pg_class \
-WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1) \
-UNION ALL (SELECT 'x', 'temporary object', proname::pg_catalog.text FROM pg_catalog.pg_proc \
-WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1) \
-UNION ALL (SELECT 'x', 'temporary object', typname::pg_catalog.text FROM pg_catalog.pg_type \
-WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)";
+UNION ALL (SELECT 'x', 'temporary object', pg_catalog.pg_describe_object(classid, objid, 0) \
+FROM pg_catalog.pg_depend WHERE refclassid OPERATOR(pg_catalog.=) \
+'pg_catalog.pg_namespace'::pg_catalog.regclass \
+AND refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)";
 
 /// [`SNAPSHOT_QUERY`], with the custom settings that the session may have set.
 #[must_use]

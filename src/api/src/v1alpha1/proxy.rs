@@ -150,6 +150,9 @@ pub struct SessionMigration {
     /// Whether temporary tables move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capture_temp_tables: Option<bool>,
+    /// Whether cursors WITH HOLD move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capture_cursors: Option<bool>,
     /// Most bytes of one session's journal on the proxy's disk, where it goes when it outgrows its
     /// memory; 0: none goes there.
     #[serde(default, skip_serializing_if = "Option::is_none")]

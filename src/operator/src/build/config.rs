@@ -210,6 +210,7 @@ fn migration(spec: &SessionMigration) -> Option<Value> {
             flag(spec.capture_prepared_statements),
         ),
         ("capture_temp_tables", flag(spec.capture_temp_tables)),
+        ("capture_cursors", flag(spec.capture_cursors)),
         ("transaction_buffer_path", Some(text(JOURNAL))),
         (
             "transaction_buffer_size",

@@ -23,7 +23,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
     (
         "session_migration",
         &[
-            "capture_cursors",
             "capture_advisory_locks",
             "transaction_buffer_mode",
             "max_buffered_duration",

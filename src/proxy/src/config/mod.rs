@@ -161,6 +161,8 @@ pub struct MigrationConfig {
     pub capture_prepared_statements: bool,
     /// Temporary tables move with their rows.
     pub capture_temp_tables: bool,
+    /// Cursors WITH HOLD move with their rows and positions.
+    pub capture_cursors: bool,
     /// Folder for journals that outgrow their memory; the system's for temporary files without it.
     pub transaction_buffer_path: Option<PathBuf>,
     /// Most bytes of one journal on disk; 0: none goes there.
@@ -179,6 +181,7 @@ impl Default for MigrationConfig {
             capture_set_parameters: true,
             capture_prepared_statements: true,
             capture_temp_tables: true,
+            capture_cursors: true,
             transaction_buffer_path: None,
             transaction_buffer_size: 1 << 30,
             transaction_buffer_total_size: 8 << 30,

@@ -226,6 +226,7 @@ fn migration(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Proble
             boolean,
         )
         .set("capture_temp_tables", &mut to.capture_temp_tables, boolean)
+        .set("capture_cursors", &mut to.capture_cursors, boolean)
         .set_some(
             "transaction_buffer_path",
             &mut to.transaction_buffer_path,

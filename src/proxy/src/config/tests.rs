@@ -81,6 +81,7 @@ verify_on_replay = true
 capture_set_parameters = true
 capture_prepared_statements = true
 capture_temp_tables = true
+capture_cursors = true
 transaction_buffer_path = "journals"
 transaction_buffer_size = "64MiB"
 transaction_buffer_total_size = "1GiB"

@@ -76,8 +76,7 @@ impl Session {
             return Some(Unprotected::StatementsNotCaptured);
         }
         let immovable = self.state.immovable.first().map(|(reason, _)| *reason);
-        let unkept = || self.temporary.is_some() && self.kept().is_none();
-        immovable.or_else(|| unkept().then_some(Unprotected::TemporaryObject))
+        immovable.or_else(|| self.own_unkept())
     }
 
     /// Begins to count the session's time.

@@ -1,43 +1,50 @@
-//! What makes the temporary objects of a session again: how it is read, held and run.
+//! What makes again what only a session's backend has: temporary objects, cursors WITH HOLD, the last
+//! values of sequences. How it is read, held and run.
 //!
-//! Touches one backend at a time, and memory or a file without a name for rows. The invariant: what
-//! is larger than its room, or refused by a server, is not kept, and the connection stays usable.
+//! Touches one backend at a time. The invariant: what is larger than its room, or refused by a
+//! server, is not kept, and the connection stays usable.
 
 use std::ops::Range;
 use std::sync::Mutex;
-use std::time::Duration;
 
-use bytes::BytesMut;
-use helios_journal::{Account, SpillFile};
-use helios_session::journal::Spill as _;
+use helios_session::last_values::{self, LastValue};
 use helios_session::temporary::{
-    AFTER_RESTORE, BEFORE_RESTORE, FINGERPRINT_QUERY, FLUSH_QUERY, OBJECTS_QUERY, Objects,
-    SETTINGS, Step,
+    AFTER_RESTORE, BEFORE_RESTORE, FLUSH_QUERY, Inventory, OTHERS_QUERY, Objects, SETTINGS, Step,
+    fingerprint_query,
 };
 use helios_wire::backend;
 use helios_wire::message::front;
 use tokio::sync::Semaphore;
 
+use super::asking::{Answer, Asking, Failure, Rows, SMALL};
+use super::cursors::{self, Standing};
 use super::link::{HIGH_WATER, Link};
-use super::own;
 use super::registry::lock;
-use super::replay::{ReplayError, describe_error, is_fatal, next_frame, text_row};
+use super::replay::{ReplayError, describe_error, next_frame, text_row};
 use super::shared::Shared;
 
-/// A backend that says nothing for so long is given up. One that goes on sending rows is not, however
-/// many they are: its tables would be lost with it.
-const SILENCE: Duration = Duration::from_secs(60);
+/// What there is to be kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Has {
+    /// Something in `pg_temp`.
+    pub objects: bool,
+    /// Cursors WITH HOLD.
+    pub cursors: bool,
+    /// Somebody has asked for `currval` or `lastval`.
+    pub last_values: bool,
+}
 
-/// Rows up to this size are kept in memory.
-const SMALL: usize = 256 * 1024;
-
-/// What makes the objects of a session again.
+/// What makes the session's own again.
 #[derive(Debug)]
 pub(super) struct Kept {
     steps: Vec<Made>,
     rows: Rows,
     /// What there is, for the next reading of its rows.
     objects: Vec<Step>,
+    cursors: Vec<Standing>,
+    last_values: Vec<LastValue>,
+    /// The backend that it was read from does not have it any more.
+    used_up: bool,
     /// As of when it was read, or made again last.
     state: Mutex<State>,
 }
@@ -49,16 +56,35 @@ struct State {
     objects: String,
     /// The same as long as no row and no sequence has.
     rows: String,
+    /// The same as long as nothing has that is no relation, where there is such.
+    others: Option<String>,
+    /// What tells the cursors apart, in their order.
+    cursors: String,
 }
 
 impl State {
-    /// From the rows of [`FINGERPRINT_QUERY`]; the state, and the bytes of the tables.
+    /// From the rows of [`fingerprint_query`], and the one of [`OTHERS_QUERY`] where that was asked;
+    /// the state, and the bytes of the tables.
     fn from_rows(rows: Vec<Vec<Option<String>>>) -> (Self, usize) {
-        let last = rows.into_iter().last().unwrap_or_default();
-        let mut columns = last.into_iter().map(Option::unwrap_or_default);
-        let mut next = || columns.next().unwrap_or_default();
-        let (objects, rows, bytes) = (next(), next(), next());
-        (Self { objects, rows }, bytes.parse().unwrap_or(usize::MAX))
+        let mut state = Self::default();
+        let mut bytes = usize::MAX;
+        for row in rows {
+            let mut columns = row.into_iter().map(Option::unwrap_or_default);
+            let mut next = || columns.next();
+            match (next(), next(), next(), next(), next()) {
+                (Some(objects), Some(rows), Some(size), Some(cursors), None) => {
+                    (state.objects, state.rows, state.cursors) = (objects, rows, cursors);
+                    bytes = size.parse().unwrap_or(usize::MAX);
+                }
+                (Some(others), None, ..) => state.others = Some(others),
+                _ => {}
+            }
+        }
+        (state, bytes)
+    }
+
+    fn same_objects(&self, other: &Self) -> bool {
+        self.objects == other.objects && self.others == other.others
     }
 
     /// Whether it tells of changes of rows, which are not counted where that is switched off.
@@ -75,168 +101,137 @@ enum Made {
     Rows(String, Range<usize>, Vec<u8>),
 }
 
-/// Copy messages, as they came.
-#[derive(Debug)]
-struct Rows {
-    memory: Vec<u8>,
-    disk: Option<SpillFile>,
-    accounts: [Account; 2],
+/// What tells whether anything was written, and how large the tables are.
+async fn state(asking: &mut Asking<'_>, last: Option<&Kept>) -> Result<(State, usize), Failure> {
+    asking.rows(FLUSH_QUERY).await?;
+    let fingerprint = fingerprint_query();
+    let others = last.is_some_and(|l| lock(&l.state).others.is_some());
+    let rows = match others {
+        true => asking.all_rows(&[&fingerprint, OTHERS_QUERY]).await?,
+        false => asking.rows(&fingerprint).await?,
+    };
+    Ok(State::from_rows(rows))
 }
 
-/// Why the objects could not be read.
-pub(super) enum Failure {
-    /// The backend is gone, with these last words.
-    Gone(Option<BytesMut>),
-    /// It goes on, and they are not kept.
-    Not(String),
-}
-
-impl From<std::io::Error> for Failure {
-    fn from(_: std::io::Error) -> Self {
-        Self::Gone(None)
-    }
-}
-
-impl From<ReplayError> for Failure {
-    fn from(_: ReplayError) -> Self {
-        Self::Gone(None)
-    }
-}
-
-impl Rows {
-    fn new(shared: &Shared) -> Self {
-        let disk = shared.options.spill.as_ref().map_or(0, |s| s.max_bytes);
-        Self {
-            memory: Vec::new(),
-            disk: None,
-            accounts: [
-                shared.pool.account(shared.options.max_journal_bytes),
-                shared.disk.account(disk),
-            ],
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        self.disk.as_ref().map_or(&self.memory, |disk| disk.bytes())
-    }
-
-    fn append(&mut self, frame: &[u8], shared: &Shared) -> Result<(), String> {
-        let size = self.bytes().len() + frame.len();
-        let full = |_| format!("no room for {size} bytes of rows");
-        if self.disk.is_none()
-            && size > SMALL
-            && let Some(spill) = &shared.options.spill
-        {
-            let file = SpillFile::create(&spill.folder, spill.max_bytes);
-            let folder = spill.folder.display();
-            let mut file = file.map_err(|e| format!("no file for them in \"{folder}\": {e}"))?;
-            file.append(&self.memory)?;
-            self.memory = Vec::new();
-            self.disk = Some(file);
-            // Less than before always fits.
-            let _ = self.accounts[0].set(0);
-        }
-        match &mut self.disk {
-            None => {
-                self.accounts[0].set(size).map_err(full)?;
-                self.memory.extend_from_slice(frame);
-                Ok(())
-            }
-            Some(disk) => {
-                self.accounts[1].set(size).map_err(full)?;
-                disk.append(frame)
-            }
-        }
-    }
-}
-
-/// The session's own backend, between two exchanges of its client.
-pub(super) struct Asking<'a> {
-    pub link: &'a mut Link,
-    /// What is not ours goes to the client.
-    pub client: &'a mut BytesMut,
-}
-
-impl Asking<'_> {
-    /// Runs a query of ours behind the settings that all have; `on_row` gets rows and copy messages.
-    /// The rest of an answer is read when `on_row` refuses one, too: the connection stays usable.
-    ///
-    /// Not as a simple query, which would end the client's unnamed statement.
-    async fn run(
-        &mut self,
-        sql: &str,
-        mut on_row: impl FnMut(u8, &[u8]) -> Result<(), String>,
-    ) -> Result<(), Failure> {
-        let statements = [SETTINGS.to_owned(), sql.to_owned()];
-        own::statements(&mut self.link.output, &statements);
-        self.link.flush().await?;
-        let mut refused = Ok(());
-        loop {
-            let next = tokio::time::timeout(SILENCE, next_frame(self.link)).await;
-            let (tag, frame) = next.map_err(|_| Failure::Gone(None))??;
-            if is_fatal(tag, &frame) {
-                return Err(Failure::Gone(Some(frame)));
-            }
-            match tag {
-                backend::READY_FOR_QUERY => return refused.map_err(Failure::Not),
-                backend::DATA_ROW | backend::COPY_DATA | backend::COMMAND_COMPLETE => {
-                    refused = refused.and_then(|()| on_row(tag, &frame));
-                }
-                backend::ERROR_RESPONSE => {
-                    refused = Err(describe_error(frame.get(5..).unwrap_or_default()));
-                }
-                backend::NOTIFICATION_RESPONSE | backend::PARAMETER_STATUS => {
-                    self.client.extend_from_slice(&frame);
-                }
-                _ => {}
-            }
-        }
-    }
-
-    async fn rows(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, Failure> {
-        let mut rows = Vec::new();
-        let row = |tag, frame: &[u8]| {
-            if tag == backend::DATA_ROW {
-                rows.push(text_row(frame.get(5..).unwrap_or_default()));
-            }
-            Ok(())
-        };
-        self.run(sql, row).await?;
-        Ok(rows)
-    }
-
-    /// What tells whether anything was written, and how large the tables are.
-    async fn state(&mut self) -> Result<(State, usize), Failure> {
-        self.rows(FLUSH_QUERY).await?;
-        Ok(State::from_rows(self.rows(FINGERPRINT_QUERY).await?))
-    }
-}
-
-/// Reads everything, unless nothing has changed since `last`.
+/// Reads everything, but for what has not changed since `last`; for `good` also what is used up by
+/// that ([`Kept::used_up`]).
 ///
 /// # Errors
 /// Why not.
 pub(super) async fn keep(
     asking: &mut Asking<'_>,
     shared: &Shared,
-    last: Option<Kept>,
+    has: Has,
+    (last, good): (Option<Kept>, bool),
     objects: impl Fn(&[Vec<Option<String>>]) -> Objects,
 ) -> Result<Kept, Failure> {
-    let (state, bytes) = asking.state().await?;
-    let last = match last {
-        Some(last) if state.counts() && *lock(&last.state) == state => return Ok(last),
-        last => last,
+    let last_values = match has.last_values {
+        true => keep_last_values(asking).await?,
+        false => Vec::new(),
     };
+    if !has.objects && !has.cursors {
+        return Ok(Kept {
+            last_values,
+            ..Kept::nothing(shared)
+        });
+    }
+    let (state, bytes) = state(asking, last.as_ref()).await?;
+    let known = last.as_ref().map_or_else(Vec::new, Kept::known_cursors);
+    let mut kept = match last {
+        Some(last) if last.is_still(&state) => {
+            *lock(&last.state) = state;
+            last
+        }
+        last if has.objects => keep_objects(asking, shared, last, (state, bytes), objects).await?,
+        _ => Kept {
+            state: Mutex::new(state),
+            ..Kept::nothing(shared)
+        },
+    };
+    // Last: it may use them up.
+    (kept.cursors, kept.used_up) = match has.cursors {
+        true => cursors::keep(asking, shared, &known, good).await?,
+        false => (Vec::new(), false),
+    };
+    kept.last_values = last_values;
+    Ok(kept)
+}
+
+/// The last values of sequences. Where they cannot be asked for they stay undefined on the next
+/// backend.
+async fn keep_last_values(asking: &mut Asking<'_>) -> Result<Vec<LastValue>, Failure> {
+    let [ask, tell] = last_values::questions();
+    match asking.rows_of(&[&ask, &tell]).await {
+        Ok(rows) => Ok(rows
+            .iter()
+            .filter_map(|r| last_values::from_row(r))
+            .collect()),
+        Err(Failure::Not(why) | Failure::Later(why)) => {
+            tracing::debug!(why, "last values of sequences cannot be kept");
+            Ok(Vec::new())
+        }
+        Err(gone @ Failure::Gone(_)) => Err(gone),
+    }
+}
+
+impl Kept {
+    fn nothing(shared: &Shared) -> Self {
+        Self {
+            steps: Vec::new(),
+            rows: Rows::new(shared),
+            objects: Vec::new(),
+            cursors: Vec::new(),
+            last_values: Vec::new(),
+            used_up: false,
+            state: Mutex::default(),
+        }
+    }
+
+    /// Whether the backend that it was read from is to be left: reading has used it up.
+    pub(super) fn used_up(&self) -> bool {
+        self.used_up
+    }
+
+    fn is_still(&self, state: &State) -> bool {
+        let before = lock(&self.state);
+        state.counts() && before.same_objects(state) && before.rows == state.rows
+    }
+
+    /// The cursors, by what tells them apart on the backend that it was made again on last.
+    fn known_cursors(&self) -> Vec<(String, Standing)> {
+        let state = lock(&self.state);
+        let identities = state.cursors.split(' ').map(str::to_owned);
+        identities.zip(self.cursors.iter().cloned()).collect()
+    }
+}
+
+/// Reads the temporary objects.
+async fn keep_objects(
+    asking: &mut Asking<'_>,
+    shared: &Shared,
+    last: Option<Kept>,
+    (mut state, bytes): (State, usize),
+    objects: impl Fn(&[Vec<Option<String>>]) -> Objects,
+) -> Result<Kept, Failure> {
     let room = shared.options.spill.as_ref().map_or(SMALL, |s| s.max_bytes);
     if bytes > room {
         let why = format!("{bytes} bytes, of which {room} can be kept");
         return Err(Failure::Not(why));
     }
-    let same = |last: &Kept| lock(&last.state).objects == state.objects;
+    let same = |last: &Kept| lock(&last.state).same_objects(&state);
     let steps = match last.filter(same) {
         Some(last) => last.objects,
         None => {
-            let objects = objects(&asking.rows(OBJECTS_QUERY).await?);
+            let mut inventory = Inventory::default();
+            let rows = asking.rows(Inventory::query()).await?;
+            rows.iter().for_each(|row| inventory.add_row(row));
+            state.others = match inventory.has_others() {
+                true => State::from_rows(asking.rows(OTHERS_QUERY).await?).0.others,
+                false => None,
+            };
+            let queries = inventory.queries();
+            let queries: Vec<&str> = queries.iter().map(String::as_str).collect();
+            let objects = objects(&asking.all_rows(&queries).await?);
             if let Some(why) = objects.unmovable.into_iter().next() {
                 return Err(Failure::Not(why));
             }
@@ -244,10 +239,9 @@ pub(super) async fn keep(
         }
     };
     let mut kept = Kept {
-        steps: Vec::new(),
-        rows: Rows::new(shared),
         objects: steps.clone(),
         state: Mutex::new(state),
+        ..Kept::nothing(shared)
     };
     for step in steps {
         let made = match step {
@@ -265,15 +259,15 @@ pub(super) async fn keep(
                 let from = kept.rows.bytes().len();
                 let mut count = Vec::new();
                 let sql = Step::copy_out(&table, &columns);
-                let piece = |tag, frame: &[u8]| match tag {
-                    backend::COPY_DATA => kept.rows.append(frame, shared),
-                    backend::COMMAND_COMPLETE => {
+                let piece = |_, answer: Answer<'_>| match answer {
+                    Answer::Copy(frame) => kept.rows.append(frame, shared),
+                    Answer::Complete(frame) => {
                         count = frame.to_vec();
                         Ok(())
                     }
-                    _ => Ok(()),
+                    Answer::Row(_) | Answer::Columns(_) => Ok(()),
                 };
-                asking.run(&sql, piece).await?;
+                asking.run(&[&sql], piece).await?;
                 let range = from..kept.rows.bytes().len();
                 Made::Rows(Step::copy_in(&table, &columns), range, count)
             }
@@ -298,82 +292,144 @@ pub(super) async fn restore(
     kept: &Kept,
     makers: &Semaphore,
 ) -> Result<(), ReplayError> {
-    let _turn = makers.acquire().await;
-    let mut cycles = Vec::new();
-    let mut batch = BEFORE_RESTORE.to_owned();
-    for step in &kept.steps {
-        match step {
-            Made::Run(sql) => {
-                batch.push(';');
-                batch.push_str(sql.trim_end().trim_end_matches(';'));
-            }
-            Made::Rows(sql, range, count) => {
-                ask(link, &mut cycles, &std::mem::take(&mut batch), None)?;
-                ask(link, &mut cycles, sql, Some(count))?;
-                let bytes = kept.rows.bytes().get(range.clone()).unwrap_or_default();
-                for piece in bytes.chunks(HIGH_WATER) {
-                    link.output.extend_from_slice(piece);
-                    link.flush().await?;
-                }
-                front::copy_done(&mut link.output);
-            }
-        }
-    }
-    batch.push(';');
-    batch.push_str(AFTER_RESTORE);
-    ask(link, &mut cycles, &batch, None)?;
-    // Who changes nothing need not be read again.
-    ask(link, &mut cycles, FLUSH_QUERY, None)?;
-    let state = format!("{SETTINGS}; {FINGERPRINT_QUERY}");
-    ask(link, &mut cycles, &state, None)?;
-    link.flush().await?;
-    *lock(&kept.state) = State::from_rows(answers(link, &cycles).await?).0;
-    Ok(())
-}
-
-/// Appends a query whose answer is one of `cycles`: with this CommandComplete, where one is given.
-fn ask<'a>(
-    link: &mut Link,
-    cycles: &mut Vec<Option<&'a [u8]>>,
-    sql: &str,
-    complete: Option<&'a [u8]>,
-) -> Result<(), ReplayError> {
-    if sql.is_empty() {
+    let values = last_values::restore(&kept.last_values);
+    let makes = !kept.steps.is_empty() || !kept.cursors.is_empty();
+    if !makes && values.is_none() {
         return Ok(());
     }
-    let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
-    front::query(&mut link.output, sql.as_bytes()).map_err(too_long)?;
-    cycles.push(complete);
+    let _turn = makers.acquire().await;
+    let mut flight = Flight {
+        link,
+        cycles: Vec::new(),
+        batch: String::new(),
+    };
+    if makes {
+        flight.make(kept).await?;
+    }
+    if let Some(sql) = values {
+        flight.run(&sql);
+        flight.query()?;
+    }
+    if makes {
+        // Who changes nothing need not be read again.
+        flight.run(FLUSH_QUERY);
+        flight.query()?;
+        flight.run(SETTINGS);
+        flight.run(&fingerprint_query());
+        if lock(&kept.state).others.is_some() {
+            flight.run(OTHERS_QUERY);
+        }
+        flight.query()?;
+    }
+    let rows = flight.answers().await?;
+    if makes {
+        *lock(&kept.state) = State::from_rows(rows).0;
+    }
     Ok(())
 }
 
-/// Reads the answers to all of `cycles`; the rows of the last.
-async fn answers(
-    link: &mut Link,
-    cycles: &[Option<&[u8]>],
-) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
-    let (mut rows, mut error) = (Vec::new(), None);
-    for complete in cycles {
-        rows.clear();
-        loop {
-            let (tag, frame) = next_frame(link).await?;
-            let body = frame.get(5..).unwrap_or_default();
-            match tag {
-                backend::READY_FOR_QUERY => break,
-                // The first one: the others follow from it.
-                backend::ERROR_RESPONSE => {
-                    error.get_or_insert_with(|| describe_error(body));
+/// Queries that are on their way, and what they are to be answered.
+struct Flight<'a> {
+    link: &'a mut Link,
+    /// One for each query: its CommandComplete, where only one will do.
+    cycles: Vec<Option<Vec<u8>>>,
+    /// The query that is being put together.
+    batch: String,
+}
+
+impl Flight<'_> {
+    async fn make(&mut self, kept: &Kept) -> Result<(), ReplayError> {
+        self.run(BEFORE_RESTORE);
+        for step in &kept.steps {
+            match step {
+                Made::Run(sql) => self.run(sql),
+                Made::Rows(sql, range, count) => {
+                    let bytes = kept.rows.bytes().get(range.clone());
+                    self.copy(sql, bytes.unwrap_or_default(), count.clone())
+                        .await?;
                 }
-                backend::DATA_ROW => rows.push(text_row(body)),
-                backend::COMMAND_COMPLETE if complete.is_some_and(|c| *c != *frame) => {
-                    error.get_or_insert_with(|| "another number of rows than before".to_owned());
-                }
-                _ => {}
             }
         }
+        let mut go = Vec::new();
+        for (number, cursor) in kept.cursors.iter().enumerate() {
+            let opening = cursor.opening(number);
+            self.run(&opening.table);
+            self.copy(&opening.copy, opening.rows, opening.complete)
+                .await?;
+            self.run(&opening.declare);
+            go.extend(opening.go);
+        }
+        self.run(AFTER_RESTORE);
+        go.iter().for_each(|sql| self.run(sql));
+        self.query()
     }
-    match error {
-        Some(e) => Err(ReplayError::State(format!("temporary table: {e}"))),
-        None => Ok(rows),
+
+    /// Adds a statement to the query.
+    fn run(&mut self, sql: &str) {
+        if !self.batch.is_empty() {
+            self.batch.push(';');
+        }
+        self.batch.push_str(sql.trim_end().trim_end_matches(';'));
+    }
+
+    /// Sends the query.
+    fn query(&mut self) -> Result<(), ReplayError> {
+        let sql = std::mem::take(&mut self.batch);
+        if !sql.is_empty() {
+            self.send(&sql, None)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, sql: &str, complete: Option<Vec<u8>>) -> Result<(), ReplayError> {
+        let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
+        front::query(&mut self.link.output, sql.as_bytes()).map_err(too_long)?;
+        self.cycles.push(complete);
+        Ok(())
+    }
+
+    /// Sends copy messages to the statement that takes them.
+    async fn copy(&mut self, sql: &str, rows: &[u8], count: Vec<u8>) -> Result<(), ReplayError> {
+        self.query()?;
+        self.send(sql, Some(count))?;
+        for piece in rows.chunks(HIGH_WATER) {
+            self.link.output.extend_from_slice(piece);
+            self.link.flush().await?;
+        }
+        front::copy_done(&mut self.link.output);
+        Ok(())
+    }
+
+    /// Reads the answers to all queries; the rows of the last.
+    async fn answers(self) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
+        let Self { link, cycles, .. } = self;
+        link.flush().await?;
+        let (mut rows, mut error) = (Vec::new(), None);
+        for complete in cycles {
+            rows.clear();
+            loop {
+                let (tag, frame) = next_frame(link).await?;
+                let body = frame.get(5..).unwrap_or_default();
+                match tag {
+                    backend::READY_FOR_QUERY => break,
+                    // The first one: the others follow from it.
+                    backend::ERROR_RESPONSE => {
+                        error.get_or_insert_with(|| describe_error(body));
+                    }
+                    backend::DATA_ROW => rows.push(text_row(body)),
+                    backend::COMMAND_COMPLETE
+                        if complete.as_ref().is_some_and(|c| *c != *frame) =>
+                    {
+                        error
+                            .get_or_insert_with(|| "another number of rows than before".to_owned());
+                    }
+                    _ => {}
+                }
+            }
+        }
+        match error {
+            Some(e) => Err(ReplayError::State(format!("temporary object: {e}"))),
+            None => Ok(rows),
+        }
     }
 }

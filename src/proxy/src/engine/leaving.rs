@@ -72,6 +72,16 @@ impl Session {
         }
     }
 
+    /// Leaves a backend that has been read to the end, before a move; should there be none, the
+    /// session logs in again.
+    pub(super) fn leave_used_up(&mut self) {
+        if let Some(server) = self.server.take() {
+            let (done, _) = oneshot::channel();
+            tokio::spawn(goodbye(server, done));
+        }
+        self.show_instance();
+    }
+
     fn may_leave(&self) -> bool {
         let Some(server) = &self.server else {
             return false;
@@ -97,7 +107,9 @@ impl Session {
             && self.shared.options.move_on_maintenance
             && self.unprotected().is_none();
         let missed = self.state.is_felt_by_others();
-        self.gate.phase == Phase::Open && quiet && nothing_under_way && movable && !missed
+        // What a session would rather have, though it would not be an error.
+        let kept = self.temporary.is_none() || self.kept().is_some();
+        self.gate.phase == Phase::Open && quiet && nothing_under_way && movable && kept && !missed
     }
 }
 

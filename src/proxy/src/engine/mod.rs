@@ -7,8 +7,10 @@
 mod aborted;
 mod again;
 mod answers;
+mod asking;
 pub mod bell;
 pub mod counting;
+mod cursors;
 mod events;
 pub mod evidence;
 mod feed;

@@ -110,6 +110,31 @@ fn call(out: &mut BytesMut, oid: u32) -> Result<(), BuildError> {
     front::function_call(out, oid, Format::Binary, &[], Format::Binary)
 }
 
+/// Appends a statement whose columns are described and whose rows come in binary, behind settings,
+/// as one exchange.
+pub(super) fn in_binary(out: &mut BytesMut, settings: &str, sql: &str) {
+    let built = extended(out, b"_helios0", settings.as_bytes()).and_then(|()| {
+        front::parse(out, NAME, sql.as_bytes(), &[])?;
+        front::bind(out, NAME, NAME, &[], &[], &[Format::Binary])?;
+        front::describe(out, Target::Portal, NAME)?;
+        front::execute(out, NAME, 0)?;
+        front::close(out, Target::Statement, NAME)
+    });
+    debug_assert!(built.is_ok(), "a text without zero bytes can be sent");
+    front::sync(out);
+}
+
+/// Appends the question for the columns of a statement's rows, behind settings, as one exchange.
+pub(super) fn describe(out: &mut BytesMut, settings: &str, sql: &str) {
+    let built = extended(out, b"_helios0", settings.as_bytes()).and_then(|()| {
+        front::parse(out, NAME, sql.as_bytes(), &[])?;
+        front::describe(out, Target::Statement, NAME)?;
+        front::close(out, Target::Statement, NAME)
+    });
+    debug_assert!(built.is_ok(), "a text without zero bytes can be sent");
+    front::sync(out);
+}
+
 fn extended(out: &mut BytesMut, name: &[u8], sql: &[u8]) -> Result<(), BuildError> {
     front::parse(out, name, sql, &[])?;
     front::bind(out, name, name, &[], &[], &[])?;
@@ -119,11 +144,11 @@ fn extended(out: &mut BytesMut, name: &[u8], sql: &[u8]) -> Result<(), BuildErro
 
 /// Appends the question for the session's state; `custom` are settings that no view lists.
 pub(super) fn snapshot<'a>(out: &mut BytesMut, custom: impl Iterator<Item = &'a str>) {
-    statements(out, &[snapshot_query(custom)]);
+    statements(out, &[&snapshot_query(custom)]);
 }
 
 /// Appends statements of our own as one exchange.
-pub(super) fn statements(out: &mut BytesMut, all: &[String]) {
+pub(super) fn statements(out: &mut BytesMut, all: &[&str]) {
     for (at, sql) in all.iter().enumerate() {
         // A portal stays until the end of the transaction.
         let name = format!("_helios{at}");

@@ -10,6 +10,7 @@ use helios_wire::frontend;
 use helios_wire::message::back;
 
 use super::gate::Phase;
+use super::kept::Has;
 use super::own;
 use super::session::{Event, Session};
 
@@ -77,6 +78,7 @@ impl Session {
         };
         let sql = count_sql(&state.locks);
         self.tracker.push_own_exchange(sql.len());
+        let sql: Vec<&str> = sql.iter().map(String::as_str).collect();
         own::statements(&mut server.link.output, &sql);
         state.counted = true;
         self.asking = Some(state);
@@ -91,12 +93,23 @@ impl Session {
             .prepared_mut()
             .reconcile(|name| std::str::from_utf8(name).is_ok_and(|n| names.contains(n)));
         self.tracker.set_holds(!state.immovable.is_empty());
-        let temporary =
-            |(reason, _): &(Unprotected, String)| *reason == Unprotected::TemporaryObject;
-        if self.shared.options.capture_temporary {
-            self.has_temporary(state.immovable.iter().any(temporary));
-            state.immovable.retain(|one| !temporary(one));
-        }
+        let (temporary, cursors) = (
+            self.shared.options.capture_temporary,
+            self.shared.options.capture_cursors,
+        );
+        let mut has = Has::default();
+        state.immovable.retain(|(reason, _)| match reason {
+            Unprotected::TemporaryObject => {
+                has.objects |= temporary;
+                !temporary
+            }
+            Unprotected::CursorWithHold => {
+                has.cursors |= cursors;
+                !cursors
+            }
+            _ => true,
+        });
+        self.has_own(has);
         self.state = state;
         self.show_protection();
     }

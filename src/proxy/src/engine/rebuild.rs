@@ -366,6 +366,7 @@ impl Session {
     }
 
     pub(super) fn install(&mut self, server: Server, next: helios_session::tracker::Tracker) {
+        let restored = self.kept().is_some();
         self.tracker = next.on(&server.link.parameters);
         self.epoch = server.epoch;
         self.timeline = self.gate.topology.timeline;
@@ -381,7 +382,7 @@ impl Session {
             }
         }
         self.tell_listener(server.pid);
-        self.temporary_installed();
+        self.temporary_installed(restored);
         self.server = Some(server);
         if self.gate.phase != Phase::Replay {
             self.shared.new_work(self.epoch);

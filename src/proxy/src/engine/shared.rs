@@ -69,6 +69,8 @@ pub struct EngineOptions {
     pub capture_prepared: bool,
     /// Temporary tables move; otherwise a session that has them is unprotected.
     pub capture_temporary: bool,
+    /// Cursors WITH HOLD move; otherwise a session that has one is unprotected.
+    pub capture_cursors: bool,
     /// Payload of the notification that a client gets on each of its channels when others may have
     /// been lost; without it there is a warning only.
     pub lost_notification: Option<String>,
@@ -107,6 +109,7 @@ impl Default for EngineOptions {
             capture_settings: true,
             capture_prepared: true,
             capture_temporary: true,
+            capture_cursors: true,
             lost_notification: None,
             replay_on_connection_loss: true,
             move_on_failure: true,

@@ -20,8 +20,9 @@ use helios_wire::message::read;
 use tokio::sync::{SemaphorePermit, oneshot, watch};
 use tokio::time::Instant;
 
+use super::asking::{Asking, Failure};
 use super::gate::{GateState, Phase};
-use super::kept::{Asking, Failure, Kept, MAKERS, keep};
+use super::kept::{Has, Kept, MAKERS, keep};
 use super::moving::LastWords;
 use super::rebuild::Attempt;
 use super::registry::{Entry, lock};
@@ -52,9 +53,11 @@ const BACK: Duration = Duration::from_millis(250);
 /// How long the preparation of a move waits for those who read.
 const AHEAD: Duration = Duration::from_secs(10);
 
-/// The temporary objects of a session.
+/// What only the backend of a session has: temporary objects, cursors WITH HOLD, the last values of
+/// sequences.
 #[derive(Debug)]
 pub(super) struct Temporary {
+    has: Has,
     kept: Option<Kept>,
     /// Number of the exchange behind which they were as they are kept.
     at: u64,
@@ -67,6 +70,8 @@ pub(super) struct Temporary {
     /// How long reading them has taken, together and the last time.
     spent: Duration,
     took: Duration,
+    /// They can be read where the backend is left afterwards.
+    later: bool,
     /// They are to be read before the client's next message is sent.
     wanted: bool,
     /// When they are made again after a move, unless the client says something before.
@@ -78,6 +83,7 @@ pub(super) struct Temporary {
 impl Default for Temporary {
     fn default() -> Self {
         Self {
+            has: Has::default(),
             kept: None,
             at: 0,
             why: None,
@@ -85,6 +91,7 @@ impl Default for Temporary {
             since: Instant::now(),
             spent: Duration::ZERO,
             took: Duration::ZERO,
+            later: false,
             wanted: false,
             back: None,
             done: None,
@@ -129,16 +136,21 @@ pub(crate) async fn keep_ahead(shared: &Shared) {
 }
 
 impl Session {
-    /// The session has temporary objects, or has none any more.
-    pub(super) fn has_temporary(&mut self, yes: bool) {
-        match yes {
-            true => drop(self.temporary.get_or_insert_default()),
-            false => self.temporary = None,
+    /// The session has so much that only its backend has, or has none any more.
+    pub(super) fn has_own(&mut self, has: Has) {
+        let last_values = self.tracker.asks_last_values();
+        let has = Has { last_values, ..has };
+        match has == Has::default() {
+            true => self.temporary = None,
+            false => self.temporary.get_or_insert_default().has = has,
         }
     }
 
     /// An exchange of the client's is answered: what is kept may be out of date.
     pub(super) fn temporary_used(&mut self) {
+        if self.tracker.asks_last_values() {
+            self.temporary.get_or_insert_default().has.last_values = true;
+        }
         if let Some(temporary) = &mut self.temporary {
             temporary.due = Instant::now() + IDLE.max(temporary.debt());
         }
@@ -151,15 +163,24 @@ impl Session {
         temporary.kept.as_ref().filter(|_| covers)
     }
 
+    /// What would be lost with the backend. Last values of sequences are not lost in silence: they
+    /// are undefined then.
+    pub(super) fn own_unkept(&self) -> Option<Unprotected> {
+        let has = self.temporary.as_ref()?.has;
+        let lost = match has {
+            Has { objects: true, .. } => Unprotected::TemporaryObject,
+            Has { cursors: true, .. } => Unprotected::CursorWithHold,
+            _ => return None,
+        };
+        self.kept().is_none().then_some(lost)
+    }
+
     /// Why they would be lost with the backend.
     pub(super) fn temporary_unkept(&self) -> Option<String> {
-        let temporary = self.temporary.as_ref()?;
-        if self.kept().is_some() {
-            return None;
-        }
-        let why = temporary.why.as_ref().map(|(_, why)| why.as_str());
-        let why = why.unwrap_or("changed since they were read");
-        Some(format!("{}: {why}", Unprotected::TemporaryObject.text()))
+        let lost = self.own_unkept()?;
+        let why = self.temporary.as_ref()?.why.as_ref();
+        let why = why.map_or("changed since they were read", |(_, why)| why.as_str());
+        Some(format!("{}: {why}", lost.text()))
     }
 
     /// They cannot be made again. False when they were given up before.
@@ -172,9 +193,12 @@ impl Session {
         self.temporary.as_mut().is_some_and(kept)
     }
 
-    /// The backend that the session goes on with has what was kept, and the journal begins anew.
-    pub(super) fn temporary_installed(&mut self) {
+    /// The backend that the session goes on with has what was kept, where that was `restored`, and
+    /// the journal begins anew.
+    pub(super) fn temporary_installed(&mut self, restored: bool) {
         if let Some(temporary) = &mut self.temporary {
+            // What was out of date is not what the new backend has.
+            temporary.kept.take_if(|_| !restored);
             temporary.at = 0;
             temporary.why = None;
             temporary.back = None;
@@ -222,7 +246,8 @@ impl Session {
             && self.asking.is_none()
             && !self.state_due;
         let now = self.tracker.sequence();
-        let tried = temporary.why.as_ref().is_some_and(|(at, _)| *at == now);
+        let again = temporary.later && self.gate.phase != Phase::Open;
+        let tried = !again && temporary.why.as_ref().is_some_and(|(at, _)| *at == now);
         let fresh = temporary.kept.is_some() && temporary.at == now;
         let quiet = link.input.is_empty() && link.output.is_empty() && !link.ended;
         let moves = self.tracker.mode() != ReplayMode::None;
@@ -343,20 +368,14 @@ impl Session {
             link: &mut server.link,
             client: &mut self.client.output,
         };
-        let objects = |rows: &[Vec<Option<String>>]| {
-            let mut objects = Objects::default();
-            for row in rows {
-                if let [Some(kind), Some(name), Some(text)] = row.as_slice() {
-                    objects.add_row(kind, name, text, seen);
-                }
-            }
-            objects
-        };
+        let objects = |rows: &[Vec<Option<String>>]| Objects::from_rows(rows, seen);
+        let last = temporary.kept.take();
+        let good = self.gate.phase != Phase::Open;
         let mut watch = gate.clone();
         let gone = watch.wait_for(|g| g.topology.epoch != epoch || g.phase >= Phase::Replay);
         let result = tokio::select! {
             biased;
-            result = keep(&mut asking, &shared, temporary.kept.take(), objects) => result,
+            result = keep(&mut asking, &shared, temporary.has, (last, good), objects) => result,
             _ = gone => Err(Failure::Gone(None)),
             never = give_up_turn => match never {},
         };
@@ -365,12 +384,15 @@ impl Session {
         temporary.wanted = false;
         let done = temporary.done.take();
         temporary.why = None;
+        temporary.later = matches!(result, Err(Failure::Later(_)));
+        let mut used_up = false;
         let gone = match result {
             Ok(kept) => {
+                used_up = kept.used_up();
                 (temporary.kept, temporary.at) = (Some(kept), now);
                 None
             }
-            Err(Failure::Not(why)) => {
+            Err(Failure::Not(why) | Failure::Later(why)) => {
                 temporary.why = Some((now, why));
                 None
             }
@@ -382,6 +404,9 @@ impl Session {
         if let Some(words) = gone {
             self.last_words = words.map(|frame| LastWords::new(&frame, &self.shared));
             self.server_lost();
+        }
+        if used_up {
+            self.leave_used_up();
         }
         self.show_protection();
         drop(done);

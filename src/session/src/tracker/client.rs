@@ -10,6 +10,7 @@ use super::{Ask, ClientStep, Named, Tracker, XidKnowledge};
 use crate::ReplayMode;
 use crate::expect::{Expect, Owner};
 use crate::keyword::{Hint, Unit, hint, touches_session, unit};
+use crate::last_values;
 use crate::plain;
 use crate::script::Speaks;
 use crate::state::Prepared;
@@ -76,6 +77,9 @@ impl Tracker {
         }
         if self.mode != ReplayMode::None {
             self.journal.append(frame);
+        }
+        if !self.asks_last_values && matches!(tag, frontend::QUERY | frontend::PARSE) {
+            self.asks_last_values = last_values::asks(frame);
         }
         match hint {
             Some(Hint::Begin) => self.project(true),

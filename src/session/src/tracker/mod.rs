@@ -195,6 +195,8 @@ pub struct Tracker {
     calls: Calls,
     /// Temporary tables that statements of this session have made.
     temporary: BTreeMap<String, OnCommit>,
+    /// Statements of this session have asked for the last value of a sequence.
+    asks_last_values: bool,
     gtids: GtidSource,
     /// What goes in front of the client's next frame.
     lead: Option<Lead>,
@@ -232,6 +234,7 @@ impl Tracker {
             custom: BTreeSet::new(),
             calls: Calls::None,
             temporary: BTreeMap::new(),
+            asks_last_values: false,
             gtids: GtidSource::default(),
             lead: None,
             marks_refused: false,
@@ -367,6 +370,7 @@ impl Tracker {
         next.prepared.settle();
         next.custom.clone_from(&self.custom);
         next.temporary.clone_from(&self.temporary);
+        next.asks_last_values = self.asks_last_values;
         next.gtids = self.gtids;
         next.marks_refused = self.marks_refused;
         next.marks_calls = self.marks_calls;

@@ -19,6 +19,12 @@ impl Tracker {
         &self.temporary
     }
 
+    /// Whether statements of this session have asked for `currval` or `lastval`.
+    #[must_use]
+    pub fn asks_last_values(&self) -> bool {
+        self.asks_last_values
+    }
+
     /// Number of the last exchange.
     #[must_use]
     pub fn sequence(&self) -> u64 {
