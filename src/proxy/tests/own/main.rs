@@ -6,4 +6,5 @@
 mod cursors;
 mod last_values;
 mod objects;
+mod settings;
 mod support;
