@@ -209,6 +209,20 @@ pub struct ProxyStatus {
     pub primary_reachable: bool,
     /// Bytes that all journals hold.
     pub journal_bytes: u64,
+    /// How slow the primary is, where that is watched and it is.
+    #[serde(default)]
+    pub slow: Option<Slowness>,
+}
+
+/// A primary that answers a proxy's heartbeats late, and has done so for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slowness {
+    /// What was allowed, in milliseconds.
+    pub threshold_ms: u64,
+    /// Median of the last heartbeats, in milliseconds.
+    pub median_ms: u64,
+    /// Since it was first found slow, in milliseconds.
+    pub for_ms: u64,
 }
 
 /// Why sessions move.

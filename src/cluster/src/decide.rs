@@ -125,6 +125,7 @@ fn bootstrap(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> bool {
             if let Some(member) = state.members.get_mut(&first) {
                 member.setting = Some(BTreeSet::new());
             }
+            state.settled = Some(ctx.now);
             state.mode = Mode::Steady;
             return true;
         }

@@ -4,7 +4,7 @@
 //! at every point. Whoever executes decisions saves [`Decision::next`] durably before it carries
 //! out [`Decision::actions`], and feeds results and observations back in. Where to look:
 //! `moves` is a change of primary step by step, `steady` the upkeep between, `health` what counts
-//! as a failure, `elect` who may become primary, `sync` whose confirmation commits rest on,
+//! as a failure, `slow` what is left for its latency, `elect` who may become primary, `sync` whose confirmation commits rest on,
 //! `transition` what may follow on what.
 
 mod decide;
@@ -14,6 +14,7 @@ mod moves;
 pub mod observe;
 pub mod operation;
 mod requests;
+mod slow;
 pub mod state;
 mod steady;
 mod sync;

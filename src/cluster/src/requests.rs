@@ -91,6 +91,7 @@ fn switchover(
         primary,
         to.cloned(),
         candidate,
+        "requested".to_owned(),
     ))
 }
 
@@ -117,7 +118,11 @@ fn failover(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> Result<u64, Refusal>
 }
 
 /// The standby that would lose least time: synchronous ones first, then the least behind.
-fn best(ctx: &Ctx<'_>, state: &ClusterState, up: &Up<'_>) -> Result<InstanceName, Refusal> {
+pub(crate) fn best(
+    ctx: &Ctx<'_>,
+    state: &ClusterState,
+    up: &Up<'_>,
+) -> Result<InstanceName, Refusal> {
     let primary = state.primary_name();
     let mut why = Vec::new();
     let mut fit = Vec::new();

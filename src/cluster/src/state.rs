@@ -38,6 +38,8 @@ pub struct Settings {
     pub choose_patience_ms: u64,
     /// An old primary that does not come up within this is given up for a standby.
     pub restart_patience_ms: u64,
+    /// A slow primary is not moved away from sooner after the last operation.
+    pub slow_interval_ms: u64,
 }
 
 impl Default for Settings {
@@ -51,6 +53,7 @@ impl Default for Settings {
             standby_grace_ms: 2_000,
             choose_patience_ms: 3_000,
             restart_patience_ms: 15_000,
+            slow_interval_ms: 600_000,
         }
     }
 }
@@ -76,6 +79,9 @@ pub struct ClusterState {
     pub operations: Vec<OperationRecord>,
     /// Number of the next operation.
     pub next_operation: u64,
+    /// When the last operation ended, or the first primary was there.
+    #[serde(default)]
+    pub settled: Option<Time>,
 }
 
 impl Default for ClusterState {
@@ -90,6 +96,7 @@ impl Default for ClusterState {
             fences: Vec::new(),
             operations: Vec::new(),
             next_operation: 1,
+            settled: None,
         }
     }
 }

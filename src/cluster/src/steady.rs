@@ -10,7 +10,7 @@ use crate::health::{self, Health};
 use crate::observe::{Action, ProxyCommand};
 use crate::operation::OperationKind;
 use crate::state::{ClusterState, Primary};
-use crate::{elect, moves, sync};
+use crate::{elect, moves, slow, sync};
 
 /// A standby that the primary has not seen for so long is told to follow again.
 const REFOLLOW_MS: u64 = 10_000;
@@ -25,7 +25,7 @@ pub(crate) fn round(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> bool {
             sync::upkeep(ctx, state, &up);
             standbys(ctx, state, &primary);
             proxies(ctx, state);
-            false
+            slow::leave(ctx, state, &up)
         }
         // Somebody promoted or restored by hand: nothing is known of such a server's history.
         Health::Up(_) | Health::Unknown(_) => false,

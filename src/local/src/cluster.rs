@@ -92,7 +92,7 @@ impl LocalCluster {
         let parent_watch = matches!(options.agents, AgentMode::Process(_));
         let configs = setup::agent_configs(&prepared, &options, parent_watch)?;
         let agents = Arc::new(Agents::start(configs, &options.agents, &cancel)?);
-        let inner = Inner::new(&options, &prepared, agents, cancel);
+        let inner = Inner::new(&options, &config, &prepared, agents, cancel);
         let control = match control::serve(Arc::clone(&inner)) {
             Ok(control) => control,
             Err(error) => {
@@ -219,6 +219,7 @@ impl LocalCluster {
 impl Inner {
     fn new(
         options: &LocalOptions,
+        config: &helios_proxy::config::ProxyConfig,
         prepared: &setup::Prepared,
         agents: Arc<Agents>,
         cancel: CancellationToken,
@@ -227,12 +228,13 @@ impl Inner {
         let (published, state) = watch::channel(prepared.state.clone());
         let (progress, _) = broadcast::channel(PROGRESS);
         let proxy = ProxySlot::default();
+        let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
         let controller = Controller {
             settings: helios_cluster::Settings {
                 synchronous: options.synchronous,
                 durability: options.durability,
-                drain_timeout_ms: u64::try_from(options.drain_timeout.as_millis())
-                    .unwrap_or(u64::MAX),
+                drain_timeout_ms: millis(options.drain_timeout),
+                slow_interval_ms: millis(config.triggers.latency_interval),
                 ..helios_cluster::Settings::default()
             },
             state_file: prepared.layout.state_file(),

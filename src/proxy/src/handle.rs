@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::VerifierCache;
 use crate::engine::gate::{Gate, Phase};
+use crate::engine::latency::{self, Latency};
 use crate::engine::registry::lock;
 use crate::engine::rehearsal::Rehearsals;
 use crate::engine::session;
@@ -91,6 +92,7 @@ struct Inner {
     stop: CancellationToken,
     tasks: TaskTracker,
     reachable: Arc<AtomicBool>,
+    latency: Latency,
     /// One move at a time.
     moving: Mutex<()>,
     /// Ends the drain that is under way: whoever says what comes next does not wait for it.
@@ -141,12 +143,14 @@ impl Proxy {
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
             reachable: Arc::new(AtomicBool::new(true)),
+            latency: Latency::default(),
             moving: Mutex::new(()),
             drain: std::sync::Mutex::default(),
         };
         let handle = ProxyHandle(Arc::new(inner));
         handle.spawn_listener(listener, edge, workers);
         handle.spawn_monitor(options.health_check_interval, options.health_check_timeout);
+        handle.spawn_watch_latency();
         handle.spawn_watch_log();
         handle.spawn_look_at_statements();
         Ok(handle)
@@ -222,6 +226,20 @@ impl ProxyHandle {
             let watch = monitor::watch(shared, reachable, interval, timeout);
             tokio::select! {
                 () = watch => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
+
+    fn spawn_watch_latency(&self) {
+        let shared = Arc::clone(&self.0.shared);
+        let Some(rule) = shared.options.latency else {
+            return;
+        };
+        let (latency, stop) = (Arc::clone(&self.0.latency), self.0.stop.clone());
+        self.0.tasks.spawn(async move {
+            tokio::select! {
+                () = latency::watch(shared, rule, latency) => {}
                 () = stop.cancelled() => {}
             }
         });
@@ -384,6 +402,7 @@ impl ProxyHandle {
             protected: count(&|s| s.unprotected.is_none()) as u64,
             primary_reachable: self.0.reachable.load(Ordering::Relaxed),
             journal_bytes: self.0.shared.pool.used() as u64,
+            slow: *lock(&self.0.latency),
         }
     }
 

@@ -107,6 +107,7 @@ impl Managed {
                 protected: 0,
                 primary_reachable: true,
                 journal_bytes: 0,
+                slow: None,
             },
             ProxyHandle::status,
         )

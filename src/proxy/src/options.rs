@@ -10,6 +10,7 @@ use helios_telemetry::metrics::Metrics;
 use crate::auth::AuthMethod;
 use crate::backend::Login;
 use crate::config::{MigrationConfig, ProxyConfig, ReplayMode};
+use crate::engine::latency::LatencyRule;
 use crate::engine::room::SpillOptions;
 use crate::engine::shared::EngineOptions;
 use crate::handle::StartError;
@@ -134,6 +135,11 @@ fn engine_options(config: &ProxyConfig) -> EngineOptions {
         lost_notification: migration.lost_notification_payload.clone(),
         move_on_failure: config.triggers.on_backend_failure,
         move_on_maintenance: config.triggers.on_maintenance_signal,
+        move_on_restart: config.triggers.on_process_restart,
+        latency: config.triggers.on_high_latency.then_some(LatencyRule {
+            threshold: config.triggers.latency_threshold,
+            lasting: config.triggers.latency_duration,
+        }),
         log_migrations: config.observability.log_migrations,
         check_query: config.health.check_query.clone(),
         failure_threshold: config.health.failure_threshold,

@@ -201,6 +201,24 @@ pub struct MigrationTriggers {
     /// Whether they move at a switchover.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_maintenance_signal: Option<bool>,
+    /// Whether they move to a primary that was started again where it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_process_restart: Option<bool>,
+    /// Whether a primary whose heartbeats are slow is left for a standby; false by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_high_latency: Option<bool>,
+    /// A heartbeat that takes longer is slow, for example `500ms`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[0-9]+(ms|s|m|h)$"), length(max = 20))]
+    pub latency_threshold: Option<String>,
+    /// Most heartbeats have to be slow for so long, for example `10s`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[0-9]+(ms|s|m|h)$"), length(max = 20))]
+    pub latency_duration: Option<String>,
+    /// No such move sooner after the last change of primary, for example `10m`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[0-9]+(ms|s|m|h)$"), length(max = 20))]
+    pub latency_interval: Option<String>,
 }
 
 /// `[observability]`, as far as Kubernetes does not decide it.

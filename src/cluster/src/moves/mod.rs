@@ -67,6 +67,7 @@ pub(crate) fn begin_switchover(
     from: InstanceName,
     wanted: Option<InstanceName>,
     candidate: InstanceName,
+    cause: String,
 ) -> u64 {
     let mut todo = vec![
         Action::agent(&from, state.epoch, AgentCommand::Checkpoint),
@@ -82,7 +83,6 @@ pub(crate) fn begin_switchover(
         ));
     }
     let step = Step::Prepare { candidate };
-    let cause = "requested".to_owned();
     let id = begin(ctx, state, OperationKind::Switchover, from, cause, step);
     if let Mode::Moving(m) = &mut state.mode {
         m.wanted = wanted;
@@ -472,5 +472,6 @@ fn finish(ctx: &Ctx<'_>, state: &mut ClusterState, mut m: Move) {
     });
     let over = state.operations.len().saturating_sub(MAX_OPERATIONS);
     state.operations.drain(..over);
+    state.settled = Some(ctx.now);
     state.mode = Mode::Steady;
 }

@@ -7,7 +7,9 @@ use helios_api::agent::{
     AgentCommand, AgentReply, AgentRequest, AgentState, InstanceState, Rejoin, StandbyPosition,
     StopMode,
 };
-use helios_api::control::{DrainReport, Fence, LostCommits, ProxyStatus, ResumeReport, Topology};
+use helios_api::control::{
+    DrainReport, Fence, LostCommits, ProxyStatus, ResumeReport, Slowness, Topology,
+};
 use helios_api::{Endpoint, Epoch, Host, InstanceName, Lsn, Timeline};
 use helios_cluster::{
     Action, ClusterState, Contact, Failure, Finished, InstanceView, Mode, Observation,
@@ -83,6 +85,8 @@ pub(crate) struct World {
     pub(crate) hold_back: bool,
     /// Standbys have lost their connections.
     pub(crate) disconnected: bool,
+    /// What the proxy says of the primary's latency, whoever that is.
+    pub(crate) slow: Option<Slowness>,
     pub(crate) trace: Vec<String>,
 }
 
@@ -125,11 +129,12 @@ impl World {
             idle: false,
             hold_back: false,
             disconnected: false,
+            slow: None,
             trace: Vec::new(),
         }
     }
 
-    fn now(&self) -> Time {
+    pub(crate) fn now(&self) -> Time {
         Time(self.tick * 10_000)
     }
 
@@ -393,7 +398,7 @@ impl World {
         }
     }
 
-    fn observe(&self) -> Observation {
+    pub(crate) fn observe(&self) -> Observation {
         let view = |n: &InstanceName, i: &Instance| InstanceView {
             endpoint: Endpoint {
                 host: Host::Unix(format!("/{n}").into()),
@@ -416,6 +421,7 @@ impl World {
             protected: 1,
             primary_reachable: true,
             journal_bytes: 0,
+            slow: self.slow,
         };
         Observation {
             instances: self

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use helios_agent::{AgentConfig, Network, ServerTls};
 use helios_api::InstanceName;
 use helios_api::v1alpha1::valid::{Invalid, ValidCluster};
-use helios_api::v1alpha1::{ProxyLogs, ProxySpec, SessionMigration, TransactionReplay, names};
+use helios_api::v1alpha1::{
+    MigrationTriggers, ProxyLogs, ProxySpec, SessionMigration, TransactionReplay, names,
+};
 use helios_control::TlsFiles;
 use k8s_openapi::api::core::v1::ConfigMap;
 use serde_json::json;
@@ -124,7 +126,7 @@ pub(crate) fn check(cluster: &ValidCluster) -> Result<(), Invalid> {
 /// The proxy's `helios_proxy.toml`.
 pub(super) fn proxy(cluster: &ValidCluster) -> String {
     let spec: &ProxySpec = &cluster.spec.proxy;
-    let (health, triggers) = (&spec.health_checks, &spec.migration_triggers);
+    let health = &spec.health_checks;
     let file = section([
         ("proxy", edge(spec)),
         ("transaction_replay", replay(&spec.transaction_replay)),
@@ -138,16 +140,7 @@ pub(super) fn proxy(cluster: &ValidCluster) -> String {
                 ("success_threshold", integer(health.success_threshold)),
             ]),
         ),
-        (
-            "migration_triggers",
-            section([
-                ("on_backend_failure", flag(triggers.on_backend_failure)),
-                (
-                    "on_maintenance_signal",
-                    flag(triggers.on_maintenance_signal),
-                ),
-            ]),
-        ),
+        ("migration_triggers", triggers(&spec.migration_triggers)),
         ("observability", observability(&spec.observability)),
     ]);
     match file {
@@ -229,6 +222,29 @@ fn migration(spec: &SessionMigration) -> Option<Value> {
             spec.migration_timeout.as_deref().map(text),
         ),
     ])
+}
+
+fn triggers(spec: &MigrationTriggers) -> Option<Value> {
+    let time = |value: &Option<String>| value.as_deref().map(text);
+    section([
+        ("on_backend_failure", flag(spec.on_backend_failure)),
+        ("on_maintenance_signal", flag(spec.on_maintenance_signal)),
+        ("on_process_restart", flag(spec.on_process_restart)),
+        ("on_high_latency", flag(spec.on_high_latency)),
+        ("latency_threshold", time(&spec.latency_threshold)),
+        ("latency_duration", time(&spec.latency_duration)),
+        ("latency_interval", time(&spec.latency_interval)),
+    ])
+}
+
+/// How far apart moves for latency have to be, by the rules and defaults of the proxy's file.
+pub(crate) fn latency_interval_ms(cluster: &ValidCluster) -> u64 {
+    let config = helios_proxy::config::ProxyConfig::parse(&proxy(cluster), PROXY_FILE);
+    let interval = config.map(|c| c.triggers.latency_interval);
+    // A spec that was checked is read; one that is not is not acted upon.
+    interval.map_or(u64::MAX, |d| {
+        u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+    })
 }
 
 fn backends() -> Option<Value> {

@@ -11,7 +11,7 @@ use helios_api::v1alpha1::{HeliosCluster, names};
 use kube::core::ApiResource;
 use serde_json::{Value, json};
 
-pub(crate) use config::check;
+pub(crate) use config::{check, latency_interval_ms};
 
 use crate::OperatorError;
 

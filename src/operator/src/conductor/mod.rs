@@ -22,7 +22,9 @@ use helios_api::InstanceName;
 use helios_api::v1alpha1::ConditionType;
 use helios_api::v1alpha1::names;
 use helios_api::v1alpha1::valid::ValidCluster;
-use helios_cluster::{Action, Decision, Finished, Mode, Observation, Request, decide};
+use helios_cluster::{
+    Action, ClusterState, Decision, Finished, Mode, Observation, OperationKind, Request, decide,
+};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::runtime::events::{Event, EventType};
@@ -264,6 +266,7 @@ impl Conductor {
             (_, Some(Err(why))) => Some(why.to_string()),
             _ => None,
         };
+        let unasked = unasked(state, &decision);
         let next = Saved {
             cluster: decision.next.clone(),
             consumed: self.store.now().consumed || ask.is_some(),
@@ -280,13 +283,12 @@ impl Conductor {
         }
         if ask.is_some() {
             self.answer(&input, refused).await;
-        } else if matches!(decision.answer, Some(Ok(_))) {
-            let why = "the primary's Pod is on its way out";
+        } else if let Some(why) = unasked {
             let event = event(
                 EventType::Normal,
                 "SwitchoverBegan",
                 "Switchover",
-                Some(why.to_owned()),
+                Some(why),
             );
             let (world, cluster) = (Arc::clone(&self.world), cluster.clone());
             tokio::spawn(async move { world.event(&cluster, event).await });
@@ -430,6 +432,16 @@ impl Conductor {
             self.actor.make_database(input, primary, &self.changed);
         }
     }
+}
+
+/// Why a switchover has begun that nobody asked for.
+fn unasked(before: &ClusterState, decision: &Decision) -> Option<String> {
+    if matches!(decision.answer, Some(Ok(_))) {
+        return Some("the primary's Pod is on its way out".to_owned());
+    }
+    let begun = decision.next.moving();
+    let begun = begun.filter(|m| m.kind == OperationKind::Switchover && before.moving().is_none());
+    begun.map(|m| m.cause.clone())
 }
 
 /// An Event of a cluster.

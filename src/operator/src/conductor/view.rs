@@ -72,6 +72,7 @@ pub(super) fn settings(cluster: &ValidCluster) -> Settings {
         unresponsive_ms: millis(spec.failover.unresponsive_ms),
         standby_grace_ms: millis(spec.failover.standby_grace_ms),
         restart_patience_ms: millis(spec.failover.restart_patience_ms),
+        slow_interval_ms: crate::build::latency_interval_ms(cluster),
         ..Settings::default()
     }
 }

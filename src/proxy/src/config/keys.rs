@@ -41,10 +41,6 @@ const NOT_YET: &[(&str, &[&str])] = &[
         &["check_temp_table_access", "check_prepared_statements"],
     ),
     (
-        "migration_triggers",
-        &["on_high_latency", "latency_threshold", "on_process_restart"],
-    ),
-    (
         "replication",
         &[
             "replicate_journal",

@@ -268,6 +268,16 @@ pub struct TriggerConfig {
     pub on_backend_failure: bool,
     /// Sessions move when a switchover is asked for.
     pub on_maintenance_signal: bool,
+    /// Sessions move to a primary that was started again where it was.
+    pub on_process_restart: bool,
+    /// A primary whose heartbeats are slow is left for a standby.
+    pub on_high_latency: bool,
+    /// A heartbeat that takes longer is slow.
+    pub latency_threshold: Duration,
+    /// Most heartbeats have to be slow for so long.
+    pub latency_duration: Duration,
+    /// No such move sooner after the last change of primary.
+    pub latency_interval: Duration,
 }
 
 impl Default for TriggerConfig {
@@ -275,6 +285,11 @@ impl Default for TriggerConfig {
         Self {
             on_backend_failure: true,
             on_maintenance_signal: true,
+            on_process_restart: true,
+            on_high_latency: false,
+            latency_threshold: Duration::from_millis(500),
+            latency_duration: Duration::from_secs(10),
+            latency_interval: Duration::from_secs(600),
         }
     }
 }

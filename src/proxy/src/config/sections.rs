@@ -373,7 +373,12 @@ fn triggers(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Problem
             "on_maintenance_signal",
             &mut to.on_maintenance_signal,
             boolean,
-        );
+        )
+        .set("on_process_restart", &mut to.on_process_restart, boolean)
+        .set("on_high_latency", &mut to.on_high_latency, boolean)
+        .set("latency_threshold", &mut to.latency_threshold, duration)
+        .set("latency_duration", &mut to.latency_duration, duration)
+        .set("latency_interval", &mut to.latency_interval, duration);
     section.finish();
 }
 

@@ -117,6 +117,11 @@ success_threshold = 5
 [migration_triggers]
 on_backend_failure = false
 on_maintenance_signal = false
+on_process_restart = false
+on_high_latency = true
+latency_threshold = "250ms"
+latency_duration = "20s"
+latency_interval = "1h"
 
 [observability]
 log_level = "debug"
@@ -158,7 +163,12 @@ fn every_supported_key_is_read() {
         "/run/pg2/.s.PGSQL.5432"
     );
     assert_eq!(config.health.failure_threshold, 4);
-    assert!(!config.triggers.on_backend_failure);
+    let triggers = &config.triggers;
+    assert!(!triggers.on_backend_failure && !triggers.on_maintenance_signal);
+    assert!(!triggers.on_process_restart && triggers.on_high_latency);
+    assert_eq!(triggers.latency_threshold, Duration::from_millis(250));
+    assert_eq!(triggers.latency_duration, Duration::from_secs(20));
+    assert_eq!(triggers.latency_interval, Duration::from_secs(3600));
     assert_eq!(config.observability.log_level, LogLevel::Debug);
     assert_eq!(config.observability.metrics_port, 9999);
 }

@@ -19,6 +19,7 @@ mod gather;
 pub mod history;
 mod io;
 mod kept;
+pub mod latency;
 pub(crate) mod leaving;
 pub mod link;
 pub mod monitor;

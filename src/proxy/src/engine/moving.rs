@@ -383,6 +383,9 @@ impl Session {
         let at = &topology.primary.endpoint;
         let in_epoch = self.epoch == topology.epoch;
         let here = self.old.as_ref().is_some_and(|old| old.at == *at);
+        if (in_epoch || here) && !self.shared.options.move_on_restart {
+            self.check_restart(&mut server).await?;
+        }
         if (in_epoch || here) && self.must_rebuild() {
             if in_epoch && self.owes() && !self.shared.options.replay_on_connection_loss {
                 self.forced = Some("replay after a lost connection is switched off".into());
@@ -455,6 +458,23 @@ impl Session {
         let same = words.postmaster.is_some() && words.postmaster == now;
         if code == SqlState::ADMIN_SHUTDOWN && same {
             return Err(Attempt::End(End::Forward(words.frame)));
+        }
+        Ok(())
+    }
+
+    /// The session is not to go on with a server that was started after its last backend was.
+    async fn check_restart(&mut self, server: &mut Server) -> Result<(), Attempt> {
+        let since = lock(&self.entry().identity).since;
+        let sql = "SELECT pg_catalog.trunc(extract(epoch FROM pg_catalog.clock_timestamp() \
+             OPERATOR(pg_catalog.-) pg_catalog.pg_postmaster_start_time()) \
+             OPERATOR(pg_catalog.*) 1000000)";
+        let rows = replay::simple(&mut server.link, sql).await;
+        let rows = rows.map_err(|e| Attempt::Retry(e.to_string()))?;
+        let age = rows.first().and_then(|row| row.first()).cloned().flatten();
+        let age: u64 = age.and_then(|text| text.parse().ok()).unwrap_or(u64::MAX);
+        if age < self.shared.now_micros().saturating_sub(since) {
+            self.begin_migration();
+            return Err(Attempt::End(self.disconnect()));
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use super::evidence::Found;
 use super::gate::Gate;
 use super::history::History;
 use super::kept::MAKERS;
+use super::latency::LatencyRule;
 use super::protection::Ledger;
 use super::reads::Proofs;
 use super::registry::{Registry, lock};
@@ -80,6 +81,11 @@ pub struct EngineOptions {
     pub move_on_failure: bool,
     /// Sessions move at a planned switchover; otherwise their connections end.
     pub move_on_maintenance: bool,
+    /// Sessions move to a primary that was started again where it was; otherwise their connections
+    /// end.
+    pub move_on_restart: bool,
+    /// What latency of the primary's heartbeats is reported; none is watched without it.
+    pub latency: Option<LatencyRule>,
     /// Every move of a session is logged at level INFO.
     pub log_migrations: bool,
     /// What the health check runs.
@@ -114,6 +120,8 @@ impl Default for EngineOptions {
             replay_on_connection_loss: true,
             move_on_failure: true,
             move_on_maintenance: true,
+            move_on_restart: true,
+            latency: None,
             log_migrations: true,
             check_query: "SELECT 1".into(),
             failure_threshold: 3,
