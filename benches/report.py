@@ -136,6 +136,31 @@ Memory of such a session: {memory['proxy'] / 1024:,.0f} KiB of the proxy, {memor
 """
 
 
+def moved(results):
+    text = """
+## What is moved, by the amount
+
+Open transactions run again behind a switchover, beside the time that their clients needed, one statement after the other (an INSERT each, by simple query). The time of the replay is that of its phase, with all sessions in it; afterwards every row is there once. The middle one of some runs.
+
+| transactions | statements | clients' run, s | replay, s | statements a second, clients' run | replay |
+|---|---|---|---|---|---|
+"""
+    replay = results["replay"]
+    for run in [] if isinstance(replay, str) else replay:
+        rate = [f"{run['statements'] / run[name]:,.0f}" for name in ("original", "replay")]
+        times = f"{run['original']:.2f} | {run['replay']:.3f}"
+        text += f"| {run['transactions']:,} | {run['statements']:,} | {times} | {' | '.join(rate)} |\n"
+    if isinstance(replay, str):
+        text += f"| {replay} | | | | | |\n"
+    copy = results["copy"]
+    if isinstance(copy, str):
+        return text + f"\nTemporary table: {copy}\n"
+    speed = {name: f"{copy['bytes'] / copy[name] / 1e9:.3f}" for name in ("making", "hand")}
+    return text + f"""
+A temporary table of {copy['bytes'] / 2**20:,.0f} MiB: its session's first statement behind the switchover waited {copy['making']:.2f} s for it, which is {speed['making']} GB/s; `COPY … TO STDOUT` piped into `COPY … FROM STDIN`, binary, by psql and of the same rows, took {copy['hand']:.2f} s ({speed['hand']} GB/s, the best of three). It had been read beforehand, while its client was idle; a statement that came 0.5 s behind its making waited {copy['reading']:.2f} s.
+"""
+
+
 def render(results):
     facts = {**results["machine"], "date": datetime.date.today().isoformat()}
     for name in ("seconds", "repeats", "scale", "instances"):
@@ -150,4 +175,6 @@ def render(results):
         text += pause(results["pause"])
     if "state" in results:
         text += state(results["state"])
+    if "moved" in results:
+        text += moved(results["moved"])
     return text

@@ -14,8 +14,10 @@ BENCH_INSTANCES  servers of a cluster                  (2)
 BENCH_MOVES    switchovers for each number of sessions (5)
 BENCH_SESSIONS numbers of sessions for the pause       (1,100,1000)
 BENCH_STATE    numbers of sessions with state          (100,1000)
+BENCH_COPY     megabytes of a temporary table         (100)
+BENCH_REPLAY   transactions x statements to replay    (1x10000,100x100,1000x10)
 BENCH_IDLE     idle sessions for the memory            (1000)
-BENCH_PARTS    which parts to run                      (throughput,memory,pause,state)
+BENCH_PARTS    which parts to run                      (throughput,memory,pause,state,moved)
 BENCH_OUT      where to write                          (docs/benchmarks.md)
 BENCH_HELIOS   the program                             (target/release/helios)
 """
@@ -35,6 +37,7 @@ import sys
 import tempfile
 import time
 
+import moved
 import report
 import state
 from servers import HELIOS, ROOT, Cluster, PgBouncer
@@ -54,12 +57,13 @@ INSERT_CASES = (("simple", 8), ("prepared", 8))
 DEFAULTS = {
     "SECONDS": "3", "REPEATS": "3", "CASES": "*/*/*", "SCALE": "10", "INSTANCES": "2", "MOVES": "5",
     "SESSIONS": "1,100,1000", "IDLE": "1000", "STATE": "100,1000",
-    "PARTS": "throughput,memory,pause,state",
+    "COPY": "100", "REPLAY": "1x10000,100x100,1000x10",
+    "PARTS": "throughput,memory,pause,state,moved",
     "OUT": "docs/benchmarks.md",
 }
 SHORT = {
     "SECONDS": "1", "REPEATS": "2", "CASES": "*/prepared/8", "SCALE": "1", "MOVES": "2",
-    "SESSIONS": "1,100", "STATE": "20", "IDLE": "200", "OUT": "target/benchmarks.md",
+    "SESSIONS": "1,100", "STATE": "20", "IDLE": "200", "COPY": "10", "REPLAY": "1x1000,20x50", "OUT": "target/benchmarks.md",
 }
 BEGUN = time.monotonic()
 chosen = {}
@@ -208,6 +212,22 @@ def with_state(cluster, repeats):
     return found
 
 
+def by_amount(cluster, repeats):
+    """What fails is told in the place of its figure."""
+    cases = [tuple(map(int, case.split("x"))) for case in setting("REPLAY").split(",")]
+    found = {}
+    try:
+        found["replay"] = moved.replays(cluster, cases, repeats, say)
+    except (ServerError, OSError) as error:
+        found["replay"] = str(error)
+    try:
+        found["copy"] = moved.copy(cluster, f"{pg_bindir()}/psql", int(setting("COPY")), say)
+    except (ServerError, OSError, subprocess.SubprocessError) as error:
+        found["copy"] = str(error)
+    say(f"moved by amount: {found}")
+    return found
+
+
 def machine():
     with open("/proc/cpuinfo") as file:
         model = re.search(r"model name\s*: (.*)", file.read())
@@ -258,6 +278,8 @@ def main():
             results["pause"] = pause(clusters["transaction"], int(setting("MOVES")))
         if "state" in parts and instances > 1:
             results["state"] = with_state(clusters["transaction"], int(setting("MOVES")))
+        if "moved" in parts and instances > 1:
+            results["moved"] = by_amount(clusters["transaction"], int(setting("REPEATS")))
     finally:
         for server in reversed(running):
             try:

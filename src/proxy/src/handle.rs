@@ -315,8 +315,8 @@ impl ProxyHandle {
                 let Ok(_permit) = shared.logins.acquire().await else {
                     return;
                 };
-                if let Some(conn) = opening::open_ahead(&shared, &entry, &at, &rehearsals).await {
-                    *lock(&entry.warm) = Some(conn);
+                if let Some(warm) = opening::open_ahead(&shared, &entry, &at, &rehearsals).await {
+                    *lock(&entry.warm) = Some(warm);
                 }
             })
         });
@@ -382,7 +382,10 @@ impl ProxyHandle {
         let primary = self.0.shared.gate.now().topology.primary.endpoint.clone();
         for entry in self.0.shared.registry.all() {
             let mut warm = lock(&entry.warm);
-            if warm.as_ref().is_some_and(|conn| conn.endpoint != primary) {
+            if warm
+                .as_ref()
+                .is_some_and(|warm| warm.conn.endpoint != primary)
+            {
                 *warm = None;
             }
         }

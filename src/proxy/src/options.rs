@@ -9,7 +9,7 @@ use helios_telemetry::metrics::Metrics;
 
 use crate::auth::AuthMethod;
 use crate::backend::Login;
-use crate::config::{MigrationConfig, ProxyConfig, ReplayMode};
+use crate::config::{MigrationConfig, ProxyConfig, ReplayMode, RestoreAhead};
 use crate::engine::latency::LatencyRule;
 use crate::engine::room::SpillOptions;
 use crate::engine::shared::EngineOptions;
@@ -132,6 +132,7 @@ fn engine_options(config: &ProxyConfig) -> EngineOptions {
         capture_prepared: migration.capture_prepared_statements,
         capture_temporary: migration.capture_temp_tables,
         capture_cursors: migration.capture_cursors,
+        restore_ahead: migration.restore_ahead == RestoreAhead::Planned,
         lost_notification: migration.lost_notification_payload.clone(),
         move_on_failure: config.triggers.on_backend_failure,
         move_on_maintenance: config.triggers.on_maintenance_signal,

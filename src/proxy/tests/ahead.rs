@@ -102,3 +102,181 @@ async fn a_backend_opened_ahead_has_planned_what_clients_run() {
     pays.execute(pay, &[&1_i32]).await.unwrap();
     assert_eq!(bench.column(balance).await.unwrap(), ["8"]);
 }
+
+/// What the server has run so far, by its log.
+fn ran(bench: &Bench, what: &str) -> usize {
+    bench.server.log().matches(what).count()
+}
+
+async fn logged(restore_ahead: bool) -> Bench {
+    let options = EngineOptions {
+        restore_ahead,
+        ..EngineOptions::default()
+    };
+    let schema = "CREATE ROLE boss; CREATE SCHEMA app; CREATE TABLE app.t (v int); \
+                  INSERT INTO app.t VALUES (1)";
+    let bench = Bench::start(options, schema).await.unwrap();
+    let log = "ALTER SYSTEM SET log_statement = 'all'";
+    bench.direct.batch_execute(log).await.unwrap();
+    bench
+        .direct
+        .batch_execute("SELECT pg_reload_conf()")
+        .await
+        .unwrap();
+    bench
+}
+
+const SHOWN: &str = "SELECT current_setting('app.note', true), current_setting('search_path'), \
+     current_user, (SELECT string_agg(name || ':' || statement, ';' ORDER BY name) \
+     FROM pg_prepared_statements WHERE from_sql)";
+
+async fn shown(client: &tokio_postgres::Client) -> Vec<Option<String>> {
+    let messages = client.simple_query(SHOWN).await.unwrap();
+    let row = messages.into_iter().find_map(|m| match m {
+        tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    let row = row.unwrap();
+    (0..4).map(|at| row.get(at).map(str::to_owned)).collect()
+}
+
+async fn wait_for_reload(bench: &Bench, client: &tokio_postgres::Client) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while ran(bench, "is logged now") == 0 {
+        assert!(std::time::Instant::now() < deadline, "nothing is logged");
+        client
+            .batch_execute("SELECT 'is logged now'")
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn state_restored_ahead_is_adopted_and_not_restored_again() {
+    for ahead in [true, false] {
+        let mut bench = logged(ahead).await;
+        let client = bench.client().await.unwrap();
+        wait_for_reload(&bench, &client).await;
+        for sql in [
+            "SET app.note = 'kept'; SET search_path = app",
+            "PREPARE q (int) AS SELECT v + $1 FROM t",
+        ] {
+            client.batch_execute(sql).await.unwrap();
+        }
+        let by_protocol = client
+            .prepare("SELECT v + $1::int4 FROM app.t")
+            .await
+            .unwrap();
+        client.batch_execute("SET ROLE postgres").await.unwrap();
+        let before = shown(&client).await;
+        assert_eq!(before[0].as_deref(), Some("kept"));
+        bench.proxy.prepare(&bench.candidate().unwrap()).await;
+        // The client's own, and the one ahead of time.
+        let prepared = |bench: &Bench| ran(bench, "PREPARE q (int) AS");
+        assert_eq!(prepared(&bench), 1 + usize::from(ahead));
+        let settings = ran(&bench, "set_config('app.note'");
+        assert_eq!(settings, usize::from(ahead));
+        bench.switchover().await.unwrap();
+        assert_eq!(shown(&client).await, before);
+        assert_eq!(prepared(&bench), 2, "ahead: {ahead}");
+        assert_eq!(ran(&bench, "set_config('app.note'"), 1);
+        let row = client.query_one(&by_protocol, &[&4_i32]).await.unwrap();
+        assert_eq!(row.get::<_, i32>(0), 5);
+        client.batch_execute("EXECUTE q (1)").await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn state_that_changed_since_is_restored_anew() {
+    let mut bench = logged(true).await;
+    let client = bench.client().await.unwrap();
+    for sql in [
+        "SET app.note = 'old'; SET search_path = app",
+        "PREPARE q AS SELECT 1",
+        "PREPARE r AS SELECT 2",
+    ] {
+        client.batch_execute(sql).await.unwrap();
+    }
+    let gone = client.prepare("SELECT 7").await.unwrap();
+    bench.proxy.prepare(&bench.candidate().unwrap()).await;
+    client
+        .batch_execute("SET app.note = 'new'; RESET search_path; DEALLOCATE q; SET ROLE boss")
+        .await
+        .unwrap();
+    let newer = client.prepare("SELECT 8").await.unwrap();
+    drop(gone);
+    let before = shown(&client).await;
+    bench.switchover().await.unwrap();
+    assert_eq!(shown(&client).await, before);
+    assert_eq!(before[3].as_deref(), Some("r:PREPARE r AS SELECT 2"));
+    let refused = client.batch_execute("EXECUTE q").await.unwrap_err();
+    assert_eq!(refused.code().unwrap().code(), "26000");
+    assert_eq!(
+        client
+            .query_one(&newer, &[])
+            .await
+            .unwrap()
+            .get::<_, i32>(0),
+        8
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_goes_on_behind_state_restored_ahead() {
+    let mut bench = logged(true).await;
+    let client = bench.client().await.unwrap();
+    client
+        .batch_execute("SET app.note = 'outside'")
+        .await
+        .unwrap();
+    client
+        .batch_execute(
+            "BEGIN; SET LOCAL app.note = 'inside'; SET search_path = app; \
+             PREPARE inside AS SELECT 3; UPDATE app.t SET v = v + 1",
+        )
+        .await
+        .unwrap();
+    bench.proxy.prepare(&bench.candidate().unwrap()).await;
+    let before = shown(&client).await;
+    bench.switchover().await.unwrap();
+    assert_eq!(shown(&client).await, before);
+    client.batch_execute("COMMIT").await.unwrap();
+    let after = shown(&client).await;
+    assert_eq!(after[0].as_deref(), Some("outside"));
+    assert_eq!(after[1].as_deref(), Some("app"));
+    let rows = bench.column("SELECT v FROM app.t").await.unwrap();
+    assert_eq!(rows, ["2"]);
+}
+
+/// A session that holds a lock, and one with temporary tables, want a bare backend.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_acquired_since_finds_a_bare_backend() {
+    let mut bench = logged(true).await;
+    let (locks, tables) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+    for client in [&locks, &tables] {
+        let sql = "SET app.note = 'kept'; SET statement_timeout = '1h'";
+        client.batch_execute(sql).await.unwrap();
+    }
+    bench.proxy.prepare(&bench.candidate().unwrap()).await;
+    locks
+        .batch_execute("SELECT pg_advisory_lock(42)")
+        .await
+        .unwrap();
+    tables
+        .batch_execute("CREATE TEMP TABLE mine AS SELECT 1 AS a")
+        .await
+        .unwrap();
+    bench.switchover().await.unwrap();
+    for client in [&locks, &tables] {
+        assert_eq!(shown(client).await[0].as_deref(), Some("kept"));
+        let timeout = client
+            .query_one("SHOW statement_timeout", &[])
+            .await
+            .unwrap();
+        assert_eq!(timeout.get::<_, String>(0), "1h");
+    }
+    let held = "SELECT objid FROM pg_locks WHERE locktype = 'advisory'";
+    assert_eq!(bench.column(held).await.unwrap(), ["42"]);
+    let row = tables.query_one("SELECT a FROM mine", &[]).await.unwrap();
+    assert_eq!(row.get::<_, i32>(0), 1);
+}

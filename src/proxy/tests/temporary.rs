@@ -370,7 +370,7 @@ async fn what_a_server_refuses_to_make_again_is_told_to_be_lost() {
         client.batch_execute(sql).await.unwrap();
         protected(&bench).await;
         move_it(&mut bench, how).await;
-        let told = client.batch_execute("SELECT 1").await.unwrap_err();
+        let told = client.batch_execute("SELECT * FROM w").await.unwrap_err();
         assert_eq!(told.code().unwrap().code(), "40001", "{how:?}");
         let detail = told.as_db_error().unwrap().detail().unwrap();
         assert!(detail.contains("\"base\" does not exist"), "{detail}");

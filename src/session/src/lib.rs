@@ -15,6 +15,7 @@ pub mod keyword;
 pub mod last_values;
 pub mod locks;
 mod log;
+pub mod needs;
 pub mod plain;
 pub mod reads;
 pub mod rehearsal;

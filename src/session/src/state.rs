@@ -236,7 +236,7 @@ impl Snapshot {
     }
 
     /// The statements that bring a fresh backend to this state, in the order of design rule 5.3:
-    /// settings, role, SQL-level prepared statements.
+    /// settings, role, SQL-level prepared statements. Channels follow ([`Self::listen_sql`]).
     #[must_use]
     pub fn restore_sql(&self) -> Vec<String> {
         let mut sql = Vec::new();
@@ -264,9 +264,15 @@ impl Snapshot {
             grammar::prepare_of(text, name).unwrap_or_else(|| text.clone())
         };
         sql.extend(self.prepared.iter().map(alone));
-        let listen = |channel: &String| format!("LISTEN {}", identifier(channel));
-        sql.extend(self.channels.iter().map(listen));
         sql
+    }
+
+    /// The statements that register its channels, behind all others: none of it can be had on a
+    /// standby.
+    #[must_use]
+    pub fn listen_sql(&self) -> Vec<String> {
+        let listen = |channel: &String| format!("LISTEN {}", identifier(channel));
+        self.channels.iter().map(listen).collect()
     }
 
     /// Gives up what a change gives up of the statements that PREPARE made.
@@ -366,8 +372,8 @@ mod tests {
                  pg_catalog.set_config('search_path', 'a, \"B\"', false)",
                 "SET ROLE 'boss'",
                 "PREPARE q AS SELECT 1",
-                "LISTEN \"New \"\"s\"",
             ]
         );
+        assert_eq!(s.listen_sql(), ["LISTEN \"New \"\"s\""]);
     }
 }

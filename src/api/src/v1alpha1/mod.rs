@@ -22,8 +22,8 @@ pub use postgres::{
     Bootstrap, DataDurability, Failover, Initdb, Postgresql, Switchover, Synchronous,
 };
 pub use proxy::{
-    HealthChecks, LogLevel, MigrationTriggers, ProxyLogs, ProxySpec, ReplayMode, SessionMigration,
-    TransactionReplay,
+    HealthChecks, LogLevel, MigrationTriggers, ProxyLogs, ProxySpec, ReplayMode, RestoreAhead,
+    SessionMigration, TransactionReplay,
 };
 pub use status::{
     ConditionType, FinishedOperation, HeliosClusterStatus, InstanceStatus, PhaseMillis,

@@ -137,6 +137,27 @@ pub struct TransactionReplay {
     pub replay_on_connection_loss: Option<bool>,
 }
 
+/// When sessions are restored ahead of time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RestoreAhead {
+    /// Never: all of it behind the promotion.
+    Off,
+    /// While a planned move is prepared.
+    Planned,
+}
+
+impl RestoreAhead {
+    /// The value as the configuration writes it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Planned => "planned",
+        }
+    }
+}
+
 /// `[session_migration]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -153,6 +174,10 @@ pub struct SessionMigration {
     /// Whether cursors WITH HOLD move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capture_cursors: Option<bool>,
+    /// When what a standby can have of a session's state is restored there: `off`, or `planned`
+    /// (the default), while a planned move is prepared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore_ahead: Option<RestoreAhead>,
     /// Most bytes of one session's journal on the proxy's disk, where it goes when it outgrows its
     /// memory; 0: none goes there.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -204,6 +204,10 @@ fn migration(spec: &SessionMigration) -> Option<Value> {
         ),
         ("capture_temp_tables", flag(spec.capture_temp_tables)),
         ("capture_cursors", flag(spec.capture_cursors)),
+        (
+            "restore_ahead",
+            spec.restore_ahead.map(|when| text(when.as_str())),
+        ),
         ("transaction_buffer_path", Some(text(JOURNAL))),
         (
             "transaction_buffer_size",

@@ -152,6 +152,16 @@ impl Default for ReplayConfig {
     }
 }
 
+/// When sessions are restored ahead of time (`restore_ahead`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RestoreAhead {
+    /// Never: all of it behind the promotion.
+    Off,
+    /// While a planned move is prepared.
+    #[default]
+    Planned,
+}
+
 /// `[session_migration]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MigrationConfig {
@@ -163,6 +173,8 @@ pub struct MigrationConfig {
     pub capture_temp_tables: bool,
     /// Cursors WITH HOLD move with their rows and positions.
     pub capture_cursors: bool,
+    /// What of a session's state is restored on the next primary before it is one.
+    pub restore_ahead: RestoreAhead,
     /// Folder for journals that outgrow their memory; the system's for temporary files without it.
     pub transaction_buffer_path: Option<PathBuf>,
     /// Most bytes of one journal on disk; 0: none goes there.
@@ -182,6 +194,7 @@ impl Default for MigrationConfig {
             capture_prepared_statements: true,
             capture_temp_tables: true,
             capture_cursors: true,
+            restore_ahead: RestoreAhead::default(),
             transaction_buffer_path: None,
             transaction_buffer_size: 1 << 30,
             transaction_buffer_total_size: 8 << 30,

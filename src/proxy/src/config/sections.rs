@@ -9,7 +9,7 @@ use super::reader::{Problems, Section, did_you_mean};
 use super::values::{
     address, boolean, bytes, choice, count, duration, millis, path, port, seconds, small, text,
 };
-use super::{InstanceConfig, LogLevel, Problem, ProxyConfig, ReplayMode};
+use super::{InstanceConfig, LogLevel, Problem, ProxyConfig, ReplayMode, RestoreAhead};
 use crate::auth::AuthMethod;
 use crate::tls::{CertificateFiles, SslMode};
 
@@ -26,6 +26,10 @@ const REPLAY_MODE: &[(&str, ReplayMode)] = &[
     ("session", ReplayMode::Session),
     ("transaction", ReplayMode::Transaction),
     ("select", ReplayMode::Select),
+];
+const RESTORE_AHEAD: &[(&str, RestoreAhead)] = &[
+    ("off", RestoreAhead::Off),
+    ("planned", RestoreAhead::Planned),
 ];
 const SSLMODE: &[(&str, SslMode)] = &[
     ("disable", SslMode::Disable),
@@ -227,6 +231,11 @@ fn migration(file: &DeTable<'_>, config: &mut ProxyConfig, problems: &mut Proble
         )
         .set("capture_temp_tables", &mut to.capture_temp_tables, boolean)
         .set("capture_cursors", &mut to.capture_cursors, boolean)
+        .set(
+            "restore_ahead",
+            &mut to.restore_ahead,
+            choice(RESTORE_AHEAD),
+        )
         .set_some(
             "transaction_buffer_path",
             &mut to.transaction_buffer_path,

@@ -78,6 +78,7 @@ replay_on_connection_loss = false
 verify_on_replay = true
 
 [session_migration]
+restore_ahead = "off"
 capture_set_parameters = true
 capture_prepared_statements = true
 capture_temp_tables = true
@@ -151,6 +152,7 @@ fn every_supported_key_is_read() {
     assert_eq!(config.migration.migration_timeout, Duration::from_secs(90));
     assert_eq!(config.migration.transaction_buffer_size, 64 << 20);
     assert_eq!(config.migration.transaction_buffer_total_size, 1 << 30);
+    assert_eq!(config.migration.restore_ahead, RestoreAhead::Off);
     assert_eq!(config.backends.sslmode, SslMode::VerifyFull);
     let [first, second] = &config.backends.instances[..] else {
         panic!("two instances");

@@ -3,6 +3,8 @@
 //! Touches the new backend, and the session that it is for. The invariant: the backend ends in a
 //! failed block where the client's transaction was one, and the client is told of a failure once.
 
+use std::collections::BTreeSet;
+
 use helios_session::TxnStatus;
 use helios_session::state::{Change, Prepared, Snapshot};
 use helios_wire::message::back;
@@ -91,14 +93,19 @@ impl Session {
             made.splice(..0, std::mem::take(&mut state.prepared));
             inside.append(&mut there);
         }
-        let temporary = self.kept().map(|kept| (kept, &self.shared.makers));
-        replay::restore(&mut server.link, &state, temporary, &there).await?;
+        let nothing_later = BTreeSet::new();
+        let makers = &self.shared.makers;
+        let temporary = self.kept().map(|kept| (kept, &nothing_later, makers));
+        let usable = self.temporary.is_none();
+        let (link, restored) = (&mut server.link, (server.restored.as_deref(), usable));
+        replay::restore(link, restored, &state, temporary, &there).await?;
         for one in made {
             let alone = Snapshot {
                 prepared: vec![one.clone()],
                 ..Snapshot::default()
             };
-            if is_there(replay::restore(&mut server.link, &alone, None, &[]).await)? {
+            if is_there(replay::restore(&mut server.link, (None, false), &alone, None, &[]).await)?
+            {
                 state.prepared.push(one);
             }
         }
@@ -107,7 +114,9 @@ impl Session {
         let nothing = Snapshot::default();
         for one in inside {
             let alone = std::slice::from_ref(&one);
-            if is_there(replay::restore(&mut server.link, &nothing, None, alone).await)? {
+            if is_there(
+                replay::restore(&mut server.link, (None, false), &nothing, None, alone).await,
+            )? {
                 there.push(one);
             }
         }

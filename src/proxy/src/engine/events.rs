@@ -143,7 +143,9 @@ impl Session {
         let settings = self.state.settings.iter().map(|(n, v)| n.len() + v.len());
         let prepared = self.state.prepared.iter().map(|(n, t)| n.len() + t.len());
         let state = settings.sum::<usize>() + prepared.sum::<usize>();
-        (self.room.used() + self.tracker.prepared().bytes() + state) as u64
+        let kept = self.temporary.as_ref().and_then(|t| t.kept());
+        let rows = kept.map_or(0, super::kept::Kept::size);
+        (self.room.used() + self.tracker.prepared().bytes() + state + rows) as u64
     }
 
     /// Why the session moves, as far as is known.
@@ -251,8 +253,12 @@ impl Session {
             self.shared.count_failed(reason);
             self.shared.metrics.migration(false, name(self.reason()));
         }
+        let took = self.held_since.map_or(Duration::ZERO, |at| at.elapsed());
         tracing::info!(
             session = %self.entry().id,
+            reason = name(self.reason()),
+            ?took,
+            state_bytes = self.state_bytes(),
             sqlstate = fields.sqlstate.as_str(),
             detail = fields.detail.as_deref().unwrap_or(""),
             "session could not be moved without an error"

@@ -4,10 +4,12 @@
 //! Touches one backend at a time. The invariant: what is larger than its room, or refused by a
 //! server, is not kept, and the connection stays usable.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Mutex;
 
 use helios_session::last_values::{self, LastValue};
+use helios_session::needs::{NAMES_QUERY, name_of};
 use helios_session::temporary::{
     AFTER_RESTORE, BEFORE_RESTORE, FLUSH_QUERY, Inventory, OTHERS_QUERY, Objects, SETTINGS, Step,
     fingerprint_query,
@@ -18,7 +20,9 @@ use tokio::sync::Semaphore;
 
 use super::asking::{Answer, Asking, Failure, Rows, SMALL};
 use super::cursors::{self, Standing};
+use super::groups::Groups;
 use super::link::{HIGH_WATER, Link};
+use super::making::restore_some;
 use super::registry::lock;
 use super::replay::{ReplayError, describe_error, next_frame, text_row};
 use super::shared::Shared;
@@ -45,6 +49,8 @@ pub(super) struct Kept {
     last_values: Vec<LastValue>,
     /// The backend that it was read from does not have it any more.
     used_up: bool,
+    /// What of it belongs together.
+    groups: Groups,
     /// As of when it was read, or made again last.
     state: Mutex<State>,
 }
@@ -95,10 +101,53 @@ impl State {
 
 /// A step of it.
 #[derive(Debug)]
-enum Made {
+pub(super) enum Made {
+    /// A statement.
     Run(String),
     /// Rows of a table: the statement that takes them, the copy messages, and their number.
     Rows(String, Range<usize>, Vec<u8>),
+}
+
+impl Kept {
+    /// What makes it again, in order.
+    pub(super) fn steps(&self) -> &[Made] {
+        &self.steps
+    }
+
+    /// Rows of a table.
+    pub(super) fn bytes(&self, range: &Range<usize>) -> &[u8] {
+        self.rows.bytes().get(range.clone()).unwrap_or_default()
+    }
+
+    /// Which of the steps belong together.
+    pub(super) fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// Whether the session can go on without some of it for now.
+    pub(super) fn may_wait(&self) -> bool {
+        self.cursors.is_empty() && self.last_values.is_empty()
+    }
+
+    /// Bytes of rows.
+    pub(super) fn size(&self) -> usize {
+        self.rows.bytes().len()
+    }
+
+    /// Nothing is known of what has changed since it was made again.
+    pub(super) fn forget_state(&self) {
+        *lock(&self.state) = State::default();
+    }
+}
+
+/// Takes note of what tells whether anything has changed since now.
+///
+/// # Errors
+/// The connection's.
+pub(super) async fn note_state(asking: &mut Asking<'_>, kept: &Kept) -> Result<(), Failure> {
+    let (state, _) = state(asking, Some(kept)).await?;
+    *lock(&kept.state) = state;
+    Ok(())
 }
 
 /// What tells whether anything was written, and how large the tables are.
@@ -180,6 +229,7 @@ impl Kept {
             steps: Vec::new(),
             rows: Rows::new(shared),
             objects: Vec::new(),
+            groups: Groups::default(),
             cursors: Vec::new(),
             last_values: Vec::new(),
             used_up: false,
@@ -219,8 +269,8 @@ async fn keep_objects(
         return Err(Failure::Not(why));
     }
     let same = |last: &Kept| lock(&last.state).same_objects(&state);
-    let steps = match last.filter(same) {
-        Some(last) => last.objects,
+    let (steps, groups) = match last.filter(same) {
+        Some(last) => (last.objects, last.groups),
         None => {
             let mut inventory = Inventory::default();
             let rows = asking.rows(Inventory::query()).await?;
@@ -235,11 +285,15 @@ async fn keep_objects(
             if let Some(why) = objects.unmovable.into_iter().next() {
                 return Err(Failure::Not(why));
             }
-            objects.steps
+            let names = asking.rows(NAMES_QUERY).await?;
+            let names = names.into_iter().filter_map(name_of).collect();
+            let groups = Groups::of_steps(&objects.steps, &names);
+            (objects.steps, groups)
         }
     };
     let mut kept = Kept {
         objects: steps.clone(),
+        groups,
         state: Mutex::new(state),
         ..Kept::nothing(shared)
     };
@@ -281,17 +335,21 @@ async fn keep_objects(
 /// catalogs, so more of them together would take longer than one after the other.
 pub(super) const MAKERS: usize = 16;
 
-/// Makes what was kept again, on a fresh backend, in one transaction and one flight: a thousand
-/// sessions may want to behind a promotion, which are served in turn.
+/// Makes what was kept again, on a fresh backend, but for the groups that can wait, in one
+/// transaction and one flight: a thousand sessions may want to behind a promotion, which are served
+/// in turn.
 ///
 /// # Errors
 /// The connection's, or [`ReplayError::State`] when the server refuses something or takes another
 /// number of rows than there were.
 pub(super) async fn restore(
     link: &mut Link,
-    kept: &Kept,
+    (kept, later): (&Kept, &BTreeSet<usize>),
     makers: &Semaphore,
 ) -> Result<(), ReplayError> {
+    if !later.is_empty() {
+        return restore_some(link, (kept, later), makers).await;
+    }
     let values = last_values::restore(&kept.last_values);
     let makes = !kept.steps.is_empty() || !kept.cursors.is_empty();
     if !makes && values.is_none() {
@@ -340,6 +398,8 @@ struct Flight<'a> {
 impl Flight<'_> {
     async fn make(&mut self, kept: &Kept) -> Result<(), ReplayError> {
         self.run(BEFORE_RESTORE);
+        // Whatever was restored ahead of it.
+        self.run("SET LOCAL ROLE NONE");
         for step in &kept.steps {
             match step {
                 Made::Run(sql) => self.run(sql),

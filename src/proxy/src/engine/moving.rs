@@ -16,15 +16,15 @@ use helios_wire::{ErrorFields, SqlState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::ahead::Warm;
 use super::gate::{GateState, Phase};
-use super::monitor::STARTED;
 use super::opening::{is_away, is_primary, no_primary};
 use super::rebuild::Attempt;
 use super::registry::lock;
 use super::replay;
 use super::session::{End, Server, Session};
 use super::shared::Shared;
-use crate::backend::{self, BackendConn, BackendError};
+use crate::backend::{self, BackendError};
 
 /// A fatal error that a server sent before it closed the connection.
 #[derive(Debug)]
@@ -374,8 +374,8 @@ impl Session {
     }
 
     async fn attempt_on(&mut self, topology: &Topology) -> Result<(), Attempt> {
-        let conn = self.connect(topology).await?;
-        let mut server = Server::adopted(conn, topology);
+        let warm = self.connect(topology).await?;
+        let mut server = Server::adopted(warm, topology);
         self.check_last_words(&mut server, topology).await?;
         if self.held_since.is_some() {
             self.begin_migration();
@@ -405,12 +405,12 @@ impl Session {
     }
 
     /// A backend on the primary: one opened ahead of time, or a new one.
-    async fn connect(&mut self, topology: &Topology) -> Result<BackendConn, Attempt> {
+    async fn connect(&mut self, topology: &Topology) -> Result<Warm, Attempt> {
         let at = &topology.primary.endpoint;
         // One for another primary may still be needed there.
-        let warm = lock(&self.entry().warm).take_if(|c| c.endpoint == *at);
-        if let Some(conn) = warm {
-            return Ok(conn);
+        let warm = lock(&self.entry().warm).take_if(|warm| warm.conn.endpoint == *at);
+        if let Some(warm) = warm {
+            return Ok(warm);
         }
         let shared = std::sync::Arc::clone(&self.shared);
         let permit = shared.logins.acquire().await;
@@ -419,7 +419,10 @@ impl Session {
         let result = backend::connect(at, &shared.tls, &login, limit).await;
         drop(permit);
         match result {
-            Ok(conn) if is_primary(&conn) => Ok(conn),
+            Ok(conn) if is_primary(&conn) => Ok(Warm {
+                conn,
+                restored: None,
+            }),
             Ok(_) => Err(Attempt::Away("the server is in recovery".into())),
             Err(BackendError::Refused { fields, frame, .. })
                 if !is_away(&fields.sqlstate) && fields.sqlstate.class() != *b"53" =>
@@ -460,61 +463,5 @@ impl Session {
             return Err(Attempt::End(End::Forward(words.frame)));
         }
         Ok(())
-    }
-
-    /// The session is not to go on with a server that was started after its last backend was.
-    async fn check_restart(&mut self, server: &mut Server) -> Result<(), Attempt> {
-        let since = lock(&self.entry().identity).since;
-        let sql = "SELECT pg_catalog.trunc(extract(epoch FROM pg_catalog.clock_timestamp() \
-             OPERATOR(pg_catalog.-) pg_catalog.pg_postmaster_start_time()) \
-             OPERATOR(pg_catalog.*) 1000000)";
-        let rows = replay::simple(&mut server.link, sql).await;
-        let rows = rows.map_err(|e| Attempt::Retry(e.to_string()))?;
-        let age = rows.first().and_then(|row| row.first()).cloned().flatten();
-        let age: u64 = age.and_then(|text| text.parse().ok()).unwrap_or(u64::MAX);
-        if age < self.shared.now_micros().saturating_sub(since) {
-            self.begin_migration();
-            return Err(Attempt::End(self.disconnect()));
-        }
-        Ok(())
-    }
-
-    /// The connection broke, and its server is the primary: the old backend may live. It is
-    /// terminated and waited for, before anything of it is resolved or run again (design rule 4).
-    async fn end_old_backend(&mut self, topology: &Topology) -> Result<(), Attempt> {
-        let Some(pid) = self.old.as_ref().map(|old| old.pid) else {
-            return Ok(());
-        };
-        let shared = std::sync::Arc::clone(&self.shared);
-        let limit = shared.options.connect_timeout;
-        let at = &topology.primary.endpoint;
-        let conn = backend::connect(at, &shared.tls, &shared.service, limit)
-            .await
-            .map_err(|e| Attempt::Retry(e.to_string()))?;
-        let mut service = Server::new(conn, topology.epoch);
-        let user = helios_session::state::literal(&self.entry().login.user);
-        let mut sql = format!(
-            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
-             WHERE pid = {pid} AND usename = {user}"
-        );
-        // Another one with the same process id is none of ours.
-        let identity = lock(&self.entry().identity).clone();
-        if identity.pid == pid
-            && let Some(started) = identity.started
-        {
-            let started = helios_session::state::literal(&started);
-            sql.push_str(&format!(" AND {STARTED} = {started}"));
-        }
-        for _ in 0..500 {
-            let rows = replay::simple(&mut service.link, &sql)
-                .await
-                .map_err(|e| Attempt::Retry(e.to_string()))?;
-            if rows.is_empty() {
-                self.old = None;
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        Err(Attempt::Retry("the old backend does not end".into()))
     }
 }

@@ -13,11 +13,12 @@ use helios_wire::{ErrorFields, SqlState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::ahead::{self, Blueprint, Warm};
 use super::gate::{GateState, Phase};
 use super::link::Link;
 use super::registry::{Entry, Identity, lock};
 use super::rehearsal::Rehearsals;
-use super::replay::simple;
+use super::replay::{self, ReplayError, simple};
 use super::session::frame_of;
 use super::shared::Shared;
 use crate::backend::{self, BackendConn};
@@ -36,13 +37,37 @@ pub(crate) async fn open_ahead(
     entry: &Entry,
     at: &Endpoint,
     rehearsals: &Rehearsals,
-) -> Option<BackendConn> {
+) -> Option<Warm> {
+    let blueprint = match shared.options.restore_ahead {
+        true => ahead::blueprint(entry).await,
+        false => None,
+    };
+    let opened = open_with(shared, entry, at, rehearsals, blueprint).await;
+    match opened {
+        // Something of its state cannot be had there: the rest of it is worth opening all the same.
+        Err(Refused) => open_with(shared, entry, at, rehearsals, None).await,
+        opened => opened,
+    }
+    .ok()
+    .flatten()
+}
+
+/// The standby refuses something of the session's state.
+struct Refused;
+
+async fn open_with(
+    shared: &Shared,
+    entry: &Entry,
+    at: &Endpoint,
+    rehearsals: &Rehearsals,
+    blueprint: Option<Box<Blueprint>>,
+) -> Result<Option<Warm>, Refused> {
     let limit = shared.options.connect_timeout;
     let conn = match backend::connect(at, &shared.tls, &entry.login, limit).await {
         Ok(conn) => conn,
         Err(error) => {
             tracing::debug!(%error, "no backend ahead of time");
-            return None;
+            return Ok(None);
         }
     };
     let mut link = Link {
@@ -51,23 +76,35 @@ pub(crate) async fn open_ahead(
     };
     let warming = async {
         simple(&mut link, WARM_UP).await?;
-        rehearsals.run(&mut link, &entry.login).await
+        rehearsals.run(&mut link, &entry.login).await?;
+        match &blueprint {
+            Some(blueprint) => replay::restore_ahead(&mut link, blueprint).await,
+            None => Ok(()),
+        }
     };
     match tokio::time::timeout(limit, warming).await {
-        Ok(Ok(())) => Some(BackendConn {
-            stream: link.stream,
-            buf: link.input,
-            parameters: link.parameters,
-            pid: conn.pid,
-            secret: conn.secret,
-            notices: conn.notices,
-            endpoint: conn.endpoint,
-        }),
+        Ok(Ok(())) => {
+            let conn = BackendConn {
+                stream: link.stream,
+                buf: link.input,
+                parameters: link.parameters,
+                pid: conn.pid,
+                secret: conn.secret,
+                notices: conn.notices,
+                endpoint: conn.endpoint,
+            };
+            let restored = blueprint;
+            Ok(Some(Warm { conn, restored }))
+        }
+        Ok(Err(error @ ReplayError::State(_))) if blueprint.is_some() => {
+            tracing::debug!(session = %entry.id, %error, "state cannot be restored ahead of time");
+            Err(Refused)
+        }
         Ok(Err(error)) => {
             tracing::debug!(%error, "backend opened ahead of time cannot be used");
-            None
+            Ok(None)
         }
-        Err(_) => None,
+        Err(_) => Ok(None),
     }
 }
 

@@ -12,6 +12,7 @@ use helios_wire::message::read;
 use helios_wire::{ErrorFields, SqlState, backend, frontend, peek_header};
 
 use super::gate::Phase;
+use super::later::Awaits;
 use super::link::{HIGH_WATER, WHOLE};
 use super::moving::LastWords;
 use super::own;
@@ -83,6 +84,10 @@ impl Session {
             }
             if self.corked() || self.tracker.expect().len() >= MAX_EXPECTED {
                 return Ok(());
+            }
+            match self.awaits_objects() {
+                Awaits::Nothing => {}
+                awaits => return awaits.outcome(),
             }
             let Some(len) = self.bring_rows(header.tag, header.len, whole) else {
                 return Ok(());

@@ -275,9 +275,14 @@ impl Session {
         prepared: &[(Vec<u8>, Prepared)],
         next: &mut helios_session::tracker::Tracker,
     ) -> Result<(), ReplayError> {
-        let temporary = self.kept().map(|kept| (kept, &self.shared.makers));
-        replay::restore(&mut server.link, &self.state, temporary, prepared).await?;
+        let later = self.can_wait(prepared);
+        let makers = &self.shared.makers;
+        let temporary = self.kept().map(|kept| (kept, &later, makers));
+        let usable = self.name_no_objects(prepared);
+        let (link, restored) = (&mut server.link, (server.restored.as_deref(), usable));
+        replay::restore(link, restored, &self.state, temporary, prepared).await?;
         if self.tracker.status() == TxnStatus::Idle {
+            self.make_rest_later(later);
             return Ok(());
         }
         // Before anything of the client's: its first statement may decide over its snapshot.

@@ -12,11 +12,12 @@ use helios_api::{Epoch, InstanceName, Lsn, SessionId};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
+use super::ahead::{Blueprint, Warm};
 use super::bell::Bell;
 use super::progress::Progress;
 use super::protection::{Meter, Who};
 use super::running::Running;
-use crate::backend::{BackendConn, Login};
+use crate::backend::Login;
 use crate::stream::Stream;
 
 /// Cancel requests whose senders wait for one session; the senders of more are not waited for.
@@ -66,8 +67,10 @@ pub struct Entry {
     /// A planned move is being prepared: temporary tables are to be read. Dropped when they are, or
     /// cannot be now.
     pub keep: Mutex<Option<oneshot::Sender<()>>>,
+    /// A planned move is being prepared: the session is to say what can be restored ahead of it.
+    pub blueprint: Mutex<Option<oneshot::Sender<Box<Blueprint>>>>,
     /// A backend opened ahead of time on the next primary.
-    pub warm: Mutex<Option<BackendConn>>,
+    pub warm: Mutex<Option<Warm>>,
     /// Its last backend, as the server knows it.
     pub identity: Mutex<Identity>,
     /// What it shows; changed at most once an exchange that matters.
@@ -219,6 +222,7 @@ impl Registry {
             home: Handle::current(),
             keep: Mutex::default(),
             leave: Mutex::new(None),
+            blueprint: Mutex::new(None),
             warm: Mutex::new(None),
             identity: Mutex::default(),
             shown: Mutex::default(),

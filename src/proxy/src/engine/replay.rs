@@ -4,6 +4,7 @@
 //! journal holds only exchanges that left a transaction open, and what is in flight is not sent
 //! before its outcome is known.
 
+use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::io;
 use std::task::Poll;
@@ -18,6 +19,7 @@ use helios_wire::message::{front, read};
 use helios_wire::{FrameError, backend, peek_header};
 use tokio::sync::Semaphore;
 
+use super::ahead::{self, Blueprint};
 use super::feed::feed_all;
 use super::gather::gather;
 use super::kept::{self, Kept};
@@ -194,37 +196,70 @@ async fn take_locks(link: &mut Link, locks: &Locks) -> Result<(), ReplayError> {
 }
 
 /// Restores what the session was outside its transaction: locks, temporary objects, settings, role,
-/// statements, in this order (design rule 5.3), in one flight.
+/// statements, in this order (design rule 5.3), in one flight. What was restored ahead of time, and is
+/// still the same, is not restored again where that is `usable`; locks want a backend without it.
 ///
 /// # Errors
 /// [`ReplayError::State`] when the server refuses something, or a statement's columns changed.
 pub(super) async fn restore(
     link: &mut Link,
+    (restored, usable): (Option<&Blueprint>, bool),
     state: &Snapshot,
-    temporary: Option<(&Kept, &Semaphore)>,
+    temporary: Option<(&Kept, &BTreeSet<usize>, &Semaphore)>,
     prepared: &[(Vec<u8>, Prepared)],
 ) -> Result<(), ReplayError> {
+    let bare = !state.locks.is_empty() || !usable;
+    let wanted = Blueprint::of(state, prepared);
+    let there = ahead::is_there(link, restored, (!bare).then_some(&wanted)).await?;
     take_locks(link, &state.locks).await?;
-    if let Some((temporary, makers)) = temporary {
+    if let Some((kept, later, makers)) = temporary {
         // They belong to who has logged in, and no setting may stand in their way.
-        if let Some(user) = &state.session_authorization {
+        if let Some(user) = state.session_authorization.as_ref().filter(|_| !there) {
             simple(
                 link,
                 &format!("SET SESSION AUTHORIZATION {}", literal(user)),
             )
             .await?;
         }
-        kept::restore(link, temporary, makers).await?;
-    }
-    let mut cycles = 0;
-    let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
-    for sql in state.restore_sql() {
-        front::query(&mut link.output, sql.as_bytes()).map_err(too_long)?;
-        cycles += 1;
+        kept::restore(link, (kept, later), makers).await?;
     }
     // The unnamed statement last: nothing behind it may end it.
     let (unnamed, named): (Vec<_>, Vec<_>) = prepared.iter().partition(|(n, _)| n.is_empty());
-    for (name, statement) in named.into_iter().chain(unnamed) {
+    if there {
+        restore_state(link, &state.listen_sql(), &unnamed).await
+    } else {
+        let all: Vec<_> = named.into_iter().chain(unnamed).collect();
+        let mut sql = state.restore_sql();
+        sql.extend(state.listen_sql());
+        restore_state(link, &sql, &all).await
+    }
+}
+
+/// Restores on a standby what can be had there already.
+///
+/// # Errors
+/// As [`restore`].
+pub(super) async fn restore_ahead(
+    link: &mut Link,
+    blueprint: &Blueprint,
+) -> Result<(), ReplayError> {
+    let prepared: Vec<_> = blueprint.prepared.iter().collect();
+    restore_state(link, &blueprint.state.restore_sql(), &prepared).await
+}
+
+/// Runs statements of ours and prepares the client's, in one flight.
+async fn restore_state(
+    link: &mut Link,
+    sql: &[String],
+    prepared: &[&(Vec<u8>, Prepared)],
+) -> Result<(), ReplayError> {
+    let mut cycles = 0;
+    let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
+    for sql in sql {
+        front::query(&mut link.output, sql.as_bytes()).map_err(too_long)?;
+        cycles += 1;
+    }
+    for (name, statement) in prepared {
         link.output.extend_from_slice(&statement.parse);
         if statement.columns.is_some() {
             front::describe(&mut link.output, front::Target::Statement, name).map_err(too_long)?;
@@ -235,25 +270,16 @@ pub(super) async fn restore(
     if cycles == 0 {
         return Ok(());
     }
-    let expected: Vec<_> = order(prepared).map(|(_, p)| p.columns).collect();
     let described = collect(link, cycles).await?;
-    let first = cycles - expected.len();
-    for (columns, seen) in expected
-        .iter()
-        .zip(described.get(first..).unwrap_or_default())
-    {
-        if columns.is_some() && columns != seen {
+    let described = described.get(sql.len()..).unwrap_or_default();
+    for ((_, statement), seen) in prepared.iter().zip(described) {
+        if statement.columns.is_some() && statement.columns != *seen {
             return Err(ReplayError::State(
                 "columns of a prepared statement changed".into(),
             ));
         }
     }
     Ok(())
-}
-
-fn order(prepared: &[(Vec<u8>, Prepared)]) -> impl Iterator<Item = &(Vec<u8>, Prepared)> {
-    let named = prepared.iter().filter(|(n, _)| !n.is_empty());
-    named.chain(prepared.iter().filter(|(n, _)| n.is_empty()))
 }
 
 /// Reads the replies to `cycles` request cycles; the hash of the row description of each.

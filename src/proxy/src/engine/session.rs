@@ -20,6 +20,7 @@ use helios_wire::{ErrorFields, SqlState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::ahead::{Blueprint, Warm};
 use super::events::{Moving, Noted};
 use super::gate::{GateState, Member, Phase};
 use super::link::Link;
@@ -43,6 +44,8 @@ pub(super) struct Server {
     pub epoch: Epoch,
     /// A position that the server's log had when the backend was there.
     pub floor: Option<helios_api::Lsn>,
+    /// What of the session's state was restored on it ahead of the move.
+    pub restored: Option<Box<Blueprint>>,
 }
 
 /// A backend that a session has, or had last, as it is known when its connection is gone.
@@ -72,15 +75,18 @@ impl Server {
             endpoint: conn.endpoint,
             epoch,
             floor: None,
+            restored: None,
         }
     }
 
     /// A backend on the primary of `topology`. One that was opened while that server was a standby
     /// has not said yet that it takes writes, and was there when its timeline began: the server has
     /// not been started since.
-    pub(super) fn adopted(conn: BackendConn, topology: &Topology) -> Self {
+    pub(super) fn adopted(warm: Warm, topology: &Topology) -> Self {
+        let Warm { conn, restored } = warm;
         let was_standby = !is_primary(&conn);
         let mut server = Self::new(conn, topology.epoch);
+        server.restored = restored;
         if was_standby {
             let parameters = &mut server.link.parameters;
             parameters.insert(IN_HOT_STANDBY.to_owned(), "off".to_owned());
@@ -356,6 +362,7 @@ impl Session {
                 }
                 self.asked_to_leave();
                 self.asked_to_keep();
+                self.asked_for_blueprint();
                 Ok(())
             }
             Event::ServerLost => {
@@ -463,7 +470,7 @@ mod tests {
     /// A thousand idle sessions are a thousand of these.
     #[test]
     fn a_session_is_small() {
-        assert!(size_of::<Session>() <= 2144, "{}", size_of::<Session>());
+        assert!(size_of::<Session>() <= 2160, "{}", size_of::<Session>());
         assert!(size(serve) <= 8192, "{}", size(serve));
     }
 }

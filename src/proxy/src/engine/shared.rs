@@ -19,12 +19,13 @@ use super::history::History;
 use super::kept::MAKERS;
 use super::latency::LatencyRule;
 use super::protection::Ledger;
+use super::reach;
 use super::reads::Proofs;
 use super::registry::{Registry, lock};
 use super::restarts::Positions;
 use super::room::{Room, SpillOptions};
 use super::sequences::ReplayLock;
-use super::temporary::READERS;
+use super::temporary::{READERS, RETURNING};
 use crate::backend::Login;
 use crate::tls::BackendTls;
 
@@ -60,6 +61,11 @@ pub struct EngineOptions {
     pub idle_timeout: Option<Duration>,
     /// Threads that sessions live on; half the processors without it.
     pub threads: Option<usize>,
+    /// What a standby can have of a session's state is restored there ahead of a planned move.
+    pub restore_ahead: bool,
+    /// Behind a move, temporary objects that no statement has asked for are made after about so long,
+    /// when nobody else waits for any.
+    pub make_later_after: Duration,
     /// From so many sessions on, idle ones leave their backends ahead of a planned move.
     pub leave_ahead_from: usize,
     /// How long the barrier holds new work back for replays.
@@ -110,6 +116,8 @@ impl Default for EngineOptions {
             outage_limit: Duration::from_secs(60),
             idle_timeout: None,
             threads: None,
+            restore_ahead: true,
+            make_later_after: Duration::from_millis(250),
             leave_ahead_from: 64,
             barrier_limit: Duration::from_secs(5),
             capture_settings: true,
@@ -157,6 +165,10 @@ pub struct Shared {
     pub(super) readers: Semaphore,
     /// Limits those who make their temporary tables again.
     pub(super) makers: Semaphore,
+    /// Limits idle sessions that look for a backend behind a move, before their clients ask.
+    pub(super) returning: Semaphore,
+    /// What statements have been found to reach.
+    pub(super) reach: reach::Known,
     /// Held by every replay; alone by one that sets sequences back.
     pub(super) replaying: ReplayLock,
     /// Whether new work is held back for replays: only then sequences may be set back.
@@ -211,6 +223,8 @@ impl Shared {
             logins: Semaphore::new(SIDE_BY_SIDE),
             readers: Semaphore::new(READERS),
             makers: Semaphore::new(MAKERS),
+            returning: Semaphore::new(RETURNING),
+            reach: reach::Known::default(),
             replaying: ReplayLock::default(),
             barrier: watch::Sender::new(false),
             worked: Mutex::default(),

@@ -5,6 +5,7 @@
 //! what was there behind the last exchange that the journal does not hold; otherwise the session is
 //! unprotected, and its client is told.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,6 +24,7 @@ use tokio::time::Instant;
 use super::asking::{Asking, Failure};
 use super::gate::{GateState, Phase};
 use super::kept::{Has, Kept, MAKERS, keep};
+use super::later::{Later, jitter};
 use super::moving::LastWords;
 use super::rebuild::Attempt;
 use super::registry::{Entry, lock};
@@ -45,6 +47,9 @@ const LONG: Duration = Duration::from_secs(1);
 
 /// Sessions whose tables are read side by side.
 pub(super) const READERS: usize = 8;
+
+/// Idle sessions that look for a backend side by side, behind a move.
+pub(super) const RETURNING: usize = 2;
 
 /// How long after a move the tables of an idle session are made again, at the earliest: those whose
 /// clients wait come first.
@@ -78,6 +83,10 @@ pub(super) struct Temporary {
     back: Option<Instant>,
     /// Dropped when they have been read: a move that is prepared waits for it.
     done: Option<oneshot::Sender<()>>,
+    /// Those that the session goes on without, for now.
+    pub(super) pending: Option<Later>,
+    /// The same, of the backend that is being rebuilt.
+    next: BTreeSet<usize>,
 }
 
 impl Default for Temporary {
@@ -95,11 +104,36 @@ impl Default for Temporary {
             wanted: false,
             back: None,
             done: None,
+            pending: None,
+            next: BTreeSet::new(),
         }
     }
 }
 
 impl Temporary {
+    /// What makes them again, as of whenever that was.
+    pub(super) fn kept(&self) -> Option<&Kept> {
+        self.kept.as_ref()
+    }
+
+    /// Groups of them are there again, behind exchange `now`; `reached`: a statement comes that may
+    /// use them.
+    pub(super) fn made(&mut self, groups: &BTreeSet<usize>, reached: bool, now: u64) {
+        let Some(later) = &mut self.pending else {
+            return;
+        };
+        let untouched = later.is_untouched();
+        if !later.made(groups, reached) {
+            return;
+        }
+        self.pending = None;
+        match (untouched, &self.kept) {
+            (true, _) => self.at = now,
+            (false, Some(kept)) => kept.forget_state(),
+            (false, None) => {}
+        }
+    }
+
     /// How long to wait until reading them again has not taken too large a part of the time.
     fn debt(&self) -> Duration {
         let allowed = self.since.elapsed() / SHARE + AT_FIRST;
@@ -137,9 +171,10 @@ pub(crate) async fn keep_ahead(shared: &Shared) {
 
 impl Session {
     /// The session has so much that only its backend has, or has none any more.
-    pub(super) fn has_own(&mut self, has: Has) {
-        let last_values = self.tracker.asks_last_values();
-        let has = Has { last_values, ..has };
+    pub(super) fn has_own(&mut self, mut has: Has) {
+        has.last_values = self.tracker.asks_last_values();
+        // Of what is not there yet the server knows nothing.
+        has.objects |= self.temporary.as_ref().is_some_and(|t| t.pending.is_some());
         match has == Has::default() {
             true => self.temporary = None,
             false => self.temporary.get_or_insert_default().has = has,
@@ -151,8 +186,23 @@ impl Session {
         if self.tracker.asks_last_values() {
             self.temporary.get_or_insert_default().has.last_values = true;
         }
+        let (status, now) = (self.tracker.status(), self.tracker.sequence());
         if let Some(temporary) = &mut self.temporary {
             temporary.due = Instant::now() + IDLE.max(temporary.debt());
+            if let Some(later) = &mut temporary.pending {
+                later.used();
+                // It has reached nothing of what was kept.
+                if later.is_untouched() && status == TxnStatus::Idle {
+                    temporary.at = now;
+                }
+            }
+        }
+    }
+
+    /// These groups are not there on the backend that the session goes on with.
+    pub(super) fn make_rest_later(&mut self, groups: BTreeSet<usize>) {
+        if let Some(temporary) = &mut self.temporary {
+            temporary.next = groups;
         }
     }
 
@@ -188,6 +238,7 @@ impl Session {
         let now = self.tracker.sequence();
         let kept = |t: &mut Box<Temporary>| {
             t.why = Some((now, error.to_string()));
+            (t.pending, t.next) = (None, BTreeSet::new());
             t.kept.take().is_some()
         };
         self.temporary.as_mut().is_some_and(kept)
@@ -202,6 +253,8 @@ impl Session {
             temporary.at = 0;
             temporary.why = None;
             temporary.back = None;
+            let after = self.shared.options.make_later_after;
+            temporary.pending = Later::new(std::mem::take(&mut temporary.next), after);
         }
     }
 
@@ -222,9 +275,12 @@ impl Session {
 
     /// Makes them again, or puts it off. Should it fail, the client's next statement finds out why.
     pub(super) async fn come_back(&mut self, gate: &watch::Receiver<GateState>) -> Result<(), End> {
-        let busy = self.shared.makers.available_permits() < MAKERS / 2;
+        let shared = Arc::clone(&self.shared);
+        // Sessions whose clients wait come first.
+        let turn = shared.returning.try_acquire().ok();
+        let busy = turn.is_none() || shared.makers.available_permits() < MAKERS / 2;
         if let Some(temporary) = &mut self.temporary {
-            temporary.back = busy.then(|| Instant::now() + BACK);
+            temporary.back = busy.then(|| Instant::now() + jitter(BACK));
         }
         if busy {
             return Ok(());
@@ -262,6 +318,8 @@ impl Session {
         }
         match self.gate.phase {
             Phase::Open if temporary.wanted => Some(Instant::now()),
+            // They are made first.
+            Phase::Open if temporary.pending.is_some() => None,
             Phase::Open => Some(temporary.due),
             Phase::Hold | Phase::Freeze | Phase::Cut | Phase::Still => {
                 let long = temporary.took > LONG;
@@ -346,6 +404,9 @@ impl Session {
 
     /// Reads the temporary objects. Nothing else of the session goes on meanwhile.
     pub(super) async fn keep_temporary(&mut self, gate: &watch::Receiver<GateState>) {
+        if !self.make_all(gate).await || !self.keeps_now() {
+            return;
+        }
         let shared = Arc::clone(&self.shared);
         let Some(turn) = self.turn_to_keep(&shared, gate).await else {
             return;

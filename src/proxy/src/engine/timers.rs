@@ -16,7 +16,12 @@ const CUT_AGAIN: Duration = Duration::from_millis(50);
 
 impl Session {
     pub(super) fn next_timer(&self) -> Option<Instant> {
-        let timers = [self.next_other(), self.keeps_at(), self.back_at()];
+        let timers = [
+            self.next_other(),
+            self.keeps_at(),
+            self.back_at(),
+            self.later_at(),
+        ];
         timers.into_iter().flatten().min()
     }
 
@@ -37,7 +42,8 @@ impl Session {
     /// Whether temporary tables are to be read, and no timer stands for that.
     pub(super) fn keeps_unarmed(&self) -> bool {
         let before = |at: Instant| self.timer_at.is_none_or(|armed| at < armed);
-        self.temporary.is_some() && self.keeps_at().is_some_and(before)
+        self.temporary.is_some()
+            && (self.keeps_at().is_some_and(before) || self.later_at().is_some_and(before))
     }
 
     /// Whether to look for a backend: one is needed, and no timer stands for the next attempt.
@@ -59,6 +65,10 @@ impl Session {
     }
 
     pub(super) async fn timer(&mut self, gate: &mut watch::Receiver<GateState>) -> Result<(), End> {
+        if self.makes_now() {
+            self.make_later(gate).await;
+            return Ok(());
+        }
         if self.keeps_now() {
             self.keep_temporary(gate).await;
             return Ok(());
