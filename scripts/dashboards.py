@@ -134,8 +134,8 @@ SESSIONS = dashboard("sessions", "Helios / Sessions", "Clients, what protects th
     panel("Time of sessions by protection", "percentunit",
           (f"sum by (protection) (rate(helios_protection_seconds_total{{{OF}}}[{RATE}])) / ignoring(protection) "
            f"group_left sum(rate(helios_protection_seconds_total{{{OF}}}[{RATE}]))", "{{protection}}")),
-    panel("Last replay", "dateTimeFromNow", (f"max by (pod) (helios_last_replay_timestamp_seconds{{{OF}}}) * 1000 > 0", "{{pod}}"),
-          kind="stat"),
+    panel("Last replay", "dateTimeFromNow", (f"max by (pod) (helios_last_replay_timestamp_seconds{{{OF}}}) * 1000", "{{pod}}"),
+          kind="stat", text="1970: none since this proxy started."),
 ])
 
 
