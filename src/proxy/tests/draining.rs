@@ -137,7 +137,7 @@ async fn a_statement_that_never_ends_is_left_to_the_evidence() {
 async fn a_crash_ends_a_drain_that_waits() {
     let mut bench = bench().await;
     let (open, quick) = (bench.client().await.unwrap(), bench.client().await.unwrap());
-    for sql in ["CREATE TYPE pg_temp.mine AS (n int)", "BEGIN"] {
+    for sql in ["CREATE TYPE pg_temp.mine AS RANGE (SUBTYPE = int)", "BEGIN"] {
         open.batch_execute(sql).await.unwrap();
     }
     let proxy = bench.proxy.clone();

@@ -60,7 +60,7 @@ async fn what_cannot_be_made_again_is_told_at_the_next_statement() {
         .await
         .unwrap();
     let client = bench.client().await.unwrap();
-    let table = "CREATE TEMP TABLE p (n int) PARTITION BY RANGE (n)";
+    let table = "CREATE TEMP TABLE p (n int); ALTER TABLE p ENABLE ROW LEVEL SECURITY";
     client.batch_execute(table).await.unwrap();
     bench.switchover().await.unwrap();
     // Long enough for the background to have tried.
