@@ -13,6 +13,7 @@
 # The single node needs root on Debian 12. HELIOS_KEEP=1 leaves it up after the tests. On the cluster
 # of KUBECONFIG nodes have to find the images: HELIOS_IMAGE names this tree's (pushed beforehand),
 # HELIOS_POSTGRES_IMAGE a stock one.
+# HELIOS_POSTGRES_MAJOR=17 (or 18) has the single node take another PostgreSQL than 15.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=../e2e/kubernetes/common.sh

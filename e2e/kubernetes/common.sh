@@ -20,7 +20,9 @@ containerd_socket="$cluster_dir/containerd.sock"
 kubeconfig="$cluster_dir/kubeconfig"
 
 pause_image=registry.local/pause:1
-postgres_image=registry.local/postgres:15
+# 15, 17 or 18.
+postgres_major="${HELIOS_POSTGRES_MAJOR:-15}"
+postgres_image=registry.local/postgres:$postgres_major
 helios_image=registry.local/helios:test
 
 say() { printf 'kubernetes: %s\n' "$*" >&2; }

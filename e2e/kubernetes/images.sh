@@ -2,7 +2,8 @@
 # Builds images and puts them into the test cluster.
 #
 #   images.sh pause              holds the namespaces of a Pod
-#   images.sh postgres           PostgreSQL 15 as Debian packages it, laid out like the stock image
+#   images.sh postgres           PostgreSQL as Debian packages it, laid out like the stock image: 15, or what
+#                                HELIOS_POSTGRES_MAJOR says: 17 (trixie), 18 (sid)
 #   images.sh helios PROGRAM     the product's: the Dockerfile's last stage with this program
 #
 # The first two are kept outside of the repository, named by the hash of what went in.
@@ -47,22 +48,40 @@ pause() {
 }
 
 postgres() {
-    local key archive
-    key="$({ declare -f postgres from_folder; echo "$postgres_image"; } | sha256sum | cut -c1-16)"
-    archive="$cache/image-postgres-$key.tar"
+    local major="$postgres_major" image="$postgres_image" suite key archive
+    case "$major" in
+        15) suite=bookworm ;;
+        17) suite=trixie ;;
+        18) suite=sid ;;
+        *) die "PostgreSQL $major is in none of the suites that are known here" ;;
+    esac
+    key="$({ declare -f postgres from_folder; echo "$image"; } | sha256sum | cut -c1-16)"
+    archive="$cache/image-postgres-$major-$key.tar"
     if [ ! -e "$archive" ]; then
         open_storage
-        local root="$storage/debian"
-        say "building $postgres_image with debootstrap"
-        debootstrap --variant=minbase --include=postgresql,postgresql-contrib bookworm "$root" >"$storage/debootstrap.log" 2>&1 \
+        local root="$storage/debian" packages=postgresql
+        # From 17 on the contributed modules come with the server.
+        if [ "$major" = 15 ]; then packages+=,postgresql-contrib; fi
+        say "building $image with debootstrap"
+        # What an older debootstrap does not know by name is made like sid.
+        local script=/usr/share/debootstrap/scripts/$suite
+        [ -e "$script" ] || script=/usr/share/debootstrap/scripts/sid
+        debootstrap --variant=minbase --include="$packages" "$suite" "$root" http://deb.debian.org/debian "$script" \
+            >"$storage/debootstrap.log" 2>&1 \
             || { tail -20 "$storage/debootstrap.log" >&2; die "debootstrap failed"; }
+        [ -x "$root/usr/lib/postgresql/$major/bin/postgres" ] || die "$suite has no PostgreSQL $major"
         # The numbers of the stock image; Debian's package takes the next free ones.
+        local other
+        other="$(chroot "$root" getent group 999 | cut -d: -f1 || true)"
+        [ -z "$other" ] || [ "$other" = postgres ] || chroot "$root" groupmod -g 899 "$other"
+        other="$(chroot "$root" getent passwd 999 | cut -d: -f1 || true)"
+        [ -z "$other" ] || [ "$other" = postgres ] || chroot "$root" usermod -u 899 "$other"
         chroot "$root" groupmod -g 999 postgres
         chroot "$root" usermod -u 999 postgres
-        chroot "$root" sh -c 'chown -R postgres:postgres /var/lib/postgresql /var/run/postgresql /var/log/postgresql; rm -rf /var/lib/postgresql/15 /var/cache/apt/archives/*.deb /var/lib/apt/lists/*'
-        from_folder "$root" "$postgres_image" "$storage/image.tar" \
-            --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/15/bin \
-            --env PG_MAJOR=15 --env PGDATA=/var/lib/postgresql/data --cmd postgres
+        chroot "$root" sh -c "chown -R postgres:postgres /var/lib/postgresql /var/run/postgresql /var/log/postgresql; rm -rf /var/lib/postgresql/$major /var/cache/apt/archives/*.deb /var/lib/apt/lists/*"
+        from_folder "$root" "$image" "$storage/image.tar" \
+            --env "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/$major/bin" \
+            --env "PG_MAJOR=$major" --env PGDATA=/var/lib/postgresql/data --cmd postgres
         mv "$storage/image.tar" "$archive"
     fi
     import "$archive"
