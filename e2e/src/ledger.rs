@@ -1,12 +1,15 @@
 //! Writers with open transactions, and the count of what became of what they were told.
 //!
 //! Each transaction writes two rows and reads them back. A writer remembers a number only when its
-//! COMMIT was answered; afterwards the table has to hold exactly those numbers, twice each.
+//! COMMIT was answered; afterwards the table has to hold exactly those numbers, twice each. Writers
+//! that may lose their connection come again, and leave a COMMIT that was not answered open: it may
+//! be there whole, or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinHandle;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, NoTls};
 use tokio_util::sync::CancellationToken;
 
@@ -22,8 +25,25 @@ pub struct Seen {
     pub committed: Vec<i64>,
     /// Errors, in words.
     pub errors: Vec<String>,
+    /// Numbers whose COMMIT was cut off.
+    pub unknown: Vec<i64>,
+    /// Connections that were lost, in words.
+    pub lost: Vec<String>,
     /// The longest transaction.
     pub slowest: Duration,
+}
+
+/// What writers were told, and the table holds.
+#[derive(Debug)]
+pub struct Settled {
+    /// Transactions that are there, and were told of.
+    pub count: usize,
+    /// The longest of them.
+    pub slowest: Duration,
+    /// Transactions whose COMMIT was cut off, and how many of them are there.
+    pub unknown: (usize, usize),
+    /// Connections that were lost, in words.
+    pub lost: Vec<String>,
 }
 
 /// Writers at work.
@@ -31,6 +51,7 @@ pub struct Seen {
 pub struct Ledger {
     config: tokio_postgres::Config,
     stop: CancellationToken,
+    first: i32,
     writers: Vec<JoinHandle<Seen>>,
 }
 
@@ -44,6 +65,25 @@ pub async fn connect(config: &tokio_postgres::Config) -> Result<Client> {
 impl Ledger {
     /// Makes the table and starts the writers.
     pub async fn start(config: tokio_postgres::Config, writers: i32) -> Result<Self> {
+        Self::begin(config, writers, 0, false).await
+    }
+
+    /// The same with writers that come again when their connection ends; their numbers begin with
+    /// `first`.
+    pub async fn start_again_and_again(
+        config: tokio_postgres::Config,
+        writers: i32,
+        first: i32,
+    ) -> Result<Self> {
+        Self::begin(config, writers, first, true).await
+    }
+
+    async fn begin(
+        config: tokio_postgres::Config,
+        writers: i32,
+        first: i32,
+        again: bool,
+    ) -> Result<Self> {
         connect(&config)
             .await?
             .batch_execute(
@@ -52,13 +92,15 @@ impl Ledger {
             .await?;
         let stop = CancellationToken::new();
         let mut tasks = Vec::new();
-        for writer in 0..writers {
+        for writer in first..first + writers {
             let client = connect(&config).await?;
-            tasks.push(tokio::spawn(write(client, writer, stop.clone())));
+            let again = again.then(|| config.clone());
+            tasks.push(tokio::spawn(write(client, writer, stop.clone(), again)));
         }
         Ok(Self {
             config,
             stop,
+            first,
             writers: tasks,
         })
     }
@@ -66,87 +108,142 @@ impl Ledger {
     /// Ends the writers and compares the table with what they were told. Returns how many
     /// transactions there were, and the longest of them.
     pub async fn settle(self) -> Result<(usize, Duration)> {
+        let settled = self.account().await?;
+        Ok((settled.count, settled.slowest))
+    }
+
+    /// The same, with all that is to be said of it.
+    pub async fn account(self) -> Result<Settled> {
         self.stop.cancel();
         let mut problems = Vec::new();
-        let mut told: BTreeMap<(i32, i64), ()> = BTreeMap::new();
-        let mut slowest = Duration::ZERO;
-        for (writer, task) in (0..).zip(self.writers) {
+        let (mut told, mut unknown) = (BTreeSet::new(), BTreeSet::new());
+        let (mut slowest, mut lost) = (Duration::ZERO, Vec::new());
+        let writers = self.first..;
+        let count = self.writers.len();
+        for (writer, task) in writers.zip(self.writers) {
             let seen = task.await?;
-            problems.extend(
-                seen.errors
-                    .into_iter()
-                    .map(|e| format!("writer {writer}: {e}")),
-            );
-            told.extend(seen.committed.into_iter().map(|n| ((writer, n), ())));
+            let named = |e: String| format!("writer {writer}: {e}");
+            problems.extend(seen.errors.into_iter().map(named));
+            lost.extend(seen.lost.into_iter().map(named));
+            told.extend(seen.committed.into_iter().map(|n| (writer, n)));
+            unknown.extend(seen.unknown.into_iter().map(|n| (writer, n)));
             slowest = slowest.max(seen.slowest);
         }
         let client = connect(&self.config).await?;
+        let last = self.first + i32::try_from(count)?;
         let rows = client
             .query(
-                "select writer, number, count(*), count(distinct half) from ledger group by 1, 2",
-                &[],
+                "select writer, number, count(*), count(distinct half) from ledger \
+                 where writer >= $1 and writer < $2 group by 1, 2",
+                &[&self.first, &last],
             )
             .await?;
-        let mut found = BTreeMap::new();
+        let mut found = BTreeSet::new();
         for row in rows {
             let key: (i32, i64) = (row.get(0), row.get(1));
             let counts: (i64, i64) = (row.get(2), row.get(3));
             if counts != (2, 2) {
                 problems.push(format!("{key:?} is there {counts:?} times, not (2, 2)"));
             }
-            found.insert(key, ());
+            found.insert(key);
         }
-        problems.extend(
-            told.keys()
-                .filter(|k| !found.contains_key(k))
-                .map(|k| format!("{k:?} was lost")),
-        );
-        problems.extend(
-            found
-                .keys()
-                .filter(|k| !told.contains_key(k))
-                .map(|k| format!("{k:?} was not told of")),
-        );
+        let said = |what: &'static str| move |k: &(i32, i64)| format!("{k:?} {what}");
+        problems.extend(told.difference(&found).map(said("was lost")));
+        let untold = found
+            .iter()
+            .filter(|k| !told.contains(k) && !unknown.contains(k));
+        problems.extend(untold.map(said("was not told of")));
         if !problems.is_empty() {
             problems.truncate(20);
             return Err(problems.join("\n").into());
         }
-        Ok((told.len(), slowest))
+        let there = unknown.intersection(&found).count();
+        Ok(Settled {
+            count: told.len(),
+            slowest,
+            unknown: (unknown.len(), there),
+            lost,
+        })
     }
 }
 
-async fn write(mut client: Client, writer: i32, stop: CancellationToken) -> Seen {
+async fn write(
+    mut client: Client,
+    writer: i32,
+    stop: CancellationToken,
+    again: Option<tokio_postgres::Config>,
+) -> Seen {
     let mut seen = Seen::default();
     let mut number = 0;
     while !stop.is_cancelled() && seen.errors.len() < 5 {
         number += 1;
         let began = Instant::now();
-        match transaction(&mut client, writer, number).await {
-            Ok(()) => seen.committed.push(number),
-            Err(error) => seen.errors.push(match error.as_db_error() {
-                Some(db) => format!("{number}: {} {}", db.code().code(), db.message()),
-                None => format!("{number}: {error:?}"),
-            }),
-        }
+        let result = transaction(&mut client, writer, number).await;
         seen.slowest = seen.slowest.max(began.elapsed());
+        let Err((at_commit, error)) = result else {
+            seen.committed.push(number);
+            continue;
+        };
+        let words = match error.as_db_error() {
+            Some(db) => format!("{number}: {} {}", db.code().code(), db.message()),
+            None => format!("{number}: {error:?}"),
+        };
+        let Some(config) = again.as_ref().filter(|_| ends_connection(&error)) else {
+            seen.errors.push(words);
+            continue;
+        };
+        // 57P01 says that nothing of it has happened.
+        if at_commit && error.code() != Some(&SqlState::ADMIN_SHUTDOWN) {
+            seen.unknown.push(number);
+        }
+        seen.lost.push(words);
+        match come_again(config).await {
+            Ok(fresh) => client = fresh,
+            Err(error) => seen
+                .errors
+                .push(format!("{number}: cannot come again: {error}")),
+        }
     }
     seen
 }
 
+/// How long a writer tries to come again.
+const AGAIN: Duration = Duration::from_secs(30);
+
+async fn come_again(config: &tokio_postgres::Config) -> Result<Client> {
+    let deadline = Instant::now() + AGAIN;
+    loop {
+        match connect(config).await {
+            Ok(client) => return Ok(client),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+/// Whether an error is the end of the connection: it closed, or the proxy says that it does.
+fn ends_connection(error: &tokio_postgres::Error) -> bool {
+    match error.code() {
+        Some(code) => {
+            *code == SqlState::ADMIN_SHUTDOWN || *code == SqlState::TRANSACTION_RESOLUTION_UNKNOWN
+        }
+        None => true,
+    }
+}
+
+/// Runs one transaction; with an error, whether its COMMIT had been sent.
 async fn transaction(
     client: &mut Client,
     writer: i32,
     number: i64,
-) -> std::result::Result<(), tokio_postgres::Error> {
-    let transaction = client.transaction().await?;
+) -> std::result::Result<(), (bool, tokio_postgres::Error)> {
+    let before = |error| (false, error);
+    let transaction = client.transaction().await.map_err(before)?;
     let insert = "insert into ledger values ($1, $2, $3)";
-    transaction
-        .execute(insert, &[&writer, &number, &1_i32])
-        .await?;
-    tokio::time::sleep(THINK).await;
-    transaction
-        .execute(insert, &[&writer, &number, &2_i32])
-        .await?;
-    tokio::time::sleep(THINK).await;
-    transaction.commit().await
+    for half in [1_i32, 2] {
+        let row: [&(dyn tokio_postgres::types::ToSql + Sync); 3] = [&writer, &number, &half];
+        transaction.execute(insert, &row).await.map_err(before)?;
+        tokio::time::sleep(THINK).await;
+    }
+    transaction.commit().await.map_err(|error| (true, error))
 }

@@ -4,6 +4,7 @@
 //! a client received; nothing asks the product's own counters.
 
 pub mod chaos;
+pub mod crowd;
 pub mod driver;
 pub mod kube;
 pub mod ledger;

@@ -9,6 +9,7 @@
 mod charts;
 mod monitoring;
 mod plugin;
+mod proxies;
 mod readme;
 
 use std::time::{Duration, Instant};

@@ -95,6 +95,57 @@ pub struct PrepareRequest {
     pub epoch: Epoch,
     /// Who will be primary.
     pub candidate: Backend,
+    /// How long to wait, before anything is opened, for sessions that cannot be moved. Asked of
+    /// several proxies, which all hold their clients later on: none of them may wait then.
+    #[serde(default)]
+    pub wait_ms: u64,
+}
+
+/// How far sessions go behind a change of primary, before those of other proxies have come as far
+/// (design rule 5.7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// They have left the old primary and stand.
+    Gathered,
+    /// Those have replayed that set sequences back, while nobody else replays anywhere.
+    Turn,
+    /// All have replayed what was completed.
+    Replayed,
+    /// What was in flight has been sent again.
+    Sent,
+    /// New work is let in.
+    Open,
+}
+
+/// Asks a proxy to leave the old primary and to stand, until it is told to go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GatherRequest {
+    /// The new primary.
+    pub topology: Topology,
+    /// Without a word for so long, it goes on by itself, without a turn.
+    pub patience_ms: u64,
+}
+
+/// What a proxy stands with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gathered {
+    /// Some of its sessions have to set sequences back.
+    pub wants_turn: bool,
+    /// It has let new work in on this primary already: nobody may set a sequence back any more.
+    pub has_worked: bool,
+}
+
+/// Asks a gathered proxy to go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdvanceRequest {
+    /// The epoch that it has gathered in.
+    pub epoch: Epoch,
+    /// How far.
+    pub to: Stage,
+    /// Of a turn: it ends so long after the proxy had gathered, whenever this arrives.
+    #[serde(default)]
+    pub turn_ms: u64,
 }
 
 /// Asks a proxy to undo a drain.
@@ -197,7 +248,7 @@ pub struct ReplayProgress {
 pub struct ProxyStatus {
     /// Epoch of its topology.
     pub epoch: Epoch,
-    /// `running`, `draining`, `held`, `resuming`.
+    /// `running`, `draining`, `held`, `resuming`, `leaving`.
     pub phase: String,
     /// Sessions.
     pub sessions: u64,
@@ -205,6 +256,9 @@ pub struct ProxyStatus {
     pub in_transaction: u64,
     /// Sessions that a failover now would not cost an error.
     pub protected: u64,
+    /// Sessions that are held, because the primary changes.
+    #[serde(default)]
+    pub held: u64,
     /// Whether the primary answered the last health check.
     pub primary_reachable: bool,
     /// Bytes that all journals hold.

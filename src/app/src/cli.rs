@@ -384,6 +384,9 @@ pub(crate) struct ProxyArgs {
     /// Show sessions on this address too, to whoever reaches it: a loopback one
     #[arg(long, value_name = "ADDRESS:PORT", requires = "control", value_parser = loopback)]
     pub(crate) inspect: Option<std::net::SocketAddr>,
+    /// Keep what the operator says of the primary in this file, for the next start
+    #[arg(long, value_name = "FILE", requires = "control")]
+    pub(crate) topology_file: Option<PathBuf>,
 }
 
 /// An address that nobody reaches from outside of the machine, or of the Pod.

@@ -7,6 +7,7 @@
 //! as a failure, `slow` what is left for its latency, `elect` who may become primary, `sync` whose confirmation commits rest on,
 //! `transition` what may follow on what.
 
+pub mod barrier;
 mod decide;
 pub mod elect;
 mod health;

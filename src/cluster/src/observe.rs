@@ -200,13 +200,26 @@ pub enum ProxyCommand {
         epoch: Epoch,
         /// Who will be primary.
         candidate: Backend,
+        /// How long to wait beforehand for sessions that cannot be moved.
+        #[serde(default)]
+        wait_ms: u64,
     },
     /// Hold new transactions, freeze the open ones. The executor answers it only when a synchronous
     /// commit behind all of them has been confirmed as well: sessions may have committed with
     /// `synchronous_commit = off`, and the primary may be stopped at once afterwards.
     Drain(DrainRequest),
-    /// Move all sessions to this primary, or let them go on there.
+    /// Move all sessions to this primary, or let them go on there. There is no other proxy.
     Resume(Topology),
+    /// The same together with others, none of which goes on before all have come as far: the
+    /// executor takes all of them through one [`crate::barrier::Barrier`].
+    Together {
+        /// The primary.
+        topology: Topology,
+        /// How many were told.
+        of: usize,
+    },
+    /// The same where others may have gone on already.
+    Join(Topology),
     /// Undo a drain.
     Abort {
         /// Current epoch.

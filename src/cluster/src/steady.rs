@@ -119,12 +119,17 @@ fn proxies(ctx: &mut Ctx<'_>, state: &ClusterState) {
     let Some(topology) = state.topology(ctx.obs) else {
         return;
     };
+    let alone = ctx.obs.proxies.len() == 1;
+    let command = match alone {
+        true => ProxyCommand::Resume(topology),
+        false => ProxyCommand::Join(topology),
+    };
     let behind =
         |epoch: Epoch, phase: &str| epoch < state.epoch || matches!(phase, "draining" | "held");
     for (name, status) in &ctx.obs.proxies {
         let Some(status) = status else { continue };
         if behind(status.epoch, &status.phase) && !ctx.proxy_busy(name) {
-            ctx.act(Action::proxy(name, ProxyCommand::Resume(topology.clone())));
+            ctx.act(Action::proxy(name, command.clone()));
         }
     }
 }

@@ -322,7 +322,9 @@ async fn command_proxy(
     command: &ProxyCommand,
 ) -> Result<Reply, String> {
     match command {
-        ProxyCommand::Prepare { epoch, candidate } => {
+        ProxyCommand::Prepare {
+            epoch, candidate, ..
+        } => {
             let sessions = proxy.prepare(*epoch, candidate.clone());
             let connect = async {
                 if let Some(primary) = primary {
@@ -338,7 +340,10 @@ async fn command_proxy(
             }
             Ok(Reply::Drained(report))
         }
-        ProxyCommand::Resume(topology) => proxy.resume(topology.clone()).await.map(Reply::Resumed),
+        // There is one proxy.
+        ProxyCommand::Resume(topology)
+        | ProxyCommand::Together { topology, .. }
+        | ProxyCommand::Join(topology) => proxy.resume(topology.clone()).await.map(Reply::Resumed),
         ProxyCommand::Abort { epoch } => proxy.abort(*epoch).await.map(|()| Reply::Done),
     }
 }

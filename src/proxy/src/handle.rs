@@ -5,11 +5,9 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use helios_api::control::{
-    Backend, MigrationEvent, MoveReason, ProxyStatus, ResumeReport, SessionInfo, Topology,
-};
+use helios_api::control::{Backend, MigrationEvent, ProxyStatus, SessionInfo, Topology};
 use helios_api::protection::{ProtectionReport, Unprotected};
 use helios_api::{Endpoint, Epoch, Host};
 use helios_telemetry::metrics::Metrics;
@@ -18,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::auth::VerifierCache;
-use crate::engine::gate::{Gate, Phase};
+use crate::engine::gate::{Ending, Gate, Phase};
 use crate::engine::latency::{self, Latency};
 use crate::engine::registry::lock;
 use crate::engine::rehearsal::Rehearsals;
@@ -32,6 +30,7 @@ use crate::options::ProxyOptions;
 use crate::tls::TlsError;
 use crate::workers::Workers;
 
+mod barrier;
 mod draining;
 
 /// Why a proxy did not start.
@@ -73,6 +72,9 @@ pub enum CommandError {
     /// A drain that a later command has ended.
     #[error("the drain was ended by a later command")]
     Superseded,
+    /// It is to go on in an epoch that it has not been gathered in.
+    #[error("this proxy does not wait in epoch {0}")]
+    NotGathered(Epoch),
 }
 
 /// The proxy.
@@ -89,14 +91,21 @@ struct Inner {
     verifiers: Arc<VerifierCache>,
     limits: Arc<Limits>,
     port: u16,
+    /// No more clients are taken.
+    closed: CancellationToken,
+    /// What watches the primary ends.
     stop: CancellationToken,
+    /// The listener and the sessions.
     tasks: TaskTracker,
+    leaving: AtomicBool,
     reachable: Arc<AtomicBool>,
     latency: Latency,
     /// One move at a time.
     moving: Mutex<()>,
     /// Ends the drain that is under way: whoever says what comes next does not wait for it.
     drain: std::sync::Mutex<CancellationToken>,
+    /// Sessions stand behind a change of primary, and wait for those of other proxies.
+    waiting: std::sync::Mutex<Option<barrier::Waiting>>,
 }
 
 impl Proxy {
@@ -107,6 +116,15 @@ impl Proxy {
     pub async fn start(
         options: ProxyOptions,
         topology: Topology,
+    ) -> Result<ProxyHandle, StartError> {
+        Self::start_at(options, topology, Phase::Open).await
+    }
+
+    /// Starts one whose gate is in `phase`.
+    pub(crate) async fn start_at(
+        options: ProxyOptions,
+        topology: Topology,
+        phase: Phase,
     ) -> Result<ProxyHandle, StartError> {
         let dir = options.unix_socket_dir.as_deref();
         let listener = Listener::bind(&options.host, options.port, dir).await?;
@@ -121,7 +139,7 @@ impl Proxy {
         let workers = Workers::start(options.engine.threads).map_err(StartError::Threads)?;
         let limits = Limits::new(options.max_connections, options.max_connections_per_user);
         let shared = Shared::new(
-            Gate::new(topology),
+            Gate::at(topology, phase),
             options.engine,
             options.backend_tls,
             options.service,
@@ -140,12 +158,15 @@ impl Proxy {
             verifiers,
             limits: Arc::clone(&limits),
             port,
+            closed: CancellationToken::new(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
+            leaving: AtomicBool::new(false),
             reachable: Arc::new(AtomicBool::new(true)),
             latency: Latency::default(),
             moving: Mutex::new(()),
             drain: std::sync::Mutex::default(),
+            waiting: std::sync::Mutex::default(),
         };
         let handle = ProxyHandle(Arc::new(inner));
         handle.spawn_listener(listener, edge, workers);
@@ -191,7 +212,7 @@ impl ProxyHandle {
     fn spawn_listener(&self, listener: Listener, edge: Arc<EdgeContext>, workers: Workers) {
         let this = Arc::clone(&self.0);
         self.0.tasks.spawn(async move {
-            let (tasks, stop) = (this.tasks.clone(), this.stop.clone());
+            let (tasks, stop) = (this.tasks.clone(), this.closed.clone());
             let limits = Arc::clone(&this.limits);
             let shared = Arc::clone(&this.shared);
             drop(this);
@@ -222,7 +243,7 @@ impl ProxyHandle {
         let shared = Arc::clone(&self.0.shared);
         let reachable = Arc::clone(&self.0.reachable);
         let stop = self.0.stop.clone();
-        self.0.tasks.spawn(async move {
+        tokio::spawn(async move {
             let watch = monitor::watch(shared, reachable, interval, timeout);
             tokio::select! {
                 () = watch => {}
@@ -248,7 +269,7 @@ impl ProxyHandle {
     fn spawn_watch_log(&self) {
         let shared = Arc::clone(&self.0.shared);
         let stop = self.0.stop.clone();
-        self.0.tasks.spawn(async move {
+        tokio::spawn(async move {
             tokio::select! {
                 () = evidence::watch_log(shared) => {}
                 () = stop.cancelled() => {}
@@ -259,7 +280,7 @@ impl ProxyHandle {
     fn spawn_look_at_statements(&self) {
         let shared = Arc::clone(&self.0.shared);
         let stop = self.0.stop.clone();
-        self.0.tasks.spawn(async move {
+        tokio::spawn(async move {
             tokio::select! {
                 () = counting::look_at_statements(shared) => {}
                 () = stop.cancelled() => {}
@@ -271,6 +292,12 @@ impl ProxyHandle {
     #[must_use]
     pub fn port(&self) -> u16 {
         self.0.port
+    }
+
+    /// What it has been told last of the primary.
+    #[must_use]
+    pub fn topology(&self) -> Arc<Topology> {
+        self.0.shared.gate.now().topology
     }
 
     /// The metrics registry.
@@ -303,6 +330,14 @@ impl ProxyHandle {
         }
     }
 
+    /// The same, once sessions that cannot be moved have ended what they do, or `wait` is over.
+    pub async fn prepare_after(&self, candidate: &Backend, wait: Duration) {
+        if !wait.is_zero() {
+            self.wait_beforehand(wait).await;
+        }
+        self.prepare(candidate).await;
+    }
+
     async fn open_ahead(&self, candidate: &Backend) {
         let shared = &self.0.shared;
         let rehearsals = Rehearsals::collect(shared).await;
@@ -324,54 +359,13 @@ impl ProxyHandle {
         let _ = tokio::time::timeout(limit, futures_util::future::join_all(open)).await;
     }
 
-    /// There is a new primary (or the same one again, after a restart): sessions are rebuilt behind
-    /// the barrier of design rule 5.7, then new work is let in.
-    ///
-    /// # Errors
-    /// [`CommandError::Stale`].
-    pub async fn resume(&self, topology: Topology) -> Result<ResumeReport, CommandError> {
-        let _one = self.next_step(topology.epoch).await?;
-        let began = Instant::now();
-        let shared = &self.0.shared;
-        let gate = &shared.gate;
-        let now = gate.now();
-        let reason = if now.phase == Phase::Open {
-            MoveReason::Failover
-        } else {
-            now.reason
-        };
-        if topology.may_have_lost(now.topology.epoch) {
-            shared.metrics.lossy_promotions.inc();
-            let (epoch, primary) = (topology.epoch, &topology.primary.name);
-            tracing::warn!(%epoch, %primary,
-                "commits that clients were told of may be missing on the new primary");
-        }
-        shared.take_report();
-        *lock(&shared.postmaster_start) = None;
-        self.0
-            .verifiers
-            .set_endpoint(Some(topology.primary.endpoint.clone()));
-        let limit = shared.options.barrier_limit;
-        shared.raise_barrier();
-        gate.publish(Phase::Replay, Some(topology), Some(reason));
-        gate.all_acknowledged(limit).await;
-        shared.lower_barrier(limit).await;
-        shared.metrics.phase("replay", began.elapsed());
-        gate.publish(Phase::Send, None, None);
-        gate.all_acknowledged(Duration::from_secs(1)).await;
-        gate.publish(Phase::Open, None, None);
-        let mut report = shared.take_report();
-        report.micros = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.drop_warm();
-        Ok(report)
-    }
-
     /// Undoes a drain: sessions go on where they are.
     ///
     /// # Errors
     /// [`CommandError::Stale`].
     pub async fn abort(&self, epoch: Epoch) -> Result<(), CommandError> {
         let _one = self.next_step(epoch).await?;
+        *lock(&self.0.waiting) = None;
         self.0.shared.gate.publish(Phase::Open, None, None);
         self.drop_warm();
         Ok(())
@@ -399,10 +393,15 @@ impl ProxyHandle {
         let count = |f: &dyn Fn(&SessionInfo) -> bool| sessions.iter().filter(|s| f(s)).count();
         ProxyStatus {
             epoch: state.topology.epoch,
-            phase: state.phase.name().to_owned(),
+            phase: match state.phase {
+                Phase::Open if self.0.leaving.load(Ordering::Relaxed) => "leaving",
+                phase => phase.name(),
+            }
+            .to_owned(),
             sessions: sessions.len() as u64,
             in_transaction: count(&|s| s.transaction_age_ms.is_some()) as u64,
             protected: count(&|s| s.unprotected.is_none()) as u64,
+            held: count(&|s| matches!(s.state.as_str(), "held" | "migrating")) as u64,
             primary_reachable: self.0.reachable.load(Ordering::Relaxed),
             journal_bytes: self.0.shared.pool.used() as u64,
             slow: *lock(&self.0.latency),
@@ -435,17 +434,33 @@ impl ProxyHandle {
         self.0.shared.events.subscribe()
     }
 
-    /// Takes no more clients, lets sessions end by themselves for `grace`, then ends them.
+    /// Says to whoever asks that clients had better go elsewhere.
+    pub fn announce_leave(&self) {
+        self.0.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that was said.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.0.leaving.load(Ordering::Relaxed)
+    }
+
+    /// Takes no more clients; sessions end where no transaction is open and nothing is in flight,
+    /// within `grace`; then the rest is ended, and told what became of what it was doing.
     pub async fn shutdown(&self, grace: Duration) {
-        self.0.stop.cancel();
+        self.announce_leave();
+        self.0.closed.cancel();
         self.0.tasks.close();
+        let gate = &self.0.shared.gate;
+        gate.end(Ending::AtBoundary);
         if tokio::time::timeout(grace, self.0.tasks.wait())
             .await
             .is_err()
         {
-            self.0.shared.gate.end();
+            gate.end(Ending::Now);
             let _ = tokio::time::timeout(Duration::from_secs(5), self.0.tasks.wait()).await;
         }
+        self.0.stop.cancel();
     }
 
     /// Bytes of memory that all journals hold; for tests of the accounting.

@@ -1,9 +1,10 @@
 //! A proxy that an operator commands: it has no topology of its own, waits for its first one, and
-//! keeps the last one for as long as it runs, whether or not the operator is there.
+//! keeps the last one, whether or not the operator is there, and over a restart of its process.
 //!
 //! Invariant: a command that was begun is carried out to its end, though whoever gave it may have
 //! died; the next one waits for it.
 
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -14,8 +15,8 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use helios_api::Epoch;
 use helios_api::control::{
-    AbortRequest, DrainRequest, PrepareRequest, ProxyError, ProxyStatus, ResumeReport, SessionInfo,
-    Topology,
+    AbortRequest, AdvanceRequest, DrainReport, DrainRequest, GatherRequest, Gathered,
+    PrepareRequest, ProxyError, ProxyStatus, ResumeReport, SessionInfo, Stage, Topology,
 };
 use helios_api::protection::ProtectionReport;
 use serde::Serialize;
@@ -23,8 +24,13 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::ProxyConfig;
+use crate::engine::gate::Phase;
+use crate::engine::kept_topology;
 use crate::handle::CommandError;
 use crate::{Proxy, ProxyHandle, ProxyOptions};
+
+/// How long the operator has to speak first, behind a start.
+const OPERATOR_FIRST: Duration = Duration::from_secs(3);
 
 /// A proxy before and after its first topology. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -36,6 +42,8 @@ struct Inner {
     /// One start at a time.
     starting: Mutex<()>,
     handle: OnceLock<ProxyHandle>,
+    /// Where the topology is kept.
+    kept: OnceLock<PathBuf>,
     stop: CancellationToken,
 }
 
@@ -47,8 +55,59 @@ impl Managed {
             config,
             starting: Mutex::new(()),
             handle: OnceLock::new(),
+            kept: OnceLock::new(),
             stop: CancellationToken::new(),
         }))
+    }
+
+    /// Keeps the topology that it serves in a file. One that is there already, because this process
+    /// was started again, is served when the operator says nothing for a while and its primary has
+    /// not been promoted since.
+    pub fn keep_in(&self, file: PathBuf) {
+        let kept = std::fs::read(&file).ok();
+        let _ = self.0.kept.set(file);
+        let Some(kept) = kept else { return };
+        let this = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = tokio::time::sleep(OPERATOR_FIRST) => {}
+                () = this.0.stop.cancelled() => return,
+            }
+            match serde_json::from_slice(&kept) {
+                Ok(topology) => this.go_on_with(topology).await,
+                Err(error) => tracing::warn!(%error, "what was kept cannot be read"),
+            }
+        });
+    }
+
+    /// Serves what was kept, once its primary is found to write the same timeline as then: behind a
+    /// promotion others may be in the middle of their replays.
+    async fn go_on_with(&self, topology: Topology) {
+        while self.0.handle.get().is_none() && !self.0.stop.is_cancelled() {
+            let there = match ProxyOptions::from_config(&self.0.config) {
+                Ok(options) => kept_topology::is_still_so(&topology, &options).await,
+                Err(error) => Err(error.to_string()),
+            };
+            match there {
+                Ok(true) => {
+                    tracing::info!(epoch = %topology.epoch, primary = %topology.primary.name,
+                        "no word of the operator: goes on where it was before its start");
+                    if let Err(error) = self.started(&topology, Phase::Open).await {
+                        tracing::warn!(%error, "could not go on");
+                    }
+                }
+                Ok(false) => tracing::debug!("the primary was promoted since"),
+                Err(error) => tracing::debug!(error, "the primary of then is not there"),
+            }
+            tokio::time::sleep(OPERATOR_FIRST).await;
+        }
+    }
+
+    /// Keeps what is served now: new work has been let in.
+    fn keep(&self) {
+        if let (Some(file), Some(handle)) = (self.0.kept.get(), self.0.handle.get()) {
+            kept_topology::write(file, &handle.topology());
+        }
     }
 
     /// Cancelled when it is shut down.
@@ -76,6 +135,9 @@ impl Managed {
             .route("/v1/prepare", post(prepare))
             .route("/v1/drain", post(drain))
             .route("/v1/resume", post(resume))
+            .route("/v1/join", post(join))
+            .route("/v1/gather", post(gather))
+            .route("/v1/advance", post(advance))
             .route("/v1/abort", post(abort))
             .with_state(self.clone())
     }
@@ -89,8 +151,13 @@ impl Managed {
             .with_state(self.clone())
     }
 
-    /// Takes no more clients, lets sessions end by themselves for `grace`, then ends them.
-    pub async fn shutdown(&self, grace: Duration) {
+    /// Says that it is not ready any more and goes on for `notice`, because clients are sent to it
+    /// until everybody knows; then takes no more, lets transactions end for `grace`, and ends.
+    pub async fn shutdown(&self, notice: Duration, grace: Duration) {
+        if let Some(handle) = self.0.handle.get() {
+            handle.announce_leave();
+            tokio::time::sleep(notice).await;
+        }
         if let Some(handle) = self.0.handle.get() {
             handle.shutdown(grace).await;
         }
@@ -105,6 +172,7 @@ impl Managed {
                 sessions: 0,
                 in_transaction: 0,
                 protected: 0,
+                held: 0,
                 primary_reachable: true,
                 journal_bytes: 0,
                 slow: None,
@@ -118,18 +186,38 @@ impl Managed {
         handle.ok_or_else(|| failed("this proxy has no primary yet"))
     }
 
-    async fn resume(&self, topology: Topology) -> Result<ResumeReport, ProxyError> {
-        if let Some(handle) = self.0.handle.get() {
-            return handle.resume(topology).await.map_err(stale);
-        }
+    /// The proxy, started where it does not run yet, with its gate in `phase`; whether it was.
+    async fn started(
+        &self,
+        topology: &Topology,
+        phase: Phase,
+    ) -> Result<(ProxyHandle, bool), ProxyError> {
         let _one = self.0.starting.lock().await;
         if let Some(handle) = self.0.handle.get() {
-            return handle.resume(topology).await.map_err(stale);
+            return Ok((handle.clone(), false));
         }
         let options = ProxyOptions::from_config(&self.0.config).map_err(failed)?;
-        let handle = Proxy::start(options, topology).await.map_err(failed)?;
-        let _ = self.0.handle.set(handle);
-        Ok(ResumeReport::default())
+        let handle = Proxy::start_at(options, topology.clone(), phase).await;
+        let handle = handle.map_err(failed)?;
+        let _ = self.0.handle.set(handle.clone());
+        Ok((handle, true))
+    }
+
+    async fn resume(&self, topology: Topology, alone: bool) -> Result<ResumeReport, ProxyError> {
+        let (handle, fresh) = self.started(&topology, Phase::Open).await?;
+        let report = match (fresh, alone) {
+            (true, _) => Ok(ResumeReport::default()),
+            (false, true) => handle.resume(topology).await.map_err(stale),
+            (false, false) => handle.join(topology).await.map_err(stale),
+        };
+        self.keep();
+        report
+    }
+
+    async fn gather(&self, order: GatherRequest) -> Result<Gathered, ProxyError> {
+        let (handle, _) = self.started(&order.topology, Phase::Gather).await?;
+        let patience = Duration::from_millis(order.patience_ms);
+        handle.gather(order.topology, patience).await.map_err(stale)
     }
 }
 
@@ -145,7 +233,7 @@ fn stale(error: CommandError) -> ProxyError {
             given,
             seen: current,
         },
-        CommandError::Superseded => ProxyError::Failed {
+        CommandError::Superseded | CommandError::NotGathered(_) => ProxyError::Failed {
             reason: error.to_string(),
         },
     }
@@ -188,22 +276,58 @@ async fn protection(State(this): State<Managed>) -> Json<ProtectionReport> {
 
 async fn prepare(State(this): State<Managed>, Json(order): Json<PrepareRequest>) -> Response {
     carry_out(async move {
-        this.handle()?.prepare(&order.candidate).await;
+        let wait = Duration::from_millis(order.wait_ms);
+        // One that has no primary yet has no sessions either.
+        if let Ok(handle) = this.handle() {
+            handle.prepare_after(&order.candidate, wait).await;
+        }
         Ok(())
     })
     .await
 }
 
 async fn drain(State(this): State<Managed>, Json(order): Json<DrainRequest>) -> Response {
-    carry_out(async move { this.handle()?.drain(&order).await.map_err(stale) }).await
+    carry_out(async move {
+        match this.handle() {
+            Ok(handle) => handle.drain(&order).await.map_err(stale),
+            Err(_) => Ok(DrainReport::default()),
+        }
+    })
+    .await
 }
 
 async fn resume(State(this): State<Managed>, Json(topology): Json<Topology>) -> Response {
-    carry_out(async move { this.resume(topology).await }).await
+    carry_out(async move { this.resume(topology, true).await }).await
+}
+
+async fn join(State(this): State<Managed>, Json(topology): Json<Topology>) -> Response {
+    carry_out(async move { this.resume(topology, false).await }).await
+}
+
+async fn gather(State(this): State<Managed>, Json(order): Json<GatherRequest>) -> Response {
+    carry_out(async move { this.gather(order).await }).await
+}
+
+async fn advance(State(this): State<Managed>, Json(order): Json<AdvanceRequest>) -> Response {
+    let turn = Duration::from_millis(order.turn_ms);
+    let work = async move {
+        let advanced = this.handle()?.advance(order.epoch, order.to, turn).await;
+        if order.to == Stage::Open {
+            this.keep();
+        }
+        advanced.map_err(stale)
+    };
+    carry_out(work).await
 }
 
 async fn abort(State(this): State<Managed>, Json(order): Json<AbortRequest>) -> Response {
-    carry_out(async move { this.handle()?.abort(order.epoch).await.map_err(stale) }).await
+    carry_out(async move {
+        match this.handle() {
+            Ok(handle) => handle.abort(order.epoch).await.map_err(stale),
+            Err(_) => Ok(()),
+        }
+    })
+    .await
 }
 
 async fn ready(State(this): State<Managed>) -> (StatusCode, &'static str) {
@@ -212,6 +336,7 @@ async fn ready(State(this): State<Managed>) -> (StatusCode, &'static str) {
             StatusCode::SERVICE_UNAVAILABLE,
             "waiting for the operator\n",
         ),
+        Some(handle) if handle.is_leaving() => (StatusCode::SERVICE_UNAVAILABLE, "leaving\n"),
         Some(handle) if handle.status().primary_reachable => (StatusCode::OK, "ready\n"),
         Some(_) => (
             StatusCode::SERVICE_UNAVAILABLE,

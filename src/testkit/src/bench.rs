@@ -89,11 +89,19 @@ impl Bench {
         Ok(())
     }
 
+    /// A further proxy in front of the same server.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub async fn another_proxy(&self, engine: EngineOptions) -> Result<ProxyHandle> {
+        let proxy = Proxy::start(options(engine), self.topology()?).await;
+        proxy.map_err(Error::other)
+    }
+
     /// For clients of the proxy.
     #[must_use]
     pub fn conninfo(&self) -> String {
-        let port = self.proxy.port();
-        format!("host=127.0.0.1 port={port} user=postgres dbname=postgres")
+        conninfo_of(&self.proxy)
     }
 
     /// A client of the proxy's.
@@ -101,7 +109,15 @@ impl Bench {
     /// # Errors
     /// It is not let in.
     pub async fn client(&self) -> Result<Client> {
-        let connected = tokio_postgres::connect(&self.conninfo(), NoTls).await;
+        self.client_of(&self.proxy).await
+    }
+
+    /// A client of this proxy.
+    ///
+    /// # Errors
+    /// It is not let in.
+    pub async fn client_of(&self, proxy: &ProxyHandle) -> Result<Client> {
+        let connected = tokio_postgres::connect(&conninfo_of(proxy), NoTls).await;
         let (client, connection) = connected.map_err(Error::other)?;
         tokio::spawn(async move { connection.await.ok() });
         Ok(client)
@@ -121,11 +137,19 @@ impl Bench {
     /// # Errors
     /// The proxy refuses it.
     pub async fn drain(&self) -> Result<()> {
+        self.drain_at(&self.proxy).await
+    }
+
+    /// The same at this proxy.
+    ///
+    /// # Errors
+    /// The proxy refuses it.
+    pub async fn drain_at(&self, proxy: &ProxyHandle) -> Result<()> {
         let request = DrainRequest {
             epoch: Epoch(self.epoch),
             timeout_ms: 2000,
         };
-        let drained = self.proxy.drain(&request).await;
+        let drained = proxy.drain(&request).await;
         drained.map(drop).map_err(Error::other)
     }
 
@@ -213,6 +237,11 @@ impl Bench {
         };
         Ok(messages.iter().filter_map(value).collect())
     }
+}
+
+fn conninfo_of(proxy: &ProxyHandle) -> String {
+    let port = proxy.port();
+    format!("host=127.0.0.1 port={port} user=postgres dbname=postgres")
 }
 
 fn options(engine: EngineOptions) -> ProxyOptions {

@@ -109,12 +109,15 @@ pub struct InstanceStatus {
 pub struct ProxyReport {
     /// Its Pod.
     pub name: String,
-    /// `running`, `held`, `replaying` and the like; `silent` when it does not answer.
+    /// `running`, `draining`, `held`, `resuming`, `leaving`; `silent` when it does not answer.
     pub phase: String,
     /// Client sessions, rounded down to what changes the picture: the proxy's metrics are exact.
     pub sessions: i64,
     /// Sessions that a failover now would not cost an error.
     pub protected: i64,
+    /// Sessions that are held, because the primary changes.
+    #[serde(default)]
+    pub held: i64,
 }
 
 /// What is being done.

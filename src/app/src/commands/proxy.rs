@@ -19,8 +19,13 @@ use crate::cli::ProxyArgs;
 use crate::failure::Failure;
 use crate::out;
 
-/// How long sessions may end by themselves when the proxy is told to stop.
+/// How long transactions may take to end when the proxy is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
+/// In a Pod: how long clients still come, because nodes do not know yet that it is on its way out;
+/// and how long transactions may then take. Together with what is ended at last (5 s) within the
+/// Pod's `terminationGracePeriodSeconds`.
+const NOTICE: Duration = Duration::from_secs(3);
+const POD_GRACE: Duration = Duration::from_secs(20);
 
 fn load(args: &ProxyArgs) -> Result<ProxyConfig, Failure> {
     ProxyConfig::load(&args.config).map_err(|e| Failure::usage(e.to_string()))
@@ -46,12 +51,15 @@ pub(crate) async fn run(args: &ProxyArgs) -> Result<(), Failure> {
             let router = managed.inspection();
             tokio::spawn(async move { axum::serve(listener, router).await });
         }
+        if let Some(file) = &args.topology_file {
+            managed.keep_in(file.clone());
+        }
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
         out::note("stopping");
-        managed.shutdown(GRACE).await;
+        managed.shutdown(NOTICE, POD_GRACE).await;
         return Ok(());
     }
     let options = ProxyOptions::from_config(&config).map_err(|e| Failure::usage(e.to_string()))?;

@@ -79,6 +79,7 @@ pub(crate) fn begin_switchover(
             &ProxyCommand::Prepare {
                 epoch: state.epoch,
                 candidate: backend,
+                wait_ms: steps::patience(ctx).0,
             },
         ));
     }
@@ -282,6 +283,11 @@ fn fail(ctx: &Ctx<'_>, m: &mut Move, at: usize, failure: &Failure) {
         m.todo.remove(at);
         return;
     }
+    // One that has gone keeps nobody from what is only prepared.
+    if matches!(m.step, Step::Prepare { .. }) && is_gone(ctx, action) {
+        m.todo.remove(at);
+        return;
+    }
     m.failures = m.failures.saturating_add(1);
     match &m.step {
         // Nothing has happened yet that would have to go on.
@@ -306,6 +312,14 @@ fn fail(ctx: &Ctx<'_>, m: &mut Move, at: usize, failure: &Failure) {
                 return;
             }
         }
+        // The others may have gone on.
+        Step::Replay if m.failures < MAX_FAILURES => {
+            if let Action::Proxy { command, .. } = action
+                && let ProxyCommand::Together { topology, .. } = command
+            {
+                *command = ProxyCommand::Join(topology.clone());
+            }
+        }
         Step::Replay | Step::Abort { .. } if m.failures >= MAX_FAILURES => {
             m.todo.remove(at);
             m.failures = 0;
@@ -313,6 +327,11 @@ fn fail(ctx: &Ctx<'_>, m: &mut Move, at: usize, failure: &Failure) {
         _ => {}
     }
     m.retry_at = ctx.now.plus_millis(backoff_ms(m.failures));
+}
+
+fn is_gone(ctx: &Ctx<'_>, action: &Action) -> bool {
+    matches!(action, Action::Proxy { proxy, .. }
+        if !matches!(ctx.obs.proxies.get(proxy), Some(Some(_))))
 }
 
 fn is_question(action: &Action) -> bool {

@@ -21,6 +21,20 @@ use crate::state::{ClusterState, Mode, Move, Position, Step};
 use crate::transition::enter;
 use crate::{steady, sync};
 
+/// How long several proxies hold their clients for one session that cannot be moved.
+const HELD_MS: u64 = 1_000;
+
+/// How long proxies may wait for sessions that cannot be moved: while the move is prepared, and
+/// when they are drained. Several wait beforehand, or one that waits would have the others hold
+/// their clients for as long.
+pub(super) fn patience(ctx: &Ctx<'_>) -> (u64, u64) {
+    let limit = ctx.settings.drain_timeout_ms;
+    match ctx.obs.proxies.len() {
+        0 | 1 => (0, limit),
+        _ => (limit, limit.min(HELD_MS)),
+    }
+}
+
 /// *Prepare* and *drain*: may still be undone.
 pub(super) fn planned(
     ctx: &Ctx<'_>,
@@ -54,7 +68,7 @@ pub(super) fn planned(
             ctx,
             &ProxyCommand::Drain(DrainRequest {
                 epoch: state.epoch,
-                timeout_ms: ctx.settings.drain_timeout_ms,
+                timeout_ms: patience(ctx).1,
             }),
         );
     } else {
@@ -362,10 +376,16 @@ fn wake_standbys(ctx: &mut Ctx<'_>, state: &ClusterState) {
 }
 
 fn resumes(ctx: &Ctx<'_>, state: &ClusterState) -> Vec<Action> {
-    match state.topology(ctx.obs) {
-        Some(topology) => to_proxies(ctx, &ProxyCommand::Resume(topology)),
-        None => Vec::new(),
-    }
+    let Some(topology) = state.topology(ctx.obs) else {
+        return Vec::new();
+    };
+    // Who does not answer has not been told, and lets nobody in.
+    let of = ctx.obs.proxies.values().flatten().count();
+    let command = match ctx.obs.proxies.len() {
+        0 | 1 => ProxyCommand::Resume(topology),
+        _ => ProxyCommand::Together { topology, of },
+    };
+    to_proxies(ctx, &command)
 }
 
 /// Forgets commands to proxies that do not answer any more: they are left behind.

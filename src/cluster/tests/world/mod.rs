@@ -419,6 +419,7 @@ impl World {
             sessions: 1,
             in_transaction: 0,
             protected: 1,
+            held: 0,
             primary_reachable: true,
             journal_bytes: 0,
             slow: self.slow,
@@ -488,7 +489,9 @@ impl World {
         let given = match command {
             ProxyCommand::Prepare { epoch, .. } | ProxyCommand::Abort { epoch } => *epoch,
             ProxyCommand::Drain(request) => request.epoch,
-            ProxyCommand::Resume(topology) => topology.epoch,
+            ProxyCommand::Resume(topology)
+            | ProxyCommand::Together { topology, .. }
+            | ProxyCommand::Join(topology) => topology.epoch,
         };
         if given < self.proxy.epoch {
             return Err(Failure::Stale {
@@ -505,7 +508,9 @@ impl World {
                 self.proxy.held = false;
                 Ok(Reply::Done)
             }
-            ProxyCommand::Resume(topology) => {
+            ProxyCommand::Resume(topology)
+            | ProxyCommand::Together { topology, .. }
+            | ProxyCommand::Join(topology) => {
                 self.check_marked(topology);
                 self.proxy = Proxy {
                     epoch: topology.epoch,

@@ -12,7 +12,7 @@ use crate::OperatorError;
 pub(super) const COMPONENT: &str = "proxy";
 /// User of our image.
 const UID: i64 = 65532;
-/// Sessions get 10 s to end by themselves.
+/// Clients come for 3 s more, transactions get 20 s to end, what is left is ended within 5 s.
 const STOP_SECONDS: u32 = 30;
 
 pub(super) fn deployment(cluster: &ValidCluster, image: &str) -> Result<Built, OperatorError> {
@@ -57,6 +57,7 @@ fn pod(cluster: &ValidCluster, name: &str, image: &str) -> Value {
             "--control", format!("0.0.0.0:{}", names::CONTROL_PORT),
             "--tls-dir", config::TLS,
             "--inspect", format!("127.0.0.1:{}", names::INSPECT_PORT),
+            "--topology-file", format!("{}/topology.json", config::JOURNAL),
         ],
         "ports": [
             {"name": "postgresql", "containerPort": names::POSTGRES_PORT, "protocol": "TCP"},
@@ -89,7 +90,7 @@ fn pod(cluster: &ValidCluster, name: &str, image: &str) -> Value {
         "volumes": [
             {"name": "config", "configMap": {"name": config::name(cluster)}},
             {"name": "tls", "secret": {"secretName": names::tls_secret(name), "defaultMode": 0o440}},
-            // Journals that outgrow their memory; nothing in it has a name.
+            // Journals that outgrow their memory, without names, and the last topology.
             {"name": "journal", "emptyDir": {}},
         ],
     });

@@ -10,6 +10,7 @@ use tokio_postgres::Client;
 
 use super::agents::Agents;
 use super::proxies::{Proxies, Way};
+use super::together::Together;
 use super::{Input, sql};
 use crate::secret::Secrets;
 
@@ -79,6 +80,11 @@ impl Actor {
         }
     }
 
+    /// Takes proxies through the barrier.
+    pub(super) fn go_on(&self, together: Together) {
+        tokio::spawn(together.run(self.done.clone()));
+    }
+
     /// Makes the application's role and database, unless that is being done.
     pub(super) fn make_database(&self, input: &Input, primary: At, changed: &Arc<Notify>) {
         if self.making.swap(true, Ordering::Relaxed) || self.database_made() {
@@ -131,7 +137,10 @@ impl Order {
                 }
                 Ok(reply)
             }
-            ProxyCommand::Resume(_) | ProxyCommand::Abort { .. } => way.order(&self.command).await,
+            ProxyCommand::Resume(_)
+            | ProxyCommand::Together { .. }
+            | ProxyCommand::Join(_)
+            | ProxyCommand::Abort { .. } => way.order(&self.command).await,
         }
     }
 

@@ -11,6 +11,7 @@ mod report;
 mod roles;
 mod sql;
 mod store;
+mod together;
 mod view;
 
 use std::collections::BTreeMap;
@@ -421,8 +422,12 @@ impl Conductor {
             let endpoint = self.agents.endpoint(name)?;
             Some((name.clone(), endpoint))
         });
-        for action in decision.actions {
-            self.running.push(action.clone());
+        self.running.extend(decision.actions.iter().cloned());
+        let (together, rest) = together::split(decision.actions, &self.proxies);
+        if let Some(together) = together {
+            self.actor.go_on(together);
+        }
+        for action in rest {
             let agents = (&self.agents, &self.changed);
             self.actor
                 .start(input, agents, &self.proxies, primary.clone(), action);

@@ -5,8 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use helios_api::control::{AbortRequest, PrepareRequest, ProxyError, ProxyStatus};
+use helios_api::control::{
+    AbortRequest, AdvanceRequest, GatherRequest, Gathered, PrepareRequest, ProxyError, ProxyStatus,
+    ResumeReport, Stage, Topology,
+};
 use helios_api::v1alpha1::names;
+use helios_cluster::barrier::{self, Order};
 use helios_cluster::{Failure, ProxyCommand, Reply};
 use helios_control::{ControlClient, Material};
 use serde::Serialize;
@@ -22,6 +26,18 @@ const INTERVAL: Duration = Duration::from_millis(500);
 const STATUS_LIMIT: Duration = Duration::from_secs(2);
 /// How long an order may take, beyond a drain's own limit.
 const ORDER_LIMIT: Duration = Duration::from_secs(90);
+
+/// A turn ends so long before it must be over: what was set back is set forward again.
+const TURN_ENDS_MS: u64 = 500;
+
+/// What a proxy answers to an order of [`Way::together`].
+#[derive(Debug)]
+pub(super) enum Said {
+    /// It stands.
+    Gathered(Gathered),
+    /// It has gone on.
+    Report(ResumeReport),
+}
 
 /// What a proxy last said; outer `None`: it was not asked to the end yet.
 type Known = Arc<Mutex<Option<Option<ProxyStatus>>>>;
@@ -139,12 +155,18 @@ impl Way {
     /// Gives an order, waits for its end, and asks how the proxy is then.
     pub(super) async fn order(&self, command: &ProxyCommand) -> Result<Reply, Failure> {
         let result = match command {
-            ProxyCommand::Prepare { epoch, candidate } => {
+            ProxyCommand::Prepare {
+                epoch,
+                candidate,
+                wait_ms,
+            } => {
                 let request = PrepareRequest {
                     epoch: *epoch,
                     candidate: candidate.clone(),
+                    wait_ms: *wait_ms,
                 };
-                let done = self.post::<()>("/v1/prepare", &request, ORDER_LIMIT).await;
+                let limit = ORDER_LIMIT + Duration::from_millis(*wait_ms);
+                let done = self.post::<()>("/v1/prepare", &request, limit).await;
                 done.map(|()| Reply::Done)
             }
             ProxyCommand::Drain(request) => {
@@ -153,10 +175,15 @@ impl Way {
                     .await
                     .map(Reply::Drained)
             }
-            ProxyCommand::Resume(topology) => self
-                .post("/v1/resume", topology, ORDER_LIMIT)
-                .await
-                .map(Reply::Resumed),
+            ProxyCommand::Resume(topology) => self.resume(topology).await,
+            // One that is told by itself does not know what others do.
+            ProxyCommand::Join(topology) | ProxyCommand::Together { topology, .. } => {
+                match self.try_post("/v1/join", topology, ORDER_LIMIT).await {
+                    Ok(Some(report)) => Ok(Reply::Resumed(report)),
+                    Ok(None) => self.resume(topology).await,
+                    Err(failure) => Err(failure),
+                }
+            }
             ProxyCommand::Abort { epoch } => {
                 let request = AbortRequest { epoch: *epoch };
                 let done = self.post::<()>("/v1/abort", &request, ORDER_LIMIT).await;
@@ -167,12 +194,66 @@ impl Way {
         result
     }
 
+    async fn resume(&self, topology: &Topology) -> Result<Reply, Failure> {
+        let report = self.post("/v1/resume", topology, ORDER_LIMIT).await;
+        report.map(Reply::Resumed)
+    }
+
+    /// One order behind a change of primary that all proxies go through together.
+    pub(super) async fn together(&self, order: Order, topology: Topology) -> Result<Said, Failure> {
+        let said = match order {
+            Order::Gather => {
+                let request = GatherRequest {
+                    topology: topology.clone(),
+                    patience_ms: barrier::PATIENCE_MS,
+                };
+                match self.try_post("/v1/gather", &request, ORDER_LIMIT).await? {
+                    Some(gathered) => Ok(Said::Gathered(gathered)),
+                    // One of an earlier release goes through all of it by itself.
+                    None => {
+                        let report = self.post("/v1/resume", &topology, ORDER_LIMIT).await;
+                        report.map(Said::Report)
+                    }
+                }
+            }
+            Order::Advance(to) => {
+                let request = AdvanceRequest {
+                    epoch: topology.epoch,
+                    to,
+                    turn_ms: barrier::TURNS_MS - TURN_ENDS_MS,
+                };
+                let report = self.post("/v1/advance", &request, ORDER_LIMIT).await;
+                report.map(Said::Report)
+            }
+        };
+        // The end of its action, with a state that is not older.
+        let ends = matches!(
+            (order, &said),
+            (_, Err(_)) | (Order::Advance(Stage::Open), _) | (Order::Gather, Ok(Said::Report(_)))
+        );
+        if ends {
+            self.look().await;
+        }
+        said
+    }
+
     async fn post<T: DeserializeOwned>(
         &self,
         path: &str,
         request: &impl Serialize,
         limit: Duration,
     ) -> Result<T, Failure> {
+        let answer = self.try_post(path, request, limit).await?;
+        answer.ok_or_else(|| Failure::Failed(format!("the proxy does not know {path}")))
+    }
+
+    /// `None`: a proxy of an earlier release, which does not know the path.
+    async fn try_post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        request: &impl Serialize,
+        limit: Duration,
+    ) -> Result<Option<T>, Failure> {
         let failed = |e: &dyn std::fmt::Display| Failure::Failed(e.to_string());
         let body = serde_json::to_vec(request).map_err(|e| failed(&e))?;
         let (status, body) = self
@@ -181,7 +262,12 @@ impl Way {
             .await
             .map_err(|e| failed(&e))?;
         if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|e| failed(&e));
+            return serde_json::from_slice(&body)
+                .map(Some)
+                .map_err(|e| failed(&e));
+        }
+        if status == hyper::StatusCode::NOT_FOUND {
+            return Ok(None);
         }
         match serde_json::from_slice::<ProxyError>(&body) {
             Ok(ProxyError::Stale { seen, .. }) => Err(Failure::Stale { seen }),

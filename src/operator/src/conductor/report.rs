@@ -286,6 +286,7 @@ fn essence(status: &HeliosClusterStatus) -> Value {
     for proxy in &mut status.proxies {
         proxy.sessions = 0;
         proxy.protected = 0;
+        proxy.held = 0;
     }
     json!(status)
 }
@@ -433,6 +434,7 @@ fn proxy(name: &str, status: Option<&ProxyStatus>) -> ProxyReport {
         phase: status.map_or("silent", |s| s.phase.as_str()).to_owned(),
         sessions: status.map_or(0, |s| count(s.sessions)),
         protected: status.map_or(0, |s| count(s.protected)),
+        held: status.map_or(0, |s| count(s.held)),
     }
 }
 

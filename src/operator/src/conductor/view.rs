@@ -35,10 +35,11 @@ pub(super) fn instance_place(pod: &Pod) -> Place {
     }
 }
 
-/// A proxy that can be given orders: one that runs and is not on its way out.
+/// A proxy that can be given orders: one that runs. One that is on its way out has clients as well,
+/// who let their transactions end.
 pub(super) fn proxy_place(pod: &Pod) -> Option<(String, IpAddr)> {
     let component = pod.labels().get(names::COMPONENT).map(String::as_str);
-    if component != Some("proxy") || pod.metadata.deletion_timestamp.is_some() {
+    if component != Some("proxy") {
         return None;
     }
     let status = pod.status.as_ref()?;
@@ -53,7 +54,8 @@ pub(super) fn takes_clients(pod: &Pod) -> bool {
     let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
     let ready =
         |all: &Vec<PodCondition>| all.iter().any(|c| c.type_ == "Ready" && c.status == "True");
-    proxy_place(pod).is_some() && conditions.is_some_and(ready)
+    let stays = pod.metadata.deletion_timestamp.is_none();
+    stays && proxy_place(pod).is_some() && conditions.is_some_and(ready)
 }
 
 /// What decisions go by.

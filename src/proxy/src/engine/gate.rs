@@ -5,7 +5,7 @@
 //! [`Phase`], and a coordinator goes on only when all sessions have acknowledged or time is up.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -28,7 +28,12 @@ pub enum Phase {
     Cut,
     /// All stand: those who listen take what their backends have not passed on yet.
     Still,
-    /// There is a new primary: sessions rebuild themselves and replay completed exchanges.
+    /// There is a new primary: sessions leave the old one, and stand.
+    Gather,
+    /// Sessions that set sequences back rebuild themselves and replay, while nobody else does, at
+    /// this proxy or at another.
+    Turn,
+    /// Sessions rebuild themselves and replay completed exchanges.
     Replay,
     /// Exchanges that were in flight are sent again.
     Send,
@@ -42,9 +47,26 @@ impl Phase {
             Self::Open => "running",
             Self::Hold | Self::Freeze => "draining",
             Self::Cut | Self::Still => "held",
-            Self::Replay | Self::Send => "resuming",
+            Self::Gather | Self::Turn | Self::Replay | Self::Send => "resuming",
         }
     }
+
+    /// Whether replays go on behind the barrier: no new work is let in.
+    #[must_use]
+    pub fn replays(self) -> bool {
+        matches!(self, Self::Turn | Self::Replay)
+    }
+}
+
+/// Whether sessions are to end because the proxy does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// They are not.
+    No,
+    /// As soon as no transaction is open and nothing is in flight.
+    AtBoundary,
+    /// Wherever they are.
+    Now,
 }
 
 /// What sessions see of a move.
@@ -71,16 +93,22 @@ pub struct Gate {
     acknowledged: AtomicUsize,
     step: AtomicU64,
     progress: Notify,
-    ending: AtomicBool,
+    ending: AtomicU8,
 }
 
 impl Gate {
     /// An open gate.
     #[must_use]
     pub fn new(topology: Topology) -> Self {
+        Self::at(topology, Phase::Open)
+    }
+
+    /// A gate that is in `phase`.
+    #[must_use]
+    pub fn at(topology: Topology, phase: Phase) -> Self {
         let state = GateState {
             step: 1,
-            phase: Phase::Open,
+            phase,
             topology: Arc::new(topology),
             reason: MoveReason::Failover,
         };
@@ -92,7 +120,7 @@ impl Gate {
             acknowledged: AtomicUsize::new(0),
             step: AtomicU64::new(1),
             progress: Notify::new(),
-            ending: AtomicBool::new(false),
+            ending: AtomicU8::new(0),
         }
     }
 
@@ -135,15 +163,19 @@ impl Gate {
     }
 
     /// Ends all sessions: the proxy shuts down.
-    pub fn end(&self) {
-        self.ending.store(true, Ordering::SeqCst);
+    pub fn end(&self, how: Ending) {
+        self.ending.store(how as u8, Ordering::SeqCst);
         self.publish(self.now().phase, None, None);
     }
 
     /// Whether sessions are to end.
     #[must_use]
-    pub fn is_ending(&self) -> bool {
-        self.ending.load(Ordering::SeqCst)
+    pub fn ending(&self) -> Ending {
+        match self.ending.load(Ordering::Relaxed) {
+            0 => Ending::No,
+            1 => Ending::AtBoundary,
+            _ => Ending::Now,
+        }
     }
 
     /// A session joins; it has not acknowledged the current step. From now on its bell rings with

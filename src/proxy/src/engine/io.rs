@@ -62,6 +62,9 @@ impl Session {
                 Err(event) => return Poll::Ready(event),
             }
             self.acknowledge();
+            if self.leaves_with_proxy() {
+                return Poll::Ready(Event::End(self.ended_with_proxy()));
+            }
             if self.needs_server_now() || self.keeps_unarmed() {
                 return Poll::Ready(Event::Timer);
             }

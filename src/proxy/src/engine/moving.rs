@@ -108,15 +108,15 @@ impl Session {
                 self.hear_out();
                 Ok(())
             }
-            Phase::Replay | Phase::Send => {
+            Phase::Gather | Phase::Turn | Phase::Replay | Phase::Send => {
                 self.held();
                 self.begin_if_moved();
                 if self.server.as_ref().is_some_and(|s| s.epoch < current) {
                     self.leave_old_server()?;
                 }
-                self.stays |= self.gate.phase == Phase::Replay && self.server.is_some();
+                self.stays |= self.gate.phase < Phase::Send && self.server.is_some();
                 self.stays &= self.server.is_some() && !self.rebuilt;
-                if self.server.is_none() && self.must_rebuild() {
+                if self.server.is_none() && self.must_rebuild() && self.is_its_time() {
                     self.entry().set_state(5);
                     self.rebuild(gate).await?;
                 }

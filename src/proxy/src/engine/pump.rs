@@ -160,9 +160,11 @@ impl Session {
             Phase::Open => false,
             Phase::Hold => boundary && !self.tracker.projects_open(),
             // Replays may wait for the locks of its transaction; a new one may take theirs.
-            Phase::Replay | Phase::Send if self.stays => boundary && !self.tracker.projects_open(),
+            Phase::Gather | Phase::Turn | Phase::Replay | Phase::Send if self.stays => {
+                boundary && !self.tracker.projects_open()
+            }
             Phase::Freeze | Phase::Cut | Phase::Still => boundary,
-            Phase::Replay => true,
+            Phase::Gather | Phase::Turn | Phase::Replay => true,
             Phase::Send => self.resend_left == 0,
         }
     }

@@ -18,7 +18,6 @@ use helios_wire::{ErrorFields, SqlState};
 
 use super::answers::STATE_UNKNOWN;
 use super::evidence;
-use super::gate::Phase;
 use super::reads;
 use super::registry::{Identity, lock};
 use super::replay::{self, How, ReplayError};
@@ -295,7 +294,7 @@ impl Session {
         );
         // Beside new work a sequence that is set back would give its values to others too.
         let mut barrier = self.shared.barrier.subscribe();
-        let behind_barrier = self.gate.phase == Phase::Replay && *barrier.borrow_and_update();
+        let behind_barrier = self.gate.phase.replays() && *barrier.borrow_and_update();
         let mut turn = match self.values_since() {
             Some(since) if behind_barrier => {
                 Turn::take(&self.shared, at, database, &self.tracker, since).await?
@@ -307,7 +306,7 @@ impl Session {
         let (link, keeper) = (&mut server.link, turn.keeper());
         let how = How {
             lossy,
-            held: behind_barrier,
+            held: self.gate.phase.replays(),
             options: &self.shared.options,
         };
         let under_way = entry.replay.begin(self.tracker.journal().records().len());
@@ -389,7 +388,7 @@ impl Session {
         self.tell_listener(server.pid);
         self.temporary_installed(restored);
         self.server = Some(server);
-        if self.gate.phase != Phase::Replay {
+        if !self.gate.phase.replays() {
             self.shared.new_work(self.epoch);
         }
         (self.attempts, self.retry_at) = (0, None);

@@ -85,6 +85,10 @@ pub struct Entry {
     pub journal_bytes: AtomicU64,
     /// A statement is in flight that a planned move cannot cut off.
     pub uncut: AtomicBool,
+    /// Its replay sets sequences back.
+    pub wants_turn: AtomicBool,
+    /// What its client has seen of those.
+    pub seen: Mutex<Vec<helios_session::sequences::Seen>>,
     /// Log position before the mark of the statement in flight, `u64::MAX` for none.
     pub mark_floor: AtomicU64,
     /// The marked statement that runs.
@@ -231,6 +235,8 @@ impl Registry {
             replay: Progress::default(),
             journal_bytes: AtomicU64::new(0),
             uncut: AtomicBool::new(false),
+            wants_turn: AtomicBool::new(false),
+            seen: Mutex::default(),
             mark_floor: AtomicU64::new(u64::MAX),
             running: Running::default(),
         });

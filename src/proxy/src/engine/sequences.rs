@@ -2,8 +2,9 @@
 //!
 //! `nextval` gives another value on the new primary. Where a statement of the open transaction
 //! returned values of a sequence, the sequence is set back to the first of them just before the
-//! statement runs again, and forward behind every value that was given, right afterwards. `setval`
-//! acts at once and is not undone by a rollback; it is done as the proxy's own user.
+//! statement runs again, and forward behind every value that was given, right afterwards
+//! ([`set_back`]). `setval` acts at once and is not undone by a rollback; it is done as the proxy's
+//! own user.
 //!
 //! The invariants: while a sequence is set back no other session of this proxy replays (the lock
 //! in `Shared`, which every replay holds); and what was set back is set forward again before the
@@ -21,7 +22,9 @@ use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
 
 use super::link::Link;
 use super::replay::{self, ReplayError};
+use super::set_back::{self, Baton, Sequence, SetBack, Wanted};
 use super::shared::Shared;
+use super::turn::turn_ends;
 use super::verify::regclass;
 use crate::backend::{self, BackendError, Login};
 
@@ -31,37 +34,15 @@ pub(super) type ReplayLock = Arc<RwLock<Option<Service>>>;
 /// How long the connection is kept for the next replay.
 const KEEP_OPEN: Duration = Duration::from_secs(2);
 
-/// Values that lie further ahead of a sequence than so many steps were not given by it.
-const MAX_AHEAD: i128 = 1 << 16;
-
-/// How often a sequence is read again because somebody took a value in between.
-const MAX_READS: usize = 5;
-
 /// A connection of the proxy's own to one database.
 #[derive(Debug)]
 pub(super) struct Service {
     endpoint: Endpoint,
     database: String,
     link: Link,
-}
-
-/// A sequence whose values can be set: not cached by sessions, not cyclic, not temporary.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Sequence {
-    oid: u32,
-    increment: i64,
-    /// Qualified and quoted.
-    name: String,
-}
-
-/// A sequence that is set back, or is about to be.
-#[derive(Debug)]
-struct SetBack {
-    sequence: Sequence,
-    /// Where it stood: `last_value`, `is_called`.
-    stood: (i64, bool),
-    /// Last value that the client saw.
-    last: i64,
+    baton: Baton,
+    /// The server has set sequences back, and waits for the baton.
+    waits: bool,
 }
 
 /// Sets sequences back and forward, for one replay.
@@ -73,9 +54,14 @@ pub(super) struct Keeper {
     records: BTreeSet<usize>,
     /// What is known of columns, by table and number.
     columns: BTreeMap<(u32, u16), Option<Sequence>>,
-    /// Where sequences were left, by OID.
-    standing: BTreeMap<u32, (i64, bool)>,
     set_back: Vec<SetBack>,
+    /// A statement that sets back was sent, and is not known to have ended.
+    begun: bool,
+    /// This one only cleans up.
+    cleans: bool,
+    /// By the server's clock, in seconds: nothing is set back later, however late the server gets
+    /// to know.
+    until: Option<f64>,
 }
 
 impl Keeper {
@@ -98,11 +84,13 @@ impl Keeper {
             guard: Some(guard),
             records,
             columns: BTreeMap::new(),
-            standing: BTreeMap::new(),
             set_back: Vec::new(),
+            begun: false,
+            cleans: false,
+            until: None,
         };
         match keeper.connect().await {
-            Ok(()) => {}
+            Ok(()) => keeper.until = turn_ends(shared, &mut keeper).await?,
             Err(e) if e.is_transient() => return Err(std::io::Error::other(e.to_string()).into()),
             Err(e) => {
                 tracing::warn!(database, error = %e, "values of sequences cannot be kept");
@@ -136,66 +124,21 @@ impl Keeper {
             }
             other => other?,
         };
-        for (sequence, values) in values {
-            if consecutive(&values, sequence.increment)
-                && let (Some(first), Some(last)) = (values.first(), values.last())
-                && let Err(e) = self.set_one_back(sequence, *first, *last).await
-            {
-                match e {
-                    ReplayError::State(why) => tracing::debug!(why, "a sequence stays as it is"),
-                    other => return Err(other),
-                }
-            }
+        let wanted: Vec<Wanted> = values
+            .into_iter()
+            .filter(|(sequence, values)| consecutive(values, sequence.increment))
+            .filter_map(|(s, values)| Some((s, *values.first()?, *values.last()?)))
+            .collect();
+        if wanted.is_empty() {
+            return Ok(());
         }
-        Ok(())
-    }
-
-    async fn set_one_back(
-        &mut self,
-        sequence: Sequence,
-        first: i64,
-        last: i64,
-    ) -> Result<(), ReplayError> {
-        let (oid, name) = (sequence.oid, sequence.name.clone());
-        let before = self.set_back.len();
-        for _ in 0..MAX_READS {
-            let stood = match self.standing.remove(&oid) {
-                Some(stood) => stood,
-                None => {
-                    let sql = format!("SELECT last_value, is_called FROM {name}");
-                    let rows = self.ask(&sql).await?;
-                    let Some(stood) = rows.first().and_then(|r| standing(r)) else {
-                        return Ok(());
-                    };
-                    stood
-                }
-            };
-            let ahead = i128::from(last) - i128::from(stood.0);
-            if ahead / i128::from(sequence.increment) > MAX_AHEAD {
-                return Ok(());
-            }
-            // Noted before it is done: an answer may get lost.
-            self.set_back.truncate(before);
-            self.set_back.push(SetBack {
-                sequence: sequence.clone(),
-                stood,
-                last,
-            });
-            let sql = format!(
-                "SELECT pg_catalog.setval({oid}::pg_catalog.oid::pg_catalog.regclass, {first}, \
-                 false) FROM {name} WHERE last_value = {} AND is_called = {}",
-                stood.0, stood.1
-            );
-            match self.ask(&sql).await {
-                Ok(rows) if rows.is_empty() => {}
-                Err(ReplayError::State(why)) => {
-                    self.set_back.truncate(before);
-                    return Err(ReplayError::State(why));
-                }
-                other => return other.map(|_| ()),
-            }
-        }
-        self.set_back.truncate(before);
+        let mut service = self.service()?;
+        self.begun = true;
+        let (link, noted) = (&mut service.link, &mut self.set_back);
+        // An error takes the connections with it: the server sets forward then.
+        service.waits = set_back::begin(link, &service.baton, &wanted, self.until, noted).await?;
+        self.begun = service.waits || !self.set_back.is_empty();
+        self.put_back(service);
         Ok(())
     }
 
@@ -204,23 +147,42 @@ impl Keeper {
     /// # Errors
     /// The connection's; what is left is set forward when the keeper goes.
     pub(super) async fn set_forward(&mut self) -> Result<(), ReplayError> {
-        while let Some(one) = self.set_back.last() {
-            let (oid, sql) = (one.sequence.oid, one.forward());
-            match self.ask(&sql).await {
-                Ok(rows) => {
-                    let stands = rows.first().and_then(|r| standing(r));
-                    self.standing.extend(stands.map(|s| (oid, s)));
-                    self.set_back.pop();
-                }
-                // Not a reason to go on with a sequence that is set back.
-                Err(e) => {
-                    return Err(ReplayError::Connection(std::io::Error::other(
-                        e.to_string(),
-                    )));
-                }
+        if !self.begun {
+            return Ok(());
+        }
+        // Not a reason to go on with a sequence that is set back.
+        let broken = |e: ReplayError| ReplayError::Connection(std::io::Error::other(e.to_string()));
+        let mut service = self.service()?;
+        if std::mem::take(&mut service.waits) {
+            service.baton.hand_over().await?;
+            let ended = set_back::end(&mut service.link).await;
+            self.put_back(service);
+            ended.map_err(broken)?;
+            self.set_back.clear();
+        } else {
+            self.put_back(service);
+            self.ask(&set_back::wait_for_others())
+                .await
+                .map_err(broken)?;
+            while let Some(sql) = self.set_back.last().map(SetBack::forward) {
+                self.ask(&sql).await.map_err(broken)?;
+                self.set_back.pop();
             }
         }
+        self.begun = false;
         Ok(())
+    }
+
+    /// Taken out while it is used: a question that is broken off leaves no half-read answer.
+    fn service(&mut self) -> Result<Service, ReplayError> {
+        let service = self.guard.as_deref_mut().and_then(Option::take);
+        service.ok_or_else(|| ReplayError::Connection(std::io::ErrorKind::NotConnected.into()))
+    }
+
+    fn put_back(&mut self, service: Service) {
+        if let Some(slot) = self.guard.as_deref_mut() {
+            *slot = Some(service);
+        }
     }
 
     /// The values of each sequence that a record returned, in order.
@@ -261,7 +223,7 @@ impl Keeper {
     }
 
     /// Asks the catalogs for the sequences of columns that are not known yet.
-    async fn look_up(&mut self, seen: &[Seen]) -> Result<(), ReplayError> {
+    pub(super) async fn look_up(&mut self, seen: &[Seen]) -> Result<(), ReplayError> {
         let columns = seen.iter().flat_map(|s| &s.columns);
         let new: BTreeSet<(u32, u16)> = columns
             .map(|c| (c.table, c.attribute))
@@ -284,6 +246,12 @@ impl Keeper {
         Ok(())
     }
 
+    /// The sequence of a column that was looked up: OID, increment, name.
+    pub(super) fn sequence_of(&self, table: u32, attribute: u16) -> Option<(u32, i64, &str)> {
+        let known = self.columns.get(&(table, attribute))?.as_ref()?;
+        Some((known.oid, known.increment, &known.name))
+    }
+
     /// The sequence of this name, as the session resolves it where it stands.
     async fn named(
         &mut self,
@@ -299,14 +267,11 @@ impl Keeper {
         Ok(rows.first().and_then(|row| sequence(row)))
     }
 
-    async fn ask(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
-        let gone = || ReplayError::Connection(std::io::ErrorKind::NotConnected.into());
-        let slot = self.guard.as_deref_mut().ok_or_else(gone)?;
-        // Taken out while it is used: a question that is broken off leaves no half-read answer.
-        let mut service = slot.take().ok_or_else(gone)?;
+    pub(super) async fn ask(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
+        let mut service = self.service()?;
         let result = replay::simple(&mut service.link, sql).await;
         if !matches!(&result, Err(e) if e.is_transient()) {
-            *slot = Some(service);
+            self.put_back(service);
         }
         result
     }
@@ -323,25 +288,27 @@ impl Keeper {
         *slot = None;
         let login = login(&self.shared.service, &self.database);
         let limit = self.shared.options.connect_timeout;
-        let conn = backend::connect(&self.endpoint, &self.shared.tls, &login, limit).await?;
+        let connect = || backend::connect(&self.endpoint, &self.shared.tls, &login, limit);
+        let (conn, second) = tokio::try_join!(connect(), connect())?;
+        let baton = Baton::take(Link::new(second.stream, second.buf)).await;
         *slot = Some(Service {
             endpoint: self.endpoint.clone(),
             database: self.database.clone(),
             link: Link::new(conn.stream, conn.buf),
+            baton: baton.map_err(|e| BackendError::Io {
+                endpoint: self.endpoint.clone(),
+                source: std::io::Error::other(e.to_string()),
+            })?,
+            waits: false,
         });
         Ok(())
     }
 
-    /// Sets forward what a broken replay has left behind, on a fresh connection if need be. It
-    /// ends when the primary is elsewhere: then this server is gone, with what was set back.
+    /// Sets forward what a broken replay has left behind, on a fresh connection if need be. When
+    /// the primary is elsewhere then, what was set back may have got there.
     async fn clean_up(mut self) {
-        let (shared, at) = (Arc::clone(&self.shared), self.endpoint.clone());
-        let mut gate = shared.gate.watch();
-        tokio::select! {
-            () = self.set_forward_at_last() => {}
-            () = tokio::time::sleep(shared.options.max_replay_time) => {}
-            _ = gate.wait_for(|g| g.topology.primary.endpoint != at) => {}
-        }
+        let limit = self.shared.options.max_replay_time;
+        let _ = tokio::time::timeout(limit, self.set_forward_at_last()).await;
         for one in std::mem::take(&mut self.set_back) {
             let sequence = &one.sequence.name;
             tracing::warn!(sequence, "sequence could not be set forward after a replay");
@@ -350,6 +317,8 @@ impl Keeper {
 
     async fn set_forward_at_last(&mut self) {
         while self.connect().await.is_err() || self.set_forward().await.is_err() {
+            let topology = self.shared.gate.now().topology;
+            self.endpoint = topology.primary.endpoint.clone();
             tokio::time::sleep(self.shared.options.replay_backoff).await;
         }
     }
@@ -360,10 +329,14 @@ impl Drop for Keeper {
         let Some(guard) = self.guard.take() else {
             return;
         };
+        // A runtime that ends drops at once what it is given.
+        if self.cleans && self.begun {
+            return;
+        }
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             return;
         };
-        if self.set_back.is_empty() {
+        if self.set_back.is_empty() && !self.begun {
             let lock = Arc::clone(&self.shared.replaying);
             drop(guard);
             runtime.spawn(async move {
@@ -381,29 +354,12 @@ impl Drop for Keeper {
             guard: Some(guard),
             records: BTreeSet::new(),
             columns: BTreeMap::new(),
-            standing: BTreeMap::new(),
             set_back: std::mem::take(&mut self.set_back),
+            begun: self.begun,
+            cleans: true,
+            until: self.until,
         };
         runtime.spawn(rest.clean_up());
-    }
-}
-
-impl SetBack {
-    /// Sets the sequence behind where it stood, what the client saw and what was taken since.
-    fn forward(&self) -> String {
-        let (best, reached) = if self.sequence.increment > 0 {
-            ("GREATEST", ">=")
-        } else {
-            ("LEAST", "<=")
-        };
-        let (oid, name) = (self.sequence.oid, &self.sequence.name);
-        let ((stood, called), seen) = (self.stood, self.last);
-        format!(
-            "SELECT pg_catalog.setval({oid}::pg_catalog.oid::pg_catalog.regclass, \
-             {best}(given, {stood}), called), called FROM (SELECT given, \
-             {called} OR given {reached} {stood} AS called FROM (SELECT {best}({seen}, \
-             CASE WHEN is_called THEN last_value ELSE {seen} END) AS given FROM {name}) x) y"
-        )
     }
 }
 
@@ -416,7 +372,8 @@ fn login(service: &Login, database: &str) -> Login {
         ("search_path", "pg_catalog"),
         ("synchronous_commit", "off"),
         ("lock_timeout", "1s"),
-        ("statement_timeout", "5s"),
+        ("statement_timeout", "10s"),
+        ("client_min_messages", "notice"),
     ] {
         login.params.push((name.to_owned(), value.to_owned()));
     }
@@ -461,11 +418,4 @@ fn sequence(row: &[Option<String>]) -> Option<Sequence> {
         increment: increment.parse().ok().filter(|i| *i != 0)?,
         name: name.clone(),
     })
-}
-
-fn standing(row: &[Option<String>]) -> Option<(i64, bool)> {
-    let [Some(last), Some(called)] = row else {
-        return None;
-    };
-    Some((last.parse().ok()?, called == "t"))
 }

@@ -15,14 +15,14 @@ use helios_api::{Endpoint, Epoch, Timeline};
 use helios_session::TxnStatus;
 use helios_session::state::Snapshot;
 use helios_session::tracker::Tracker;
+use helios_wire::ErrorFields;
 use helios_wire::message::back;
-use helios_wire::{ErrorFields, SqlState};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::ahead::{Blueprint, Warm};
 use super::events::{Moving, Noted};
-use super::gate::{GateState, Member, Phase};
+use super::gate::{Ending, GateState, Member, Phase};
 use super::link::Link;
 use super::moving::{LastWords, Lost};
 use super::opening::{IN_HOT_STANDBY, follow, is_primary, open_first};
@@ -348,10 +348,8 @@ impl Session {
         match event {
             Event::Gate => {
                 self.gate = gate.borrow_and_update().clone();
-                if self.shared.gate.is_ending() {
-                    let message = "terminating connection because the proxy shuts down";
-                    let fields = ErrorFields::fatal(SqlState::ADMIN_SHUTDOWN, message);
-                    return Err(End::Fatal(fields));
+                if self.shared.gate.ending() == Ending::Now {
+                    return Err(self.ended_with_proxy());
                 }
                 self.gate_changed(gate).await
             }
@@ -386,7 +384,12 @@ impl Session {
             Phase::Open => true,
             Phase::Hold => stands && self.tracker.status() == TxnStatus::Idle,
             Phase::Freeze | Phase::Cut | Phase::Still => stands,
-            Phase::Replay => self.rebuilt || self.stays || !self.must_rebuild(),
+            Phase::Gather => {
+                let current = self.gate.topology.epoch;
+                self.server.as_ref().is_none_or(|s| s.epoch >= current)
+            }
+            Phase::Turn if !self.entry().wants_turn.load(Ordering::Relaxed) => true,
+            Phase::Turn | Phase::Replay => self.rebuilt || self.stays || !self.must_rebuild(),
             Phase::Send => !self.rebuilt,
         };
         if yes {

@@ -173,6 +173,8 @@ pub struct Shared {
     pub(super) replaying: ReplayLock,
     /// Whether new work is held back for replays: only then sequences may be set back.
     pub(super) barrier: watch::Sender<bool>,
+    /// Until when sequences may be set back, where other proxies wait for that.
+    pub(super) turn_until: Mutex<Option<Instant>>,
     /// Epoch and time of the last one who was let in beside replays.
     worked: Mutex<(Epoch, u64)>,
     /// How far the log of the primary in use has come, while marks can be found in it.
@@ -227,6 +229,7 @@ impl Shared {
             reach: reach::Known::default(),
             replaying: ReplayLock::default(),
             barrier: watch::Sender::new(false),
+            turn_until: Mutex::default(),
             worked: Mutex::default(),
             positions: Mutex::default(),
             proofs: tokio::sync::Mutex::default(),
@@ -270,8 +273,10 @@ impl Shared {
         *lock(&self.worked)
     }
 
-    /// Begins the time in which sequences may be set back: no new work is let in.
-    pub fn raise_barrier(&self) {
+    /// Begins the time in which sequences may be set back: no new work is let in, here or, until
+    /// then, at any other proxy.
+    pub fn raise_barrier(&self, until: Option<Instant>) {
+        *lock(&self.turn_until) = until;
         self.barrier.send_replace(true);
     }
 

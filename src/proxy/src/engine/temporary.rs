@@ -325,7 +325,7 @@ impl Session {
                 let long = temporary.took > LONG;
                 (!long).then(Instant::now)
             }
-            Phase::Replay | Phase::Send => None,
+            Phase::Gather | Phase::Turn | Phase::Replay | Phase::Send => None,
         }
     }
 
@@ -433,7 +433,7 @@ impl Session {
         let last = temporary.kept.take();
         let good = self.gate.phase != Phase::Open;
         let mut watch = gate.clone();
-        let gone = watch.wait_for(|g| g.topology.epoch != epoch || g.phase >= Phase::Replay);
+        let gone = watch.wait_for(|g| g.topology.epoch != epoch || g.phase >= Phase::Gather);
         let result = tokio::select! {
             biased;
             result = keep(&mut asking, &shared, temporary.has, (last, good), objects) => result,

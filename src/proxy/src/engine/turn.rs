@@ -2,14 +2,20 @@
 //!
 //! The invariant: who sets sequences back has the lock to itself.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use helios_api::Endpoint;
+use helios_api::control::MoveReason;
+use helios_session::TxnStatus;
 use helios_session::sequences::candidates;
 use helios_session::tracker::Tracker;
 use tokio::sync::OwnedRwLockReadGuard;
 
+use super::gate::Phase;
+use super::registry::lock;
 use super::replay::ReplayError;
 use super::sequences::{Keeper, Service};
 use super::session::Session;
@@ -47,9 +53,7 @@ impl Turn {
         since: u64,
     ) -> Result<Self, ReplayError> {
         let lock = Arc::clone(&shared.replaying);
-        let all = tracker.journal().records();
-        let mut records = candidates(tracker);
-        records.retain(|at| all.get(*at).is_some_and(|r| r.at_micros > since));
+        let records = to_set_back(tracker, since);
         if records.is_empty() {
             return Ok(Self::Beside {
                 _guard: lock.read_owned().await,
@@ -76,7 +80,61 @@ impl Turn {
     }
 }
 
+/// Records whose values of sequences come again.
+fn to_set_back(tracker: &Tracker, since: u64) -> BTreeSet<usize> {
+    let all = tracker.journal().records();
+    let mut records = candidates(tracker);
+    records.retain(|at| all.get(*at).is_some_and(|r| r.at_micros > since));
+    records
+}
+
+/// When the turn of this proxy ends by the server's clock, in seconds, where other proxies wait for
+/// it: they go on then, and this process may be stopped between any two of its instructions.
+pub(super) async fn turn_ends(
+    shared: &Shared,
+    keeper: &mut Keeper,
+) -> Result<Option<f64>, ReplayError> {
+    let Some(until) = *lock(&shared.turn_until) else {
+        return Ok(None);
+    };
+    let clock = "SELECT extract(epoch FROM pg_catalog.clock_timestamp())::pg_catalog.float8";
+    let rows = keeper.ask(clock).await?;
+    let now = rows
+        .first()
+        .and_then(|row| row.first()?.as_deref()?.parse().ok());
+    // Read before the answer came: what is left counts from then at the latest.
+    let left = until.saturating_duration_since(Instant::now());
+    let now: f64 = now.ok_or_else(|| ReplayError::State("the server has no clock".into()))?;
+    Ok(Some(now + left.as_secs_f64()))
+}
+
 impl Session {
+    /// Whether its replay sets sequences back, if it may.
+    pub(super) fn sets_back(&self) -> bool {
+        self.tracker.status() != TxnStatus::Idle
+            && self
+                .values_since()
+                .is_some_and(|since| !to_set_back(&self.tracker, since).is_empty())
+    }
+
+    /// Whether the session may rebuild itself in this phase; says beforehand whether it wants a
+    /// turn.
+    pub(super) fn is_its_time(&self) -> bool {
+        let wants = &self.entry().wants_turn;
+        match self.gate.phase {
+            Phase::Gather => {
+                let sets_back = self.sets_back();
+                if sets_back && self.gate.reason == MoveReason::Failover {
+                    *lock(&self.entry().seen) = self.seen_of_sequences();
+                }
+                wants.store(sets_back, Ordering::Relaxed);
+                false
+            }
+            Phase::Turn => wants.load(Ordering::Relaxed),
+            _ => true,
+        }
+    }
+
     /// Values of sequences that were seen later than this can be nobody else's; `None`: any may be.
     ///
     /// A server that starts anew after a crash forgets values that no commit has made durable, and

@@ -50,6 +50,7 @@ impl ProxyHandle {
         self.check_epoch(request.epoch)?;
         let over = CancellationToken::new();
         lock(&self.0.drain).clone_from(&over);
+        *lock(&self.0.waiting) = None;
         tokio::select! {
             biased;
             () = over.cancelled() => Err(CommandError::Superseded),
@@ -134,6 +135,12 @@ impl ProxyHandle {
             shared.gate.publish(Phase::Still, None, None);
             shared.gate.all_acknowledged(LAST_WORD).await;
         }
+    }
+
+    /// Waits for whatever would keep everybody waiting in a drain, while all go on.
+    pub(super) async fn wait_beforehand(&self, wait: Duration) {
+        let deadline = Instant::now() + wait;
+        self.wait_for_unprotected(deadline).await;
     }
 
     fn is_in_the_way(&self, deadline: Instant) -> bool {

@@ -1,0 +1,259 @@
+//! Setting a sequence back for one statement, so that it stands where it should again whatever
+//! becomes of this proxy.
+//!
+//! One statement of the server's does all of it (PL/pgSQL): it sets sequences back, says so with a
+//! NOTICE, waits for an advisory lock that a second connection of the proxy holds, the *baton*, and
+//! sets them forward. The baton is given back when the session's statement has run, or when the
+//! proxy dies, because its connections end then; and the wait has a limit. The invariant: from the
+//! first `setval` on, the server needs nobody to set the sequence forward.
+
+use helios_session::state::literal;
+
+use super::link::Link;
+use super::replay::{ReplayError, describe_error, next_frame, simple};
+
+/// First half of the keys of our advisory locks ("helS"). The second half is 0 for the statement
+/// itself, one at a time in a database, and the baton's process id for the baton.
+const CLASS: i32 = 0x6865_6c53;
+
+/// Values that lie further ahead of a sequence than so many steps were not given by it.
+const MAX_AHEAD: u32 = 1 << 16;
+
+/// How often a sequence is read again because somebody took a value in between.
+const MAX_READS: u32 = 5;
+
+/// How long a sequence stays set back at most, in milliseconds.
+const MAX_WAIT_MS: u32 = 4_000;
+
+/// A sequence whose values can be set: not cached by sessions, not cyclic, not temporary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Sequence {
+    pub(super) oid: u32,
+    pub(super) increment: i64,
+    /// Qualified and quoted.
+    pub(super) name: String,
+}
+
+/// A sequence that is set back, or is about to be.
+#[derive(Debug)]
+pub(super) struct SetBack {
+    pub(super) sequence: Sequence,
+    /// Where it stood: `last_value`, `is_called`.
+    pub(super) stood: (i64, bool),
+    /// Last value that the client saw.
+    pub(super) last: i64,
+}
+
+/// One that is to be set back: the first and the last value that the client saw.
+pub(super) type Wanted = (Sequence, i64, i64);
+
+/// The connection whose lock the server's statement waits for.
+#[derive(Debug)]
+pub(super) struct Baton {
+    link: Link,
+    pid: i32,
+}
+
+impl Baton {
+    /// Takes the baton.
+    ///
+    /// # Errors
+    /// The connection's, or the server's.
+    pub(super) async fn take(mut link: Link) -> Result<Self, ReplayError> {
+        let sql = format!(
+            "SELECT pg_catalog.pg_backend_pid(), \
+             pg_catalog.pg_advisory_lock({CLASS}, pg_catalog.pg_backend_pid())"
+        );
+        let rows = simple(&mut link, &sql).await?;
+        let pid = rows
+            .first()
+            .and_then(|row| row.first()?.as_deref()?.parse().ok());
+        let pid = pid.ok_or_else(|| ReplayError::State("a process without a number".into()))?;
+        Ok(Self { link, pid })
+    }
+
+    /// Gives it to the server's statement, and takes it again behind that.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub(super) async fn hand_over(&mut self) -> Result<(), ReplayError> {
+        let pid = self.pid;
+        let sql = format!(
+            "SELECT pg_catalog.pg_advisory_unlock({CLASS}, {pid}); \
+             SELECT pg_catalog.pg_advisory_lock({CLASS}, {pid})"
+        );
+        simple(&mut self.link, &sql).await.map(|_| ())
+    }
+}
+
+/// Begins to set `wanted` back; returns whether they are, and the statement waits for the baton. What
+/// may have been set back is added to `noted` before it is.
+///
+/// # Errors
+/// The connection's.
+pub(super) async fn begin(
+    link: &mut Link,
+    baton: &Baton,
+    wanted: &[Wanted],
+    until: Option<f64>,
+    noted: &mut Vec<SetBack>,
+) -> Result<bool, ReplayError> {
+    let text = format!(
+        "DO LANGUAGE plpgsql {}",
+        literal(&block(wanted, baton.pid, until))
+    );
+    let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
+    helios_wire::message::front::query(&mut link.output, text.as_bytes()).map_err(too_long)?;
+    link.flush().await?;
+    loop {
+        let (tag, frame) = next_frame(link).await?;
+        match tag {
+            helios_wire::backend::NOTICE_RESPONSE => {
+                let Ok(fields) =
+                    helios_wire::ErrorFields::parse(frame.get(5..).unwrap_or_default())
+                else {
+                    continue;
+                };
+                match fields.message.strip_prefix("helios: ") {
+                    Some("waits") => return Ok(true),
+                    Some(told) => note(told, wanted, noted),
+                    None => {}
+                }
+            }
+            helios_wire::backend::ERROR_RESPONSE => {
+                let why = describe_error(frame.get(5..).unwrap_or_default());
+                tracing::debug!(why, "sequences could not be set back");
+            }
+            helios_wire::backend::READY_FOR_QUERY => return Ok(false),
+            _ => {}
+        }
+    }
+}
+
+/// Waits for the end of the statement, behind the baton.
+///
+/// # Errors
+/// The connection's; [`ReplayError::State`] when a sequence could not be set forward.
+pub(super) async fn end(link: &mut Link) -> Result<(), ReplayError> {
+    let mut error = None;
+    loop {
+        let (tag, frame) = next_frame(link).await?;
+        match tag {
+            helios_wire::backend::ERROR_RESPONSE => {
+                error = Some(describe_error(frame.get(5..).unwrap_or_default()));
+            }
+            helios_wire::backend::READY_FOR_QUERY => {
+                return error.map_or(Ok(()), |why| Err(ReplayError::State(why)));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Waits until no statement that sets back runs in this database any more.
+pub(super) fn wait_for_others() -> String {
+    format!("SELECT pg_catalog.pg_advisory_xact_lock({CLASS}, 0)")
+}
+
+/// "number last_value is_called", told just before the sequence of this number is set back.
+fn note(told: &str, wanted: &[Wanted], noted: &mut Vec<SetBack>) {
+    let mut words = told.split(' ');
+    let mut next = || words.next();
+    let (Some(number), Some(value), Some(called)) = (next(), next(), next()) else {
+        return;
+    };
+    let number: Option<usize> = number.parse().ok();
+    if let (Some((sequence, _, last)), Ok(value)) =
+        (number.and_then(|n| wanted.get(n)), value.parse())
+    {
+        noted.retain(|one| one.sequence != *sequence);
+        noted.push(SetBack {
+            sequence: sequence.clone(),
+            stood: (value, called == "t"),
+            last: *last,
+        });
+    }
+}
+
+/// The statement's text.
+fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
+    use std::fmt::Write as _;
+    let (mut declared, mut back, mut forward) = (String::new(), String::new(), String::new());
+    let in_time = until.map_or_else(String::new, |until| {
+        format!(" AND clock_timestamp() < to_timestamp({until:.6})")
+    });
+    for (n, (sequence, first, last)) in wanted.iter().enumerate() {
+        let Sequence {
+            oid,
+            increment,
+            name,
+        } = sequence;
+        let _ = writeln!(declared, "v{n} bigint; c{n} boolean;");
+        let _ = writeln!(
+            back,
+            "BEGIN FOR i IN 1..{MAX_READS} LOOP \
+             SELECT last_value, is_called INTO v{n}, c{n} FROM {name}; \
+             IF ({last}::numeric - v{n}) / ({increment}) > {MAX_AHEAD} THEN v{n} := NULL; EXIT; END IF; \
+             RAISE NOTICE 'helios: {n} % %', v{n}, c{n}; \
+             PERFORM setval({oid}::oid::regclass, {first}, false) FROM {name} \
+             WHERE last_value = v{n} AND is_called = c{n}{in_time}; \
+             EXIT WHEN FOUND; END LOOP; EXCEPTION WHEN OTHERS THEN NULL; END;"
+        );
+        let set = forward_sql(sequence, &format!("v{n}"), &format!("c{n}"), *last);
+        let _ = writeln!(
+            forward,
+            "BEGIN IF v{n} IS NOT NULL THEN PERFORM {set}; END IF; \
+             EXCEPTION WHEN OTHERS THEN failed := SQLERRM; END;"
+        );
+    }
+    let wait = until.map_or_else(
+        || MAX_WAIT_MS.to_string(),
+        |until| {
+            format!(
+                "greatest(1, least({MAX_WAIT_MS}, \
+                 (({until:.6} - extract(epoch FROM clock_timestamp())) * 1000)::integer))"
+            )
+        },
+    );
+    format!(
+        "DECLARE failed text; {declared}BEGIN \
+         IF pg_try_advisory_xact_lock({CLASS}, {pid}) THEN RETURN; END IF; \
+         PERFORM pg_advisory_xact_lock({CLASS}, 0);\n{back}\
+         RAISE NOTICE 'helios: waits';\n\
+         BEGIN PERFORM set_config('lock_timeout', ({wait})::text, true); \
+         PERFORM pg_advisory_xact_lock({CLASS}, {pid}); \
+         EXCEPTION WHEN lock_not_available OR query_canceled THEN NULL; END;\n{forward}\
+         IF failed IS NOT NULL THEN RAISE EXCEPTION '%', failed; END IF; END"
+    )
+}
+
+/// Sets a sequence behind where it stood, what the client saw and what was taken since; without the
+/// SELECT in front.
+fn forward_sql(sequence: &Sequence, stood: &str, called: &str, seen: i64) -> String {
+    let (best, reached) = if sequence.increment > 0 {
+        ("GREATEST", ">=")
+    } else {
+        ("LEAST", "<=")
+    };
+    let Sequence { oid, name, .. } = sequence;
+    format!(
+        "pg_catalog.setval({oid}::pg_catalog.oid::pg_catalog.regclass, \
+         {best}(given, {stood}), called) FROM (SELECT given, \
+         {called} OR given {reached} {stood} AS called FROM (SELECT {best}({seen}, \
+         CASE WHEN is_called THEN last_value ELSE {seen} END) AS given FROM {name}) x) y"
+    )
+}
+
+impl SetBack {
+    /// Sets the sequence forward.
+    pub(super) fn forward(&self) -> String {
+        let (stood, called) = self.stood;
+        let set = forward_sql(
+            &self.sequence,
+            &stood.to_string(),
+            &called.to_string(),
+            self.last,
+        );
+        format!("SELECT {set}")
+    }
+}
