@@ -5,6 +5,7 @@
 //! change while the server runs. What must never be changed by anybody is given on the postmaster's
 //! command line, which outranks every file.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -47,6 +48,18 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("restart_after_crash", "on"),
     ("track_commit_timestamp", "off"),
 ];
+
+/// Parameters that a standby may not have less of than the WAL was written with
+/// ("Hot Standby Administrator's Overview" in PostgreSQL's documentation).
+pub(crate) const FLOORED: [&str; 5] = [
+    "max_connections",
+    "max_locks_per_transaction",
+    "max_prepared_transactions",
+    "max_wal_senders",
+    "max_worker_processes",
+];
+/// The least of some of them.
+pub(crate) type Floor = BTreeMap<&'static str, i64>;
 
 /// Default where [`disk::can_sync_at_once`].
 const INIT_SYNC: (&str, &str) = ("recovery_init_sync_method", "syncfs");
@@ -170,40 +183,63 @@ fn replace(config: &AgentConfig, path: &Path, text: &str) -> Result<(), AgentErr
 }
 
 /// Gives a file to PostgreSQL's user.
-fn own(config: &AgentConfig, path: &Path) -> std::io::Result<()> {
+pub(crate) fn own(config: &AgentConfig, path: &Path) -> std::io::Result<()> {
     match &config.run_as {
         Some(user) => std::os::unix::fs::chown(path, Some(user.uid), Some(user.gid)),
         None => Ok(()),
     }
 }
 
-/// Writes everything that the server reads at its start.
-pub(crate) fn configure(config: &AgentConfig) -> Result<(), AgentError> {
+/// Writes everything that the server reads at its start. Returns the parameters that are higher
+/// than asked for, because of `floor`.
+pub(crate) fn configure(config: &AgentConfig, floor: &Floor) -> Result<Vec<String>, AgentError> {
     let dir = &config.data_dir;
-    let mut text = String::from("# written by helios at each start; set parameters there\n");
-    for (name, value) in DEFAULTS {
-        if !config.parameters.contains_key(*name) {
-            let _ = writeln!(text, "{name} = {}", quote(value));
-        }
-    }
-    if disk::can_sync_at_once() && !config.parameters.contains_key(INIT_SYNC.0) {
-        let _ = writeln!(text, "{} = {}", INIT_SYNC.0, quote(INIT_SYNC.1));
-    }
-    for (name, value) in &config.parameters {
-        let _ = writeln!(text, "{name} = {}", quote(value));
-    }
+    let (text, kept) = parameters(config, floor);
     replace(config, &dir.join(STATIC), &text)?;
-    replace(
-        config,
-        &dir.join("pg_hba.conf"),
-        &client_authentication(config),
-    )?;
+    write_hba(config)?;
     let dynamic = dir.join(DYNAMIC);
     if !dynamic.exists() {
         Dynamic::default().write(config)?;
     }
     include(config)?;
-    forget_altered(config)
+    forget_altered(config)?;
+    Ok(kept)
+}
+
+/// `helios.conf`, and what in it is higher than asked for.
+fn parameters(config: &AgentConfig, floor: &Floor) -> (String, Vec<String>) {
+    let mut all: BTreeMap<&str, String> = BTreeMap::new();
+    for (name, value) in DEFAULTS {
+        all.insert(name, (*value).to_owned());
+    }
+    if disk::can_sync_at_once() {
+        all.insert(INIT_SYNC.0, INIT_SYNC.1.to_owned());
+    }
+    for (name, value) in &config.parameters {
+        all.insert(name, value.clone());
+    }
+    let mut kept = Vec::new();
+    for (name, least) in floor {
+        // What is no number is for PostgreSQL to judge.
+        let asked = all.get(name).map(|value| value.parse::<i64>());
+        match asked {
+            Some(Ok(asked)) if asked < *least => kept.push((*name).to_owned()),
+            None => {}
+            Some(_) => continue,
+        }
+        all.insert(name, least.to_string());
+    }
+    let mut text = String::from("# written by helios; set parameters there\n");
+    for (name, value) in all {
+        let _ = writeln!(text, "{name} = {}", quote(&value));
+    }
+    (text, kept)
+}
+
+/// Writes `pg_hba.conf`; in force from the next reload on.
+pub(crate) fn write_hba(config: &AgentConfig) -> Result<(), AgentError> {
+    let path = config.data_dir.join("pg_hba.conf");
+    replace(config, &path, &client_authentication(config))
 }
 
 fn client_authentication(config: &AgentConfig) -> String {
@@ -394,6 +430,26 @@ mod tests {
         for value in ["", "it's", "a\\b", "host='/x' user=helios"] {
             assert_eq!(unquote(&quote(value)), value);
         }
+    }
+
+    #[test]
+    fn a_floor_raises_what_is_less_and_says_so() {
+        let path = Path::new("/srv/a");
+        let mut config = AgentConfig::local("a".parse().unwrap(), path, path, 1, path);
+        config
+            .parameters
+            .insert("max_connections".into(), "50".into());
+        let floor = Floor::from([("max_connections", 100), ("max_worker_processes", 8)]);
+        let (text, kept) = parameters(&config, &floor);
+        assert!(text.contains("max_connections = '100'\n"), "{text}");
+        assert!(text.contains("max_worker_processes = '8'\n"), "{text}");
+        assert_eq!(kept, ["max_connections"]);
+        config
+            .parameters
+            .insert("max_connections".into(), "200".into());
+        let (text, kept) = parameters(&config, &floor);
+        assert!(text.contains("max_connections = '200'\n"), "{text}");
+        assert_eq!(kept, [""; 0]);
     }
 
     #[test]

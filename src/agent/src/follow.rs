@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 
 use crate::disk;
 use crate::error::{failed, refused};
-use crate::files::{self, Directory, Dynamic};
+use crate::files::{self, Directory, Dynamic, Floor};
 use crate::instance::Instance;
 use crate::source::{Source, conninfo};
 use crate::wal::{self, Control, Standing};
@@ -180,7 +180,7 @@ impl Instance {
         source.checkpoint().await?;
         // pg_rewind runs crash recovery first, which a standby's directory would not do.
         files::set_standby(&self.config, false)?;
-        files::configure(&self.config)?;
+        files::configure(&self.config, &Floor::new())?;
         self.store.update(|record| record.torn = true)?;
         let mut command = tools::command(&self.config, "pg_rewind");
         command.arg("-D").arg(&self.config.data_dir).arg(format!(

@@ -6,7 +6,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use helios_api::agent::{AgentState, InstanceState};
+use helios_api::agent::{AgentState, InstanceState, SettingsReport};
 use helios_api::{Epoch, InstanceName};
 use tokio::sync::watch;
 
@@ -39,6 +39,7 @@ impl Hub {
             fenced: false,
             instance: InstanceState::Empty,
             leaving: false,
+            settings: SettingsReport::default(),
         };
         Self {
             sender: watch::Sender::new(Published { state, run: None }),
@@ -69,6 +70,11 @@ impl Hub {
     /// The agent was told to end.
     pub(crate) fn leave(&self) {
         self.change(|p| p.state.leaving = true);
+    }
+
+    /// What became of the settings.
+    pub(crate) fn set_settings(&self, settings: SettingsReport) {
+        self.change(|p| p.state.settings = settings);
     }
 
     /// Says what the instance is while no postmaster is observed.

@@ -69,6 +69,8 @@ impl Instance {
             runs: 0,
         };
         instance.publish_durable();
+        let settings = instance.first_settings().await;
+        settings.map_err(|e| AgentFailure::Config(e.to_string()))?;
         let config = Arc::clone(&instance.config);
         let fenced = instance.is_fenced() && !files::is_standby(&config);
         match process::postmaster(&config.data_dir) {
@@ -137,6 +139,8 @@ impl Instance {
             AgentCommand::SetSynchronous { standbys, number } => {
                 Box::pin(self.set_synchronous(&standbys, number)).await
             }
+            AgentCommand::Configure { settings } => Box::pin(self.reconfigure(&settings)).await,
+            AgentCommand::DropSlot { standby } => Box::pin(self.drop_slot(&standby)).await,
             AgentCommand::Shutdown => Box::pin(self.shut_down()).await,
         };
         match &self.postmaster {
@@ -288,16 +292,28 @@ impl Instance {
             .ok_or_else(|| refused("PostgreSQL is not running"))
     }
 
-    /// Starts the postmaster on the configured directory and waits for its first answer.
+    /// Starts the postmaster on the configured directory and waits for its first answer. One that
+    /// ends with new settings is started with those before them.
     pub(crate) async fn start(&mut self) -> Result<Arc<Client>, AgentError> {
+        match self.start_once().await {
+            Err(error) if self.running().is_err() && self.fall_back(&error) => {
+                self.start_once().await
+            }
+            other => other,
+        }
+    }
+
+    async fn start_once(&mut self) -> Result<Arc<Client>, AgentError> {
         // Proven before each start: two postmasters on one directory destroy it.
         process::kill_all(&self.config.data_dir).await?;
         self.check_addresses()?;
         process::remove_stale_locks(&self.config.data_dir, &self.config.postgres_socket())?;
-        files::configure(&self.config)?;
+        let kept = files::configure(&self.config, &self.floor().await?)?;
         let run = self.next_run();
         self.postmaster = Some(Postmaster::spawn(&self.config, &self.hub, run)?);
-        self.client_within(START_LIMIT).await
+        let client = self.client_within(START_LIMIT).await?;
+        self.accept_settings(kept);
+        Ok(client)
     }
 
     /// The connection for commands.

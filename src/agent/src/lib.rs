@@ -26,6 +26,7 @@ mod process;
 mod promote;
 pub mod record;
 mod server;
+mod settings;
 mod source;
 mod sql;
 mod stop;

@@ -26,7 +26,7 @@ use crate::hub::Hub;
 /// How long a long poll is held before it is answered with an unchanged state.
 const POLL_LIMIT: Duration = Duration::from_secs(10);
 /// The longest command that is read.
-const BODY_LIMIT: usize = 64 << 10;
+const BODY_LIMIT: usize = 512 << 10;
 
 /// A command on its way to the agent, and where its reply goes.
 #[derive(Debug)]

@@ -63,6 +63,24 @@ impl Instance {
     }
 }
 
+/// Forgets the slot of a standby that is gone for good.
+impl Instance {
+    pub(crate) async fn drop_slot(
+        &mut self,
+        standby: &InstanceName,
+    ) -> Result<AgentReply, AgentError> {
+        let client = self.client().await?;
+        // Of a standby that still streams it is active, and PostgreSQL refuses.
+        let sql = format!(
+            "select pg_drop_replication_slot(slot_name) from pg_replication_slots \
+             where slot_name = {}",
+            sql::literal(&standby.slot_name())
+        );
+        sql::rows(&client, &sql, sql::LIMIT).await?;
+        Ok(AgentReply::Done)
+    }
+}
+
 /// The parameter's value.
 fn value(standbys: &[InstanceName], number: u32) -> Result<String, AgentError> {
     if number == 0 || standbys.is_empty() {

@@ -45,7 +45,7 @@ pub(crate) fn command(config: &AgentConfig, program: &str) -> Command {
 pub(crate) struct Captured {
     pub(crate) success: bool,
     pub(crate) stdout: String,
-    stderr: String,
+    pub(crate) stderr: String,
 }
 
 /// Runs a small program to its end.

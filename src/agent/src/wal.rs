@@ -9,7 +9,17 @@ use helios_api::{Lsn, Timeline};
 
 use crate::AgentConfig;
 use crate::error::{failed, file_failed};
+use crate::files::{FLOORED, Floor};
 use crate::tools;
+
+/// How `pg_controldata` calls the values of [`FLOORED`], in their order.
+const IN_CONTROL: [&str; FLOORED.len()] = [
+    "max_connections setting",
+    "max_locks_per_xact setting",
+    "max_prepared_xacts setting",
+    "max_wal_senders setting",
+    "max_worker_processes setting",
+];
 
 /// What matters of `pg_control`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +36,8 @@ pub(crate) struct Control {
     pub(crate) minimum: Lsn,
     /// The latest timeline that it names.
     pub(crate) timeline: Timeline,
+    /// Parameters that a standby may not have less of.
+    pub(crate) floor: Floor,
 }
 
 impl Control {
@@ -62,6 +74,11 @@ impl Control {
             checkpoint_timeline: Timeline(last),
             minimum: number(&fields, "Minimum recovery ending location")?,
             timeline: Timeline(last.max(minimum)),
+            floor: FLOORED
+                .iter()
+                .zip(IN_CONTROL)
+                .filter_map(|(name, line)| Some((*name, number(&fields, line)?)))
+                .collect(),
         })
     }
 }

@@ -5,10 +5,55 @@
 //! answers as soon as the revision is newer (long poll), so that a dead postmaster is known within
 //! a millisecond.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::control::{Backend, Fence};
-use crate::{Epoch, InstanceName, Lsn, Timeline};
+use crate::{Epoch, InstanceName, Lsn, Timeline, fingerprint};
+
+/// What of PostgreSQL's configuration may change while an instance lives.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerSettings {
+    /// PostgreSQL's parameters, over the agent's defaults.
+    pub parameters: BTreeMap<String, String>,
+    /// Lines for `pg_hba.conf`, behind the agent's own.
+    pub hba: Vec<String>,
+}
+
+impl ServerSettings {
+    /// Tells one from another, the same in every build.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut text = String::new();
+        let Self { parameters, hba } = self;
+        // Lengths in front: no two lists look the same when written one behind the other.
+        let parts = parameters.iter().flat_map(|(name, value)| [name, value]);
+        for part in parts.chain([&String::new()]).chain(hba) {
+            text.push_str(&part.len().to_string());
+            text.push(':');
+            text.push_str(part);
+        }
+        fingerprint(text.as_bytes())
+    }
+}
+
+/// What became of the settings that an agent was told.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingsReport {
+    /// Fingerprint of the last ones.
+    pub told: String,
+    /// Why they are not in force, in PostgreSQL's words: the ones before them are.
+    #[serde(default)]
+    pub refused: Option<String>,
+    /// Parameters that count from the next start.
+    #[serde(default)]
+    pub restart: Vec<String>,
+    /// Parameters that stay higher than asked for: a standby may not have less than its primary's
+    /// WAL was written with.
+    #[serde(default)]
+    pub kept: Vec<String>,
+}
 
 /// A command with its fencing token. An agent refuses one that is older than what it has seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +125,17 @@ pub enum AgentCommand {
         standbys: Vec<InstanceName>,
         /// How many of them must confirm.
         number: u32,
+    },
+    /// New settings: checked by PostgreSQL first, then in force as far as a reload goes. What came
+    /// of it stands in the [`AgentState`].
+    Configure {
+        /// The settings.
+        settings: ServerSettings,
+    },
+    /// Primary: forget the slot of a standby that is gone for good.
+    DropSlot {
+        /// The standby, stopped.
+        standby: InstanceName,
     },
     /// Stop the postmaster (fast) and end the agent.
     Shutdown,
@@ -171,6 +227,9 @@ pub struct AgentState {
     /// Whether the agent was told to end. A primary's waits a while for somebody to take over.
     #[serde(default)]
     pub leaving: bool,
+    /// What became of the settings it was told.
+    #[serde(default)]
+    pub settings: SettingsReport,
 }
 
 /// State of the postmaster and its data directory.

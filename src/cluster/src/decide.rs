@@ -133,6 +133,7 @@ fn bootstrap(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> bool {
         InstanceState::Stopped { .. } => AgentCommand::StartPrimary,
         _ => return false,
     };
+    steady::settings(ctx, state);
     if ready && !ctx.busy(&first) {
         ctx.act(Action::agent(&first, state.epoch, command));
     }
@@ -191,6 +192,11 @@ fn absorb_agent(
         (AgentCommand::SetSynchronous { standbys, .. }, _) => {
             member.setting = Some(standbys.iter().cloned().collect());
         }
+        (AgentCommand::DropSlot { standby }, _) if is_primary => {
+            if let Some(gone) = state.members.get_mut(standby) {
+                gone.slot_dropped = true;
+            }
+        }
         (AgentCommand::Checkpoint, _) if is_primary => {
             let applied = member.setting.as_ref() == Some(&state.sync.target());
             // A checkpoint of *prepare* may have begun before the setting was applied.
@@ -213,6 +219,7 @@ fn absorb_agent(
             }
             let member: &mut Member = member_mut(state, name);
             member.followed = Some(*of);
+            member.slot_dropped = false;
             // An agent begins to follow with nobody in its setting.
             member.setting = Some(BTreeSet::new());
             rejoined(ctx, state, name, *how);

@@ -3,7 +3,7 @@
 //! An observation is whatever the executor knows at a moment; nothing in it is trusted to be
 //! complete. An action is one command to one agent or proxy; giving it twice does no harm.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use helios_api::agent::{AgentCommand, AgentReply, AgentRequest, AgentState};
 use helios_api::control::{
@@ -25,6 +25,11 @@ pub struct Observation {
     pub finished: Vec<Finished>,
     /// What somebody asks for.
     pub request: Option<Request>,
+    /// Standbys that are about to be stopped: no commit is to wait for them, and no planned move
+    /// goes to them.
+    pub aside: BTreeSet<InstanceName>,
+    /// Instances that the cluster is to have no longer: stopped, then forgotten.
+    pub removed: BTreeSet<InstanceName>,
 }
 
 impl Observation {
@@ -87,8 +92,18 @@ pub enum Request {
         /// Which.
         instance: InstanceName,
     },
+    /// Stop the primary and keep it stopped, although nobody takes its place.
+    FencePrimary {
+        /// Which.
+        instance: InstanceName,
+    },
     /// Let it come back.
     Unfence {
+        /// Which.
+        instance: InstanceName,
+    },
+    /// A removed instance is gone for good.
+    Forget {
         /// Which.
         instance: InstanceName,
     },
@@ -133,6 +148,12 @@ pub enum Refusal {
     /// Fencing the primary is not a way to move it.
     #[error("instance \"{instance}\" is the primary; switch over first")]
     IsPrimary {
+        /// The name given.
+        instance: InstanceName,
+    },
+    /// Commits may still rest on it.
+    #[error("commits may still rest on instance \"{instance}\"")]
+    StillCounts {
         /// The name given.
         instance: InstanceName,
     },

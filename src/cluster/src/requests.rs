@@ -22,7 +22,47 @@ pub(crate) fn take(
         Request::Switchover { to } => switchover(ctx, state, to.as_ref()).map(Some),
         Request::Failover => failover(ctx, state).map(Some),
         Request::Fence { instance } => set_fenced(state, instance, true),
+        Request::FencePrimary { instance } => fence_primary(state, instance),
         Request::Unfence { instance } => set_fenced(state, instance, false),
+        Request::Forget { instance } => forget(ctx, state, instance),
+    }
+}
+
+/// Only while nothing moves. What it takes to come back: an epoch of its own.
+fn fence_primary(state: &mut ClusterState, name: &InstanceName) -> Result<Option<u64>, Refusal> {
+    let instance = name.clone();
+    match (&state.mode, state.primary_name() == Some(name)) {
+        (Mode::Moving(_), _) => return Err(Refusal::UnderWay),
+        (Mode::Bootstrap, _) => return Err(Refusal::NotReady),
+        (Mode::Steady, false) => return set_fenced(state, name, true),
+        (Mode::Steady, true) => {}
+    }
+    match state.members.get_mut(name) {
+        Some(member) => member.fenced = true,
+        None => return Err(Refusal::Unknown { instance }),
+    }
+    Ok(None)
+}
+
+fn forget(
+    ctx: &Ctx<'_>,
+    state: &mut ClusterState,
+    name: &InstanceName,
+) -> Result<Option<u64>, Refusal> {
+    let instance = name.clone();
+    if matches!(state.mode, Mode::Moving(_)) {
+        return Err(Refusal::UnderWay);
+    }
+    if state.primary_name() == Some(name) {
+        return Err(Refusal::IsPrimary { instance });
+    }
+    let counts = state.sync.possible.iter().any(|set| set.contains(name));
+    if counts || !ctx.obs.removed.contains(name) {
+        return Err(Refusal::StillCounts { instance });
+    }
+    match state.members.remove(name) {
+        Some(_) => Ok(None),
+        None => Err(Refusal::Unknown { instance }),
     }
 }
 
@@ -41,7 +81,12 @@ fn set_fenced(
     if fenced && state.primary_name() == Some(name) {
         return Err(Refusal::IsPrimary { instance });
     }
+    let was_primary = state.primary_name() == Some(name);
     if let Some(member) = state.members.get_mut(name) {
+        // Its agent was fenced in this epoch, and takes writes in a later one only.
+        if was_primary && member.fenced {
+            state.epoch = state.epoch.next();
+        }
         member.fenced = fenced;
         member.failures = 0;
         member.retry_at = crate::Time(0);
@@ -183,6 +228,9 @@ pub(crate) fn unfit(
 ) -> Option<Unfit> {
     if let Some(why) = elect::lacks(state, ctx.obs, name) {
         return Some(Unfit::Lasting(why));
+    }
+    if ctx.obs.aside.contains(name) || ctx.obs.removed.contains(name) {
+        return Some(Unfit::Lasting("it is about to be stopped".to_owned()));
     }
     let Some(seen) = up.standbys.iter().find(|s| s.name == name.as_str()) else {
         return Some(Unfit::Now("it does not stream from the primary".to_owned()));

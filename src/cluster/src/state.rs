@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use helios_api::agent::ServerSettings;
 use helios_api::control::{Backend, DrainReport, Fence, LostCommits, ResumeReport, Topology};
 use helios_api::{Epoch, InstanceName, Lsn, Timeline};
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,8 @@ pub struct Settings {
     pub restart_patience_ms: u64,
     /// A slow primary is not moved away from sooner after the last operation.
     pub slow_interval_ms: u64,
+    /// PostgreSQL's settings, where agents are told of changes; `None`: they know them already.
+    pub server: Option<ServerSettings>,
 }
 
 impl Default for Settings {
@@ -54,6 +57,7 @@ impl Default for Settings {
             choose_patience_ms: 3_000,
             restart_patience_ms: 15_000,
             slow_interval_ms: 600_000,
+            server: None,
         }
     }
 }
@@ -119,6 +123,9 @@ pub struct Member {
     pub setting: Option<BTreeSet<InstanceName>>,
     /// Fenced by a person.
     pub fenced: bool,
+    /// It is to be removed, and its slot is gone from the primary.
+    #[serde(default)]
+    pub slot_dropped: bool,
     /// Since when the primary has not seen it stream.
     pub missing_since: Option<Time>,
     /// Background commands that failed in a row.

@@ -9,7 +9,7 @@ use crate::decide::Ctx;
 use crate::health::{self, Health};
 use crate::observe::{Action, ProxyCommand};
 use crate::operation::OperationKind;
-use crate::state::{ClusterState, Primary};
+use crate::state::{ClusterState, Member, Primary};
 use crate::{elect, moves, slow, sync};
 
 /// A standby that the primary has not seen for so long is told to follow again.
@@ -20,10 +20,17 @@ pub(crate) fn round(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> bool {
     let Some(primary) = state.primary.clone() else {
         return false;
     };
+    settings(ctx, state);
+    if state.members.get(&primary.name).is_some_and(|m| m.fenced) {
+        keep_stopped(ctx, state, &primary.name);
+        standbys(ctx, state, &primary);
+        return false;
+    }
     match health::judge(ctx, state, &primary.name) {
         Health::Up(up) if up.timeline == primary.timeline => {
             sync::upkeep(ctx, state, &up);
             standbys(ctx, state, &primary);
+            slots(ctx, state, &primary);
             proxies(ctx, state);
             slow::leave(ctx, state, &up)
         }
@@ -33,6 +40,75 @@ pub(crate) fn round(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> bool {
             replace(ctx, state, primary.name, why);
             true
         }
+    }
+}
+
+/// Tells agents the settings that they have not been told. One that knows nothing of this is of an
+/// earlier version, and reads its file when its Pod is replaced.
+pub(crate) fn settings(ctx: &mut Ctx<'_>, state: &ClusterState) {
+    let Some(settings) = &ctx.settings.server else {
+        return;
+    };
+    let fingerprint = settings.fingerprint();
+    for (name, member) in &state.members {
+        let news = ctx.obs.agent(name).is_some_and(|agent| {
+            let told = &agent.settings.told;
+            !agent.leaving && !told.is_empty() && *told != fingerprint
+        });
+        if news && ctx.now >= member.retry_at && !ctx.busy(name) {
+            let settings = settings.clone();
+            let command = AgentCommand::Configure { settings };
+            ctx.act(Action::agent(name, state.epoch, command));
+        }
+    }
+}
+
+/// A primary that a person has fenced: nobody takes its place, and nobody starts it.
+fn keep_stopped(ctx: &mut Ctx<'_>, state: &ClusterState, name: &InstanceName) {
+    let runs = ctx
+        .obs
+        .agent(name)
+        .is_some_and(|agent| !is_stopped(&agent.instance));
+    let due = state
+        .members
+        .get(name)
+        .is_some_and(|m| ctx.now >= m.retry_at);
+    if runs && due && !ctx.busy(name) {
+        let mode = StopMode::Fast;
+        let command = AgentCommand::Fence { mode };
+        ctx.act(Action::agent(name, state.epoch, command));
+    }
+}
+
+fn is_stopped(instance: &InstanceState) -> bool {
+    matches!(
+        instance,
+        InstanceState::Stopped { .. } | InstanceState::Empty
+    )
+}
+
+/// Forgets the slots of removed instances, once these have stopped and no commit rests on them.
+fn slots(ctx: &mut Ctx<'_>, state: &ClusterState, primary: &Primary) {
+    let due = |m: &Member| ctx.now >= m.retry_at;
+    if ctx.busy(&primary.name) || !state.members.get(&primary.name).is_some_and(due) {
+        return;
+    }
+    let gone = state.members.iter().find(|(name, member)| {
+        let stopped = match ctx.obs.agent(name) {
+            Some(agent) => is_stopped(&agent.instance),
+            None => true,
+        };
+        let counts = state.sync.possible.iter().any(|set| set.contains(*name));
+        ctx.obs.removed.contains(*name)
+            && **name != primary.name
+            && stopped
+            && !counts
+            && !member.slot_dropped
+    });
+    if let Some((name, _)) = gone {
+        let standby = name.clone();
+        let command = AgentCommand::DropSlot { standby };
+        ctx.act(Action::agent(&primary.name, state.epoch, command));
     }
 }
 
@@ -79,12 +155,8 @@ fn wanted(
     let agent = ctx.obs.agent(name).filter(|agent| !agent.leaving)?;
     let fork = state.fork();
     let member = state.members.get_mut(name)?;
-    if member.fenced {
-        let still = matches!(
-            agent.instance,
-            InstanceState::Stopped { .. } | InstanceState::Empty
-        );
-        return (!still).then_some(AgentCommand::Fence {
+    if member.fenced || ctx.obs.removed.contains(name) {
+        return (!is_stopped(&agent.instance)).then_some(AgentCommand::Fence {
             mode: StopMode::Fast,
         });
     }

@@ -155,7 +155,8 @@ fn desired(
     let near = |flushed: Lsn| up.position.0.saturating_sub(flushed.0) <= ctx.settings.max_lag_bytes;
     let mut set = BTreeSet::new();
     for (name, member) in &state.members {
-        if name == primary || member.fenced || member.followed != Some(timeline) {
+        let leaves = ctx.obs.aside.contains(name) || ctx.obs.removed.contains(name);
+        if name == primary || member.fenced || leaves || member.followed != Some(timeline) {
             continue;
         }
         let counts = match up.standbys.iter().find(|s| s.name == name.as_str()) {

@@ -240,10 +240,10 @@ fn limit(command: &AgentCommand) -> Duration {
         AgentCommand::StartPrimary | AgentCommand::StartStandby => 310,
         AgentCommand::Follow { .. } => 6 * 3600,
         AgentCommand::Checkpoint => 120,
-        AgentCommand::Fence { .. } | AgentCommand::Shutdown => 30,
+        AgentCommand::Fence { .. } | AgentCommand::Shutdown | AgentCommand::Configure { .. } => 30,
         AgentCommand::StopReceiver => 40,
         AgentCommand::Promote => 70,
-        AgentCommand::SetSynchronous { .. } => 15,
+        AgentCommand::SetSynchronous { .. } | AgentCommand::DropSlot { .. } => 15,
         // A primary waits for the answer before it lets sessions in.
         AgentCommand::WalBeyond { .. } => 2,
     })

@@ -206,6 +206,7 @@ impl Controller {
             running: round.running.clone(),
             finished,
             request,
+            ..Observation::default()
         }
     }
 

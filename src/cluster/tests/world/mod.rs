@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use helios_api::agent::{
-    AgentCommand, AgentReply, AgentRequest, AgentState, InstanceState, Rejoin, StandbyPosition,
-    StopMode,
+    AgentCommand, AgentReply, AgentRequest, AgentState, InstanceState, Rejoin, SettingsReport,
+    StandbyPosition, StopMode,
 };
 use helios_api::control::{
     DrainReport, Fence, LostCommits, ProxyStatus, ResumeReport, Slowness, Topology,
@@ -42,6 +42,8 @@ pub(crate) struct Instance {
     pub(crate) setting: BTreeSet<InstanceName>,
     /// The agent is dead until this tick.
     pub(crate) silent_until: u64,
+    /// Fingerprint of the settings it was told.
+    pub(crate) told: String,
     /// Promotion kills it.
     pub(crate) dies_when_promoted: bool,
 }
@@ -87,6 +89,12 @@ pub(crate) struct World {
     pub(crate) disconnected: bool,
     /// What the proxy says of the primary's latency, whoever that is.
     pub(crate) slow: Option<Slowness>,
+    /// Standbys that are about to be stopped.
+    pub(crate) aside: BTreeSet<InstanceName>,
+    /// Instances that are to go.
+    pub(crate) removed: BTreeSet<InstanceName>,
+    /// Standbys whose slots were dropped.
+    pub(crate) dropped: Vec<InstanceName>,
     pub(crate) trace: Vec<String>,
 }
 
@@ -104,6 +112,7 @@ impl World {
             promoted: None,
             setting: BTreeSet::new(),
             silent_until: 0,
+            told: "first".to_owned(),
             dies_when_promoted: false,
         };
         Self {
@@ -130,6 +139,9 @@ impl World {
             hold_back: false,
             disconnected: false,
             slow: None,
+            aside: BTreeSet::new(),
+            removed: BTreeSet::new(),
+            dropped: Vec::new(),
             trace: Vec::new(),
         }
     }
@@ -434,6 +446,8 @@ impl World {
             running: self.running.clone(),
             finished: Vec::new(),
             request: self.request.clone(),
+            aside: self.aside.clone(),
+            removed: self.removed.clone(),
         }
     }
 
@@ -475,6 +489,10 @@ impl World {
             fenced: i.fenced_at.is_some(),
             instance,
             leaving: false,
+            settings: SettingsReport {
+                told: i.told.clone(),
+                ..SettingsReport::default()
+            },
         }
     }
 
@@ -578,6 +596,12 @@ impl World {
             AgentCommand::Promote => return self.promote(n, request.epoch, locked),
             AgentCommand::SetSynchronous { standbys, .. } if i.role == Role::Primary => {
                 i.setting = standbys.iter().cloned().collect();
+            }
+            AgentCommand::Configure { settings } => {
+                i.told = settings.fingerprint();
+            }
+            AgentCommand::DropSlot { standby } if i.role == Role::Primary => {
+                self.dropped.push(standby.clone());
             }
             AgentCommand::Checkpoint if matches!(i.role, Role::Primary | Role::Standby) => {}
             _ => return refused("not in this state"),

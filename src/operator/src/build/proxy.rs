@@ -19,7 +19,7 @@ pub(super) fn deployment(cluster: &ValidCluster, image: &str) -> Result<Built, O
     let spec = &cluster.spec.proxy;
     let name = names::proxy(&cluster.name);
     let labels = super::labels(cluster, Some(COMPONENT));
-    let hash = format!("{:016x}", fingerprint(config::proxy(cluster).as_bytes()));
+    let hash = helios_api::fingerprint(config::proxy(cluster).as_bytes());
     let annotations = json!({ names::CONFIG_HASH: hash });
     Ok(built::<Deployment>(
         cluster,
@@ -96,11 +96,4 @@ fn pod(cluster: &ValidCluster, name: &str, image: &str) -> Value {
     });
     schedule(&mut pod, &spec.scheduling, apart(cluster, COMPONENT));
     pod
-}
-
-/// FNV-1a: the same in every build of this program, which the standard library's is not.
-fn fingerprint(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }

@@ -3,7 +3,7 @@
 //! Invariant: a view is never older than the last command's result that was handed on
 //! ([`Agents::command`] reads the state again before it returns).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -113,6 +113,11 @@ impl Agents {
         Ok(())
     }
 
+    /// Forgets instances that are gone for good.
+    pub(super) fn retain(&mut self, names: &BTreeSet<InstanceName>) {
+        self.entries.retain(|name, _| names.contains(name));
+    }
+
     /// All instances as they are known now.
     pub(super) fn views(&self) -> BTreeMap<InstanceName, InstanceView> {
         let view = |entry: &Entry| {
@@ -197,10 +202,10 @@ fn limit(command: &AgentCommand) -> Duration {
         AgentCommand::StartPrimary | AgentCommand::StartStandby => 310,
         AgentCommand::Follow { .. } => 6 * 3600,
         AgentCommand::Checkpoint => 120,
-        AgentCommand::Fence { .. } | AgentCommand::Shutdown => 30,
+        AgentCommand::Fence { .. } | AgentCommand::Shutdown | AgentCommand::Configure { .. } => 30,
         AgentCommand::StopReceiver => 40,
         AgentCommand::Promote => 70,
-        AgentCommand::SetSynchronous { .. } => 15,
+        AgentCommand::SetSynchronous { .. } | AgentCommand::DropSlot { .. } => 15,
         // A primary waits for the answer before it lets sessions in.
         AgentCommand::WalBeyond { .. } => 2,
     })

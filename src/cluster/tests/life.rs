@@ -1,0 +1,155 @@
+//! What happens to a cluster that is up: instances are set aside, fenced, removed, told settings.
+//!
+//! In the model of `world`, which checks in every round that one instance at most is writable and
+//! that nothing acknowledged is lost.
+
+#![allow(clippy::unwrap_used, clippy::panic)] // a test that cannot go on has failed
+
+#[allow(dead_code, reason = "faults are injected by the other file")]
+mod world;
+
+use helios_api::agent::ServerSettings;
+use helios_cluster::{Durability, Mode, Refusal, Request, Settings};
+use world::{Role, World, name};
+
+fn running(count: usize, durability: Durability) -> World {
+    let settings = Settings {
+        durability,
+        ..Settings::default()
+    };
+    let mut world = World::new(count, settings);
+    world.settle();
+    steps(&mut world, 5);
+    world
+}
+
+fn steps(world: &mut World, count: usize) {
+    for _ in 0..count {
+        world.step();
+    }
+}
+
+fn ask(world: &mut World, request: Request) -> Result<Option<u64>, Refusal> {
+    world.request = Some(request);
+    world.step();
+    world.answers.last().cloned().unwrap()
+}
+
+#[test]
+fn nobody_waits_for_a_standby_that_is_set_aside_and_nobody_moves_to_it() {
+    let mut world = running(3, Durability::Preferred);
+    world.aside = [name(2)].into();
+    steps(&mut world, 300);
+    assert_eq!(world.durable.sync.target(), [name(3)].into());
+    assert!(world.durable.sync.is_settled());
+    // It goes on streaming: stopping it is somebody else's business.
+    assert_eq!(world.instances[&name(2)].role, Role::Standby);
+    let to = Request::Switchover { to: Some(name(2)) };
+    let refused = ask(&mut world, to);
+    assert!(matches!(refused, Err(Refusal::NotReadyToTakeOver { .. })));
+    ask(&mut world, Request::Switchover { to: None }).unwrap();
+    steps(&mut world, 600);
+    assert_eq!(world.durable.primary_name(), Some(&name(3)));
+    world.aside.clear();
+    world.settle();
+    world.check_nothing_lost();
+}
+
+#[test]
+fn commits_that_must_wait_for_somebody_go_on_waiting_for_the_last_one() {
+    let mut world = running(2, Durability::Required);
+    world.aside = [name(2)].into();
+    steps(&mut world, 300);
+    assert_eq!(world.durable.sync.target(), [name(2)].into());
+}
+
+#[test]
+fn a_removed_instance_is_stopped_then_its_slot_dropped_then_it_is_forgotten() {
+    let mut world = running(3, Durability::Preferred);
+    world.removed = [name(3)].into();
+    let forget = || Request::Forget { instance: name(3) };
+    let early = ask(&mut world, forget());
+    assert!(
+        matches!(early, Err(Refusal::StillCounts { .. })),
+        "{early:?}"
+    );
+    steps(&mut world, 400);
+    assert_eq!(world.instances[&name(3)].role, Role::Stopped);
+    assert_eq!(world.durable.sync.target(), [name(2)].into());
+    assert_eq!(world.dropped, [name(3)]);
+    assert!(world.durable.members[&name(3)].slot_dropped);
+    assert_eq!(ask(&mut world, forget()), Ok(None));
+    world.instances.remove(&name(3));
+    world.removed.clear();
+    steps(&mut world, 50);
+    assert!(!world.durable.members.contains_key(&name(3)));
+    world.check_nothing_lost();
+}
+
+#[test]
+fn one_that_is_wanted_again_comes_back() {
+    let mut world = running(3, Durability::Preferred);
+    world.removed = [name(3)].into();
+    steps(&mut world, 400);
+    assert_eq!(world.instances[&name(3)].role, Role::Stopped);
+    world.removed.clear();
+    steps(&mut world, 600);
+    assert_eq!(world.instances[&name(3)].role, Role::Standby);
+    assert!(!world.durable.members[&name(3)].slot_dropped);
+    assert!(world.durable.sync.target().contains(&name(3)));
+}
+
+#[test]
+fn the_primary_is_not_forgotten_and_is_moved_before_it_is_stopped() {
+    let mut world = running(3, Durability::Preferred);
+    world.removed = [name(1)].into();
+    steps(&mut world, 300);
+    assert_eq!(world.instances[&name(1)].role, Role::Primary);
+    let refused = ask(&mut world, Request::Forget { instance: name(1) });
+    assert!(matches!(refused, Err(Refusal::IsPrimary { .. })));
+    ask(&mut world, Request::Switchover { to: None }).unwrap();
+    steps(&mut world, 900);
+    assert_eq!(world.instances[&name(1)].role, Role::Stopped);
+    assert_eq!(world.dropped, [name(1)]);
+    world.check_nothing_lost();
+}
+
+#[test]
+fn a_fenced_primary_stays_stopped_and_comes_back_in_an_epoch_of_its_own() {
+    for count in [1, 3] {
+        let mut world = running(count, Durability::Preferred);
+        let epoch = world.durable.epoch;
+        let fence = Request::FencePrimary { instance: name(1) };
+        assert_eq!(ask(&mut world, fence), Ok(None));
+        steps(&mut world, 2_000);
+        assert_eq!(world.instances[&name(1)].role, Role::Stopped);
+        assert_eq!(world.durable.primary_name(), Some(&name(1)));
+        assert_eq!(world.durable.mode, Mode::Steady);
+        let free = Request::Unfence { instance: name(1) };
+        assert_eq!(ask(&mut world, free), Ok(None));
+        world.settle();
+        assert!(world.durable.epoch > epoch);
+        steps(&mut world, 20);
+        world.check_nothing_lost();
+    }
+}
+
+#[test]
+fn every_agent_is_told_new_settings_once() {
+    let mut world = running(3, Durability::Preferred);
+    let mut server = ServerSettings::default();
+    server.parameters.insert("work_mem".into(), "8MB".into());
+    world.settings.server = Some(server.clone());
+    // One of an earlier version knows nothing of settings, and is left alone.
+    world.instances.get_mut(&name(3)).unwrap().told.clear();
+    steps(&mut world, 20);
+    for (instance, told) in [
+        (1, server.fingerprint()),
+        (2, server.fingerprint()),
+        (3, String::new()),
+    ] {
+        assert_eq!(world.instances[&name(instance)].told, told);
+    }
+    let told = |line: &&String| line.contains("Configure");
+    assert_eq!(world.trace.iter().filter(told).count(), 2);
+}
