@@ -158,7 +158,7 @@ async fn rights() -> Result<()> {
     for (verb, what) in [
         ("list", "secrets"),
         ("watch", "secrets"),
-        ("delete", "pods"),
+        ("delete", "deployments"),
         ("create", "pods"),
         ("create", "pods/exec"),
         ("create", "pods/portforward"),
@@ -184,6 +184,8 @@ async fn rights() -> Result<()> {
         ("get", "secrets"),
         ("create", "statefulsets"),
         ("patch", "services"),
+        ("delete", "pods"),
+        ("delete", "statefulsets"),
     ] {
         assert!(
             may(verb, what, "").await?,

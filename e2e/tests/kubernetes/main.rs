@@ -7,6 +7,7 @@
 )]
 
 mod charts;
+mod life;
 mod monitoring;
 mod plugin;
 mod proxies;

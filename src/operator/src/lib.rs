@@ -19,8 +19,11 @@ mod error;
 mod http;
 mod leader;
 mod metrics;
+#[cfg(test)]
+mod mock;
 mod reconcile;
 mod secret;
+mod volumes;
 
 use std::net::SocketAddr;
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
+use helios_api::v1alpha1::unknown;
 use helios_api::v1alpha1::valid::{Invalid, ValidCluster, bytes};
 use helios_api::v1alpha1::{ConditionType, HeliosCluster, names};
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::build::{self, Built, Offers};
 use crate::conductor::{self, Handle, Input, Verdict};
 use crate::metrics::Metrics;
-use crate::{OperatorError, Options, secret};
+use crate::{OperatorError, Options, secret, volumes};
 
 /// What exists for a cluster is compared with what should so often, if its spec has not changed:
 /// the status changes with every step of a move, and that is no time for twenty requests.
@@ -219,7 +220,8 @@ async fn reconcile(
     }
     if let Some(handle) = lock(&world.conductors).get(&key) {
         let request = cluster.annotations().get(names::SWITCHOVER).cloned();
-        handle.request(request, paused);
+        let fenced = cluster.annotations().get(names::FENCED).cloned();
+        handle.request(request, fenced, paused);
     }
     lock(&world.failures).remove(&key);
     Ok(Action::requeue(AGAIN))
@@ -229,11 +231,12 @@ async fn reconcile(
 async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, OperatorError> {
     let valid = ValidCluster::new(cluster)?;
     build::check(&valid)?;
-    dereference(cluster, &valid, world).await?;
+    let mut claims = dereference(&valid, world).await?;
     let secrets = secret::ensure(&world.client, &valid).await?;
     let objects = build::objects(&valid, &world.options.image, world.offers)?;
     for object in objects {
-        apply(&world.client, &valid.namespace, &object).await?;
+        let applied = apply(&world.client, &valid.namespace, &object).await;
+        claims.note(&object, applied)?;
     }
     let budgets = match world.offers.budgets {
         Some(_) => Verdict::good(
@@ -247,33 +250,45 @@ async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, Operat
             "the API server offers no PodDisruptionBudgets; nothing limits evictions",
         ),
     };
-    let fine = "every field can be used as it is";
+    let unknown = unknown::fields(cluster);
+    let spec = match unknown.is_empty() {
+        true => Verdict::good(
+            ConditionType::Valid,
+            "Valid",
+            "every field can be used as it is",
+        ),
+        // The API server has dropped them: what is left is valid.
+        false => Verdict::good(
+            ConditionType::Valid,
+            "UnknownFields",
+            &format!("what is known is used; {}", unknown.join("; ")),
+        ),
+    };
     Ok(Input {
-        verdicts: vec![Verdict::good(ConditionType::Valid, "Valid", fine), budgets],
+        verdicts: vec![spec, budgets, volumes::verdict(&claims)],
+        template: build::template(&valid),
+        server: build::server_settings(&valid),
         cluster: valid,
         secrets: Arc::new(secrets),
-        request: None,
+        request: cluster.annotations().get(names::SWITCHOVER).cloned(),
         paused: false,
+        fenced: cluster.annotations().get(names::FENCED).cloned(),
     })
 }
 
 /// Looks at what is there already and may not be changed.
 async fn dereference(
-    cluster: &HeliosCluster,
     valid: &ValidCluster,
     world: &World,
-) -> Result<(), OperatorError> {
-    let there = cluster.status.as_ref().map_or(0, |s| s.instances_total);
-    if there > valid.spec.instances {
-        let why = format!("{there} instances exist, and this version cannot remove any");
-        return Err(Invalid::new("spec.instances", why).into());
-    }
+) -> Result<volumes::Claims, OperatorError> {
+    let mut claims = volumes::Claims::default();
     let volumes: Api<PersistentVolumeClaim> =
         Api::namespaced(world.client.clone(), &valid.namespace);
     for name in &valid.instances {
         let Some(volume) = volumes.get_opt(name.as_str()).await? else {
             continue;
         };
+        claims.look(name.as_str(), &volume);
         let spec = volume.spec.unwrap_or_default();
         let size = spec
             .resources
@@ -289,7 +304,7 @@ async fn dereference(
             return Err(Invalid::new("spec.storage.storageClass", why).into());
         }
     }
-    Ok(())
+    Ok(claims)
 }
 
 /// Server-side apply: only what the operator says is changed, and taken back when it no longer
@@ -369,3 +384,7 @@ impl World {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "reconcile_tests.rs"]
+mod tests;

@@ -15,6 +15,7 @@ mod placement;
 mod postgres;
 mod proxy;
 mod status;
+pub mod unknown;
 pub mod valid;
 
 pub use placement::{PodMetadata, Scheduling, ServiceTemplate, ServiceType};

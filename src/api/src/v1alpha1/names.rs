@@ -20,6 +20,9 @@ pub const INSTANCE: &str = "heliosdb.io/instance";
 pub const ROLE: &str = "heliosdb.io/role";
 /// Label: `instance` or `proxy`.
 pub const COMPONENT: &str = "heliosdb.io/component";
+/// Annotation of instances' Pods: what of the spec they were built from. A Pod with another one is
+/// replaced; what operator it was built by does not count.
+pub const TEMPLATE: &str = "heliosdb.io/template";
 /// Annotation of a Pod template: what it was built from, so that a change restarts it.
 pub const CONFIG_HASH: &str = "heliosdb.io/config-hash";
 

@@ -67,6 +67,14 @@ pub enum ConditionType {
     SwitchoverAccepted,
     /// The API server offers everything that is wanted of it.
     ApisAvailable,
+    /// Every instance's Pod is as the spec has it.
+    UpToDate,
+    /// PostgreSQL's parameters are in force.
+    ParametersApplied,
+    /// Instances are fenced by the annotation.
+    Fenced,
+    /// Every volume is there, in the size that is asked for.
+    VolumesReady,
 }
 
 impl ConditionType {
@@ -78,6 +86,10 @@ impl ConditionType {
             Self::Valid => "Valid",
             Self::SwitchoverAccepted => "SwitchoverAccepted",
             Self::ApisAvailable => "ApisAvailable",
+            Self::UpToDate => "UpToDate",
+            Self::ParametersApplied => "ParametersApplied",
+            Self::Fenced => "Fenced",
+            Self::VolumesReady => "VolumesReady",
         }
     }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use helios_agent::{AgentConfig, Network, ServerTls};
 use helios_api::InstanceName;
+use helios_api::agent::ServerSettings;
 use helios_api::v1alpha1::valid::{Invalid, ValidCluster};
 use helios_api::v1alpha1::{
     MigrationTriggers, ProxyLogs, ProxySpec, SessionMigration, TransactionReplay, names,
@@ -104,6 +105,17 @@ fn agent(cluster: &ValidCluster, name: &InstanceName) -> AgentConfig {
             std::path::Path::new(""),
         )
     }
+}
+
+/// What agents are told of the spec while they run.
+pub(crate) fn server_settings(cluster: &ValidCluster) -> ServerSettings {
+    let Some(first) = cluster.instances.first() else {
+        return ServerSettings::default();
+    };
+    let AgentConfig {
+        parameters, hba, ..
+    } = agent(cluster, first);
+    ServerSettings { parameters, hba }
 }
 
 /// Checks what becomes of the spec by the rules of those who read it.

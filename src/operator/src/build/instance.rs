@@ -2,7 +2,7 @@
 
 use helios_api::InstanceName;
 use helios_api::v1alpha1::valid::ValidCluster;
-use helios_api::v1alpha1::{OnDeletion, names};
+use helios_api::v1alpha1::{HeliosClusterSpec, OnDeletion, names};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use serde_json::{Value, json};
@@ -62,12 +62,46 @@ pub(super) fn stateful_set(cluster: &ValidCluster, name: &InstanceName, image: &
             "template": {
                 "metadata": {
                     "labels": with(labels, &metadata.labels),
-                    "annotations": with(json!({}), &metadata.annotations),
+                    "annotations": with(
+                        json!({ names::TEMPLATE: template(cluster) }),
+                        &metadata.annotations,
+                    ),
                 },
                 "spec": pod(cluster, name, image),
             },
         }}),
     )
+}
+
+/// Tells Pods of one spec from those of another: what a person can ask for that a Pod has to be
+/// replaced for. The agent's image and whatever else the operator puts into a Pod are left out: its
+/// upgrade restarts no database, and the next replacement brings them along.
+pub(crate) fn template(cluster: &ValidCluster) -> String {
+    // Without `..`: a new field has to be thought of.
+    let HeliosClusterSpec {
+        instances: _,
+        image_name,
+        image_pull_policy: _,
+        postgres_uid,
+        storage: _,
+        resources,
+        postgresql: _,
+        bootstrap: _,
+        proxy: _,
+        failover: _,
+        switchover: _,
+        scheduling,
+        pod_metadata,
+        service: _,
+    } = &cluster.spec;
+    let asked = json!([
+        image_name,
+        postgres_uid,
+        resources,
+        scheduling,
+        pod_metadata
+    ]);
+    helios_api::fingerprint(asked.to_string().as_bytes())
 }
 
 fn pod(cluster: &ValidCluster, name: &InstanceName, image: &str) -> Value {

@@ -11,7 +11,8 @@ use helios_api::v1alpha1::{HeliosCluster, names};
 use kube::core::ApiResource;
 use serde_json::{Value, json};
 
-pub(crate) use config::{check, latency_interval_ms};
+pub(crate) use config::{check, latency_interval_ms, server_settings};
+pub(crate) use instance::template;
 
 use crate::OperatorError;
 
@@ -172,7 +173,7 @@ fn with(mut base: Value, more: &std::collections::BTreeMap<String, String>) -> V
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn cluster(spec: Value) -> ValidCluster {

@@ -6,12 +6,15 @@
 
 mod act;
 mod agents;
+mod life;
+mod plan;
 mod proxies;
 mod report;
 mod roles;
 mod sql;
 mod store;
 mod together;
+mod verdicts;
 mod view;
 
 use std::collections::BTreeMap;
@@ -20,6 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use helios_api::InstanceName;
+use helios_api::agent::ServerSettings;
 use helios_api::v1alpha1::ConditionType;
 use helios_api::v1alpha1::names;
 use helios_api::v1alpha1::valid::ValidCluster;
@@ -60,6 +64,12 @@ pub(crate) struct Input {
     /// Value of the annotation that asks for a switchover.
     pub(crate) request: Option<String>,
     pub(crate) paused: bool,
+    /// Value of the annotation that fences.
+    pub(crate) fenced: Option<String>,
+    /// What of the spec instances' Pods are built from.
+    pub(crate) template: String,
+    /// PostgreSQL's settings.
+    pub(crate) server: ServerSettings,
 }
 
 /// The reconciliation's end of a conductor.
@@ -77,7 +87,11 @@ impl Handle {
         self.input.send_if_modified(|now| {
             input.request.clone_from(&now.request);
             input.paused = now.paused;
-            let changed = now.cluster != input.cluster || now.verdicts != input.verdicts;
+            input.fenced.clone_from(&now.fenced);
+            let changed = now.cluster != input.cluster
+                || now.verdicts != input.verdicts
+                || now.template != input.template
+                || now.server != input.server;
             if changed {
                 *now = input;
             }
@@ -86,10 +100,10 @@ impl Handle {
     }
 
     /// What the annotations say.
-    pub(crate) fn request(&self, request: Option<String>, paused: bool) {
+    pub(crate) fn request(&self, request: Option<String>, fenced: Option<String>, paused: bool) {
         self.input.send_if_modified(|now| {
-            let changed = now.request != request || now.paused != paused;
-            (now.request, now.paused) = (request, paused);
+            let changed = now.request != request || now.paused != paused || now.fenced != fenced;
+            (now.request, now.fenced, now.paused) = (request, fenced, paused);
             changed
         });
     }
@@ -162,6 +176,7 @@ struct Conductor {
     labels: roles::Labels,
     running: Vec<Action>,
     finished: Vec<Finished>,
+    life: life::Life,
     /// Until when nothing is decided because not everybody has been asked.
     first_look: Option<Instant>,
 }
@@ -194,6 +209,7 @@ async fn conduct(
         labels: roles::Labels::default(),
         running: Vec::new(),
         finished: Vec::new(),
+        life: life::Life::default(),
         first_look: Some(Instant::now() + FIRST_LOOK),
     };
     let mut pause = Duration::ZERO;
@@ -252,9 +268,10 @@ impl Conductor {
             log_end(end);
             self.running.retain(|action| *action != end.action);
         }
-        let obs = self.observe(ask.as_ref(), input.paused);
+        let mut obs = self.observe(ask.as_ref(), input.paused);
+        let plan = self.plan(&input, &pods, &mut obs);
         let state = &self.store.now().cluster;
-        let decision = match decide(&settings(cluster), state, &obs, now()) {
+        let decision = match decide(&settings(cluster, &input.server), state, &obs, now()) {
             Ok(decision) => decision,
             Err(violation) => {
                 // A bug; the last state stays in force and the next observation may be kinder.
@@ -267,7 +284,8 @@ impl Conductor {
             (_, Some(Err(why))) => Some(why.to_string()),
             _ => None,
         };
-        let unasked = unasked(state, &decision);
+        let planned = plan.as_ref().and_then(|plan| plan.request.as_ref());
+        let unasked = unasked(state, &decision, planned.map(|(_, why)| *why));
         let next = Saved {
             cluster: decision.next.clone(),
             consumed: self.store.now().consumed || ask.is_some(),
@@ -285,15 +303,9 @@ impl Conductor {
         if ask.is_some() {
             self.answer(&input, refused).await;
         } else if let Some(why) = unasked {
-            let event = event(
-                EventType::Normal,
-                "SwitchoverBegan",
-                "Switchover",
-                Some(why),
-            );
-            let (world, cluster) = (Arc::clone(&self.world), cluster.clone());
-            tokio::spawn(async move { world.event(&cluster, event).await });
+            self.event(cluster, EventType::Normal, "SwitchoverBegan", why);
         }
+        self.follow_up(&input, plan, decision.answer.as_ref());
         let moving = matches!(decision.next.mode, Mode::Moving(_));
         self.carry_out(&input, decision);
         let state = self.store.now().cluster.clone();
@@ -326,6 +338,7 @@ impl Conductor {
             running: self.running.clone(),
             finished: std::mem::take(&mut self.finished),
             request: ask.cloned().and_then(Result::ok),
+            ..Observation::default()
         };
         if ask.is_none() && !paused && leaves(&self.store.now().cluster, &obs) {
             obs.request = Some(Request::Switchover { to: None });
@@ -336,7 +349,16 @@ impl Conductor {
     /// Takes note of where everything runs.
     fn place(&mut self, input: &Input, pods: &[Arc<Pod>]) -> Result<(), OperatorError> {
         let material = &input.secrets.operator;
-        for name in &input.cluster.instances {
+        let known = self.store.now().cluster.members.keys().cloned();
+        let all = input
+            .cluster
+            .instances
+            .iter()
+            .cloned()
+            .chain(known)
+            .collect();
+        self.agents.retain(&all);
+        for name in &all {
             let labelled = |pod: &&Arc<Pod>| {
                 pod.labels().get(names::INSTANCE).map(String::as_str) == Some(name.as_str())
             };
@@ -440,9 +462,13 @@ impl Conductor {
 }
 
 /// Why a switchover has begun that nobody asked for.
-fn unasked(before: &ClusterState, decision: &Decision) -> Option<String> {
-    if matches!(decision.answer, Some(Ok(_))) {
-        return Some("the primary's Pod is on its way out".to_owned());
+fn unasked(before: &ClusterState, decision: &Decision, planned: Option<&str>) -> Option<String> {
+    if matches!(decision.answer, Some(Ok(Some(_)))) {
+        return Some(
+            planned
+                .unwrap_or("the primary's Pod is on its way out")
+                .to_owned(),
+        );
     }
     let begun = decision.next.moving();
     let begun = begun.filter(|m| m.kind == OperationKind::Switchover && before.moving().is_none());

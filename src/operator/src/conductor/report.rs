@@ -3,7 +3,7 @@
 //! Positions and numbers of sessions change all the time: they are written along with something
 //! that matters, or once in a while.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,9 +42,9 @@ const AFTER_FAILURE: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Verdict {
     pub(crate) kind: ConditionType,
-    good: bool,
-    reason: &'static str,
-    message: String,
+    pub(crate) good: bool,
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
 }
 
 impl Verdict {
@@ -122,6 +122,8 @@ pub(super) struct Reporter {
     cluster: ValidCluster,
     conditions: Vec<Condition>,
     request: Option<Verdict>,
+    /// What is said of the cluster's life.
+    life: Vec<Verdict>,
     last: Option<(Instant, Value, Value)>,
     /// When a write last failed.
     failed: Option<Instant>,
@@ -140,6 +142,7 @@ impl Reporter {
             cluster: cluster.clone(),
             conditions,
             request: None,
+            life: Vec::new(),
             last: None,
             failed: None,
             told: None,
@@ -149,6 +152,11 @@ impl Reporter {
     /// What became of the last request.
     pub(super) fn set(&mut self, verdict: Verdict) {
         self.request = Some(verdict);
+    }
+
+    /// How far the changes of its life are.
+    pub(super) fn say(&mut self, life: Vec<Verdict>) {
+        self.life = life;
     }
 
     /// Writes the status if it is worth it: of what is known, and whether clients reach a proxy. A
@@ -210,7 +218,7 @@ impl Reporter {
     }
 
     fn conditions(&self, input: &Input, status: &HeliosClusterStatus) -> Vec<Condition> {
-        let total = input.cluster.instances.len();
+        let total = status.instances_total;
         let phase = status.phase.as_deref().unwrap_or("Unknown");
         let text = format!(
             "{phase}: {} of {total} instances serve",
@@ -221,7 +229,8 @@ impl Reporter {
             _ => Verdict::bad(ConditionType::Ready, "NotReady", &text),
         };
         let mut all = BTreeMap::new();
-        for verdict in input.verdicts.iter().chain([&ready]).chain(&self.request) {
+        let told = input.verdicts.iter().chain([&ready]);
+        for verdict in told.chain(&self.life).chain(&self.request) {
             let condition = verdict.condition(input.cluster.generation, &self.conditions);
             all.insert(verdict.kind, condition);
         }
@@ -321,11 +330,7 @@ fn people(
     reachable: bool,
 ) -> HeliosClusterStatus {
     let cluster = &input.cluster;
-    let instances: Vec<InstanceStatus> = cluster
-        .instances
-        .iter()
-        .map(|name| instance(name, state, obs))
-        .collect();
+    let instances = instances(cluster, state, obs);
     let proxies: Vec<ProxyReport> = obs
         .proxies
         .iter()
@@ -383,6 +388,19 @@ fn people(
     }
 }
 
+/// Those that the spec wants, and those that are on their way out.
+fn instances(
+    cluster: &ValidCluster,
+    state: &ClusterState,
+    obs: &Observation,
+) -> Vec<InstanceStatus> {
+    let wanted = cluster.instances.iter();
+    let all: BTreeSet<_> = wanted.chain(state.members.keys()).collect();
+    all.into_iter()
+        .map(|name| instance(name, state, obs))
+        .collect()
+}
+
 fn instance(
     name: &helios_api::InstanceName,
     state: &ClusterState,
@@ -413,6 +431,11 @@ fn instance(
             !is_primary && heard_ms.is_some(),
             Some(*replayed),
         ),
+    };
+    let fenced = state.members.get(name).is_some_and(|m| m.fenced);
+    let role = match role {
+        "stopped" | "empty" | "unknown" if fenced => "fenced",
+        other => other,
     };
     let lag = match (is_primary, end, position) {
         (false, Some(end), Some(at)) => Some(count(end.0.saturating_sub(at.0))),

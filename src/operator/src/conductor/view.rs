@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use helios_api::agent::ServerSettings;
 use helios_api::v1alpha1::DataDurability;
 use helios_api::v1alpha1::names;
 use helios_api::v1alpha1::valid::ValidCluster;
@@ -11,6 +12,7 @@ use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use kube::ResourceExt as _;
 
 use super::agents::Place;
+use super::plan::PodView;
 
 /// Whether the primary is about to be ended while nothing else is done.
 pub(super) fn leaves(state: &ClusterState, obs: &Observation) -> bool {
@@ -35,6 +37,48 @@ pub(super) fn instance_place(pod: &Pod) -> Place {
     }
 }
 
+/// The Pod of an instance, compared with what the spec asks for. One without a mark is of an earlier
+/// operator, whose upgrade alone is no reason to replace it.
+pub(super) fn pod_view(pod: &Pod, template: &str, image: &str) -> PodView {
+    let spec = pod.spec.as_ref();
+    let has = spec
+        .and_then(|s| s.containers.iter().find(|c| c.name == "postgres"))
+        .and_then(|c| c.image.as_deref());
+    let outdated = match pod.annotations().get(names::TEMPLATE) {
+        Some(mark) => mark != template,
+        None => has != Some(image),
+    };
+    PodView {
+        name: pod.name_any(),
+        uid: pod.uid().unwrap_or_default(),
+        outdated,
+        going: pod.metadata.deletion_timestamp.is_some(),
+        ready: is_ready(pod),
+        trouble: trouble(pod),
+    }
+}
+
+/// Why a Pod does not run.
+fn trouble(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    let first = status.init_container_statuses.iter().flatten();
+    let waiting = first
+        .chain(status.container_statuses.iter().flatten())
+        .filter_map(|c| c.state.as_ref()?.waiting.as_ref())
+        .find(|w| {
+            let reason = w.reason.as_deref().unwrap_or_default();
+            !matches!(reason, "" | "ContainerCreating" | "PodInitializing")
+        });
+    if let Some(waiting) = waiting {
+        let reason = waiting.reason.as_deref().unwrap_or_default();
+        let message = waiting.message.as_deref().unwrap_or_default();
+        return Some(format!("{reason}: {message}"));
+    }
+    let conditions = status.conditions.iter().flatten();
+    let mut unscheduled = conditions.filter(|c| c.type_ == "PodScheduled" && c.status == "False");
+    unscheduled.next().and_then(|c| c.message.clone())
+}
+
 /// A proxy that can be given orders: one that runs. One that is on its way out has clients as well,
 /// who let their transactions end.
 pub(super) fn proxy_place(pod: &Pod) -> Option<(String, IpAddr)> {
@@ -51,15 +95,19 @@ pub(super) fn proxy_place(pod: &Pod) -> Option<(String, IpAddr)> {
 
 /// Whether Kubernetes lets clients come to this proxy: it answers us some seconds before that.
 pub(super) fn takes_clients(pod: &Pod) -> bool {
+    let stays = pod.metadata.deletion_timestamp.is_none();
+    stays && proxy_place(pod).is_some() && is_ready(pod)
+}
+
+fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
     let ready =
         |all: &Vec<PodCondition>| all.iter().any(|c| c.type_ == "Ready" && c.status == "True");
-    let stays = pod.metadata.deletion_timestamp.is_none();
-    stays && proxy_place(pod).is_some() && conditions.is_some_and(ready)
+    conditions.is_some_and(ready)
 }
 
 /// What decisions go by.
-pub(super) fn settings(cluster: &ValidCluster) -> Settings {
+pub(super) fn settings(cluster: &ValidCluster, server: &ServerSettings) -> Settings {
     let spec = &cluster.spec;
     let millis = |value: i64| u64::try_from(value).unwrap_or_default();
     let synchronous = &spec.postgresql.synchronous;
@@ -75,6 +123,7 @@ pub(super) fn settings(cluster: &ValidCluster) -> Settings {
         standby_grace_ms: millis(spec.failover.standby_grace_ms),
         restart_patience_ms: millis(spec.failover.restart_patience_ms),
         slow_interval_ms: crate::build::latency_interval_ms(cluster),
+        server: Some(server.clone()),
         ..Settings::default()
     }
 }

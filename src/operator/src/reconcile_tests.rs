@@ -1,0 +1,173 @@
+//! The exact requests of a reconciliation.
+
+use super::*;
+use crate::mock::{Call, Mock, refusal};
+use k8s_openapi::ByteString;
+use serde_json::{Value, json};
+
+fn object(size: &str) -> HeliosCluster {
+    let spec = json!({"imageName": "postgres:17", "storage": {"size": size}});
+    let mut object = HeliosCluster::new("pg", serde_json::from_value(spec).unwrap());
+    object.metadata.namespace = Some("shop".to_owned());
+    object.metadata.uid = Some("u-1".to_owned());
+    object
+}
+
+fn world(client: Client) -> World {
+    let reporter = Reporter {
+        controller: "test".to_owned(),
+        instance: None,
+    };
+    World {
+        recorder: Recorder::new(client.clone(), reporter),
+        metrics: Metrics::new().unwrap(),
+        offers: Offers { budgets: None },
+        options: Options {
+            namespace: None,
+            lease_namespace: "helios-system".to_owned(),
+            identity: "test".to_owned(),
+            image: "helios:1".to_owned(),
+            http: ([127, 0, 0, 1], 0).into(),
+        },
+        client,
+        pods: reflector::store().0,
+        conductors: Mutex::default(),
+        failures: Mutex::default(),
+        applied: Mutex::default(),
+        fatal: CancellationToken::new(),
+    }
+}
+
+/// An API server that has nothing yet: what is made is given back as it would store it.
+fn empty(call: &Call) -> (u16, Value) {
+    if call.what.starts_with("GET ") {
+        return refusal(404, "not found");
+    }
+    let mut body = call.body.clone();
+    if let Some(Value::Object(texts)) = body.get("stringData").cloned() {
+        for (key, value) in texts {
+            let bytes = ByteString(value.as_str().unwrap().as_bytes().to_vec());
+            body["data"][key] = json!(bytes);
+        }
+    }
+    (200, body)
+}
+
+const CORE: &str = "/api/v1/namespaces/shop";
+
+fn secrets() -> Vec<String> {
+    let names = [
+        "pg-ca",
+        "pg-1-tls",
+        "pg-2-tls",
+        "pg-proxy-tls",
+        "pg-operator-tls",
+        "pg-app",
+    ];
+    names
+        .iter()
+        .flat_map(|name| {
+            [
+                format!("GET {CORE}/secrets/{name}"),
+                format!("POST {CORE}/secrets"),
+            ]
+        })
+        .collect()
+}
+
+fn applied() -> Vec<String> {
+    let policies = "/apis/networking.k8s.io/v1/namespaces/shop/networkpolicies";
+    let sets = "/apis/apps/v1/namespaces/shop/statefulsets";
+    [
+        format!("{CORE}/configmaps/pg-config"),
+        format!("{CORE}/services/pg"),
+        format!("{CORE}/services/pg-primary"),
+        format!("{CORE}/services/pg-replicas"),
+        format!("{policies}/pg-instances"),
+        format!("{policies}/pg-proxy"),
+        format!("{CORE}/persistentvolumeclaims/pg-1"),
+        format!("{sets}/pg-1"),
+        format!("{CORE}/persistentvolumeclaims/pg-2"),
+        format!("{sets}/pg-2"),
+        "/apis/apps/v1/namespaces/shop/deployments/pg-proxy".to_owned(),
+    ]
+    .map(|path| format!("PATCH {path}"))
+    .into()
+}
+
+#[tokio::test]
+async fn a_new_cluster_takes_exactly_these_requests() {
+    let mock = Mock::start(empty).await;
+    let world = world(mock.client.clone());
+    let input = prepare(&object("1Gi"), &world).await.unwrap();
+    let volumes = ["pg-1", "pg-2"].map(|n| format!("GET {CORE}/persistentvolumeclaims/{n}"));
+    let mut expected: Vec<String> = volumes.into();
+    expected.extend(secrets());
+    expected.extend(applied());
+    assert_eq!(mock.lines(), expected);
+    // Server-side apply under our name, over whatever others have said of the same fields.
+    for call in mock.calls().iter().filter(|c| c.what.starts_with("PATCH")) {
+        assert!(
+            call.query.contains("fieldManager=helios-operator"),
+            "{call:?}"
+        );
+        assert!(call.query.contains("force=true"), "{call:?}");
+    }
+    let good = |kind| input.verdicts.iter().any(|v| v.kind == kind && v.good);
+    assert!(good(ConditionType::Valid) && good(ConditionType::VolumesReady));
+}
+
+#[tokio::test]
+async fn a_volume_that_cannot_grow_keeps_nothing_else_from_being_applied() {
+    let mock = Mock::start(|call: &Call| {
+        let claim = call.what.contains("/persistentvolumeclaims/");
+        if claim && call.what.starts_with("GET ") {
+            let spec = json!({"resources": {"requests": {"storage": "1Gi"}}});
+            let status = json!({"phase": "Bound"});
+            return (
+                200,
+                json!({"metadata": {"name": "x"}, "spec": spec, "status": status}),
+            );
+        }
+        match claim {
+            true => refusal(403, "only dynamically provisioned pvc can be resized"),
+            false => empty(call),
+        }
+    })
+    .await;
+    let world = world(mock.client.clone());
+    let input = prepare(&object("2Gi"), &world).await.unwrap();
+    let patches = mock.lines().into_iter().filter(|l| l.starts_with("PATCH"));
+    assert_eq!(patches.collect::<Vec<_>>(), applied());
+    let volumes = input
+        .verdicts
+        .iter()
+        .find(|v| v.kind == ConditionType::VolumesReady);
+    let volumes = volumes.unwrap();
+    assert_eq!((volumes.good, volumes.reason), (false, "CannotGrow"));
+    assert!(volumes.message.contains("only dynamically provisioned"));
+}
+
+#[tokio::test]
+async fn an_object_that_is_wrong_takes_none() {
+    let mock = Mock::start(empty).await;
+    let world = world(mock.client.clone());
+    let mut wrong = object("1Gi");
+    let parameters = &mut wrong.spec.postgresql.parameters;
+    parameters.insert("port".to_owned(), "1".to_owned());
+    let refused = prepare(&wrong, &world).await;
+    assert!(matches!(refused, Err(OperatorError::Invalid(_))));
+    assert_eq!(mock.lines(), [""; 0]);
+    // A volume that is larger already: what is there is looked at, nothing is changed.
+    let mock = Mock::start(|_: &Call| {
+        let spec = json!({"resources": {"requests": {"storage": "9Gi"}}});
+        (200, json!({"metadata": {"name": "x"}, "spec": spec}))
+    })
+    .await;
+    let refused = prepare(&object("1Gi"), &self::world(mock.client.clone())).await;
+    assert!(matches!(refused, Err(OperatorError::Invalid(_))));
+    assert_eq!(
+        mock.lines(),
+        [format!("GET {CORE}/persistentvolumeclaims/pg-1")]
+    );
+}
