@@ -356,7 +356,7 @@ impl Session {
                 self.last_words = words.map(|frame| LastWords::new(&frame, &self.shared));
             }
             Failure::Not(why) | Failure::Later(why) => {
-                drop(self.give_up_temporary(&ReplayError::State(why)))
+                self.give_up_temporary(&ReplayError::State(why));
             }
         }
         if let Some(temporary) = &mut self.temporary {
