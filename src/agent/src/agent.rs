@@ -18,6 +18,7 @@ use crate::durable::Store;
 use crate::error::failed;
 use crate::hub::Hub;
 use crate::instance::Instance;
+use crate::lease::Lease;
 use crate::server::{self, Job};
 use crate::{AgentConfig, AgentFailure};
 
@@ -52,12 +53,14 @@ pub async fn run(config: AgentConfig, cancel: CancellationToken) -> Result<(), A
     let hub = Hub::new(config.name.clone());
     let parent_gone = watch_parent(config.parent_watch);
     let socket = config.control_socket.clone();
-    let mut instance = Instance::open(config, store, hub.clone()).await?;
+    let lease = Lease::new(&config);
+    lease.guard()?;
+    let mut instance = Instance::open(config, store, hub.clone(), lease.clone()).await?;
 
     let listener = server::bind(&socket)?;
     let (jobs, inbox) = mpsc::channel(QUEUE_LIMIT);
     let stop_server = CancellationToken::new();
-    let router = server::router(hub.clone(), jobs);
+    let router = server::router(hub.clone(), jobs, lease);
     if let Some(network) = &instance.config.network {
         server::serve_network(network, hub, router.clone(), stop_server.clone()).await?;
     }

@@ -108,6 +108,7 @@ impl Instance {
             ..Dynamic::read(&self.config)
         };
         dynamic.write(&self.config)?;
+        self.lease.wait().await?;
         self.start().await?;
         Ok(AgentReply::Done)
     }

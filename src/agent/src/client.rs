@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use helios_api::agent::{AgentError, AgentReply, AgentRequest, AgentState};
+use helios_api::lease::{LeaseReply, LeaseRequest};
 use helios_control::{CallError, ControlClient, http};
 use hyper::body::Bytes;
 use hyper::{Method, StatusCode};
@@ -123,6 +124,20 @@ impl AgentClient {
     pub async fn watch(&self, revision: u64) -> Result<AgentState, ClientError> {
         let path = format!("/v1/state?after={revision}");
         self.call(Method::GET, &path, Vec::new(), WATCH_LIMIT).await
+    }
+
+    /// Grants a primary's lease, and asks for the next number.
+    ///
+    /// # Errors
+    ///
+    /// See [`ClientError`].
+    pub async fn renew(
+        &self,
+        request: &LeaseRequest,
+        limit: Duration,
+    ) -> Result<LeaseReply, ClientError> {
+        let body = serde_json::to_vec(request).map_err(|e| self.protocol(e))?;
+        self.call(Method::POST, "/v1/lease", body, limit).await
     }
 
     async fn call<T: DeserializeOwned>(

@@ -50,6 +50,10 @@ impl Instance {
             return Err(refused("an instance cannot follow itself"));
         }
         let directory = self.directory()?;
+        // One that runs as a primary keeps it until it has stopped.
+        if self.postmaster.is_none() || files::is_standby(&self.config) {
+            self.lease.release();
+        }
         let source = Source::connect(&self.config, primary, timeline, fork).await?;
         source.ensure_slot(&self.config.name.slot_name()).await?;
         let how = match directory {
@@ -60,6 +64,7 @@ impl Instance {
             }
             Directory::Ours => self.rejoin(&source, primary).await?,
         };
+        self.lease.release();
         tracing::info!(primary = %primary.name, %timeline, ?how, "following");
         Ok(AgentReply::Following { how })
     }

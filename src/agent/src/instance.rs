@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use helios_api::agent::{AgentCommand, AgentError, AgentReply, AgentRequest, InstanceState};
-use helios_api::{Lsn, Timeline};
+use helios_api::{Epoch, Lsn, Timeline};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
@@ -13,6 +13,7 @@ use crate::durable::{Pending, Store};
 use crate::error::{failed, refused};
 use crate::files::{self, Directory};
 use crate::hub::{Hub, Run};
+use crate::lease::Lease;
 use crate::postmaster::Postmaster;
 use crate::wal::Control;
 use crate::{AgentConfig, AgentFailure, process, tools};
@@ -30,9 +31,12 @@ pub(crate) struct Instance {
     pub(crate) config: Arc<AgentConfig>,
     pub(crate) store: Store,
     pub(crate) hub: Hub,
+    pub(crate) lease: Lease,
     pub(crate) postmaster: Option<Postmaster>,
     /// Since when the running standby has had no stream.
     pub(crate) alone_since: Option<Instant>,
+    /// The epoch in which the WAL receiver was stopped for a successor to be chosen.
+    pub(crate) stopped_at: Option<Epoch>,
     /// Processes that a fence has stopped may not have gone yet: when they are killed at the latest.
     pub(crate) dying: Option<Instant>,
     /// Major version of `bin_dir`.
@@ -47,6 +51,7 @@ impl Instance {
         mut config: AgentConfig,
         store: Store,
         hub: Hub,
+        lease: Lease,
     ) -> Result<Self, AgentFailure> {
         files::prepare_folders(&config)?;
         // The folder on PATH may hold links to some of the programs only.
@@ -62,8 +67,10 @@ impl Instance {
             config: Arc::new(config),
             store,
             hub,
+            lease,
             postmaster: None,
             alone_since: None,
+            stopped_at: None,
             dying: None,
             major,
             runs: 0,
@@ -79,7 +86,8 @@ impl Instance {
             {
                 tracing::info!(%pid, "taking over the running postmaster");
                 let run = instance.next_run();
-                instance.postmaster = Some(Postmaster::adopt(&config, &instance.hub, run, pid));
+                let (hub, lease) = (&instance.hub, &instance.lease);
+                instance.postmaster = Some(Postmaster::adopt(&config, (hub, lease), run, pid));
             }
             _ => {
                 let killed = process::kill_all(&config.data_dir).await;
@@ -176,6 +184,17 @@ impl Instance {
                 "instance is fenced in epoch {given}; only a command of a later epoch can make it \
                  writable"
             )));
+        }
+        // A successor is being chosen: whoever received again would confirm the old primary again.
+        let follows = matches!(command, AgentCommand::Follow { .. });
+        if follows && self.stopped_at.is_some_and(|at| given <= at) {
+            return Err(refused(format_args!(
+                "receiver was stopped in epoch {given} so that a successor can be chosen; only a \
+                 command of a later epoch starts it again"
+            )));
+        }
+        if matches!(command, AgentCommand::StopReceiver) {
+            self.stopped_at = Some(given);
         }
         // A standby cannot commit: following in the fence's own epoch leaves the fence on.
         let lifts = writable || matches!(command, AgentCommand::Follow { .. });
@@ -310,7 +329,8 @@ impl Instance {
         process::remove_stale_locks(&self.config.data_dir, &self.config.postgres_socket())?;
         let kept = files::configure(&self.config, &self.floor().await?)?;
         let run = self.next_run();
-        self.postmaster = Some(Postmaster::spawn(&self.config, &self.hub, run)?);
+        let told = (&self.hub, &self.lease);
+        self.postmaster = Some(Postmaster::spawn(&self.config, told, run)?);
         let client = self.client_within(START_LIMIT).await?;
         self.accept_settings(kept);
         Ok(client)

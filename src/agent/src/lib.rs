@@ -2,7 +2,7 @@
 //! it, on the orders of whoever holds the epoch, and tells what the instance is.
 //!
 //! May do I/O: processes, files, SQL on its own instance and on the primary it follows, and the
-//! control socket. Decides nothing about the cluster.
+//! control socket. Decides nothing about the cluster, but ends a primary whose lease has ended.
 //!
 //! Invariants: what it must remember is durable before it acts; a command of an older epoch than
 //! the latest it has seen is refused; there is never more than one postmaster on the data
@@ -20,6 +20,7 @@ mod follow;
 mod forward;
 mod hub;
 mod instance;
+mod lease;
 mod observer;
 mod postmaster;
 mod process;

@@ -14,6 +14,7 @@ use tokio_postgres::Client;
 
 use crate::AgentConfig;
 use crate::hub::{Hub, Run};
+use crate::lease::Lease;
 use crate::postmaster::trim_log;
 use crate::promote;
 use crate::sql::{self, Row, SqlError};
@@ -34,6 +35,7 @@ const LOG_LIMIT: u64 = 64 << 20;
 /// Role, timeline and positions in one row, the standbys in the rows after it. Planned once: this
 /// is asked five times a second, and in the middle of every move.
 const PREPARE: &str = "\
+set synchronous_commit = local;
 prepare standing as
 select pg_is_in_recovery(),
        case when pg_is_in_recovery() then
@@ -52,6 +54,11 @@ select application_name, flush_lsn, sync_state in ('sync', 'quorum')
 from pg_stat_replication where state = 'streaming' and flush_lsn is not null
 order by application_name";
 
+/// A record of its own, flushed here and waited for by nobody.
+const PROOF: &str = "select pg_logical_emit_message(true, 'helios.lease', '')";
+/// How long it may take; what comes later is not waited for.
+const PROOF_LIMIT: Duration = Duration::from_secs(1);
+
 const QUESTION: &str = "execute standing; execute standbys";
 
 /// Watches one run.
@@ -59,6 +66,7 @@ const QUESTION: &str = "execute standing; execute standbys";
 pub(crate) struct Observer {
     pub(crate) config: Arc<AgentConfig>,
     pub(crate) hub: Hub,
+    pub(crate) lease: Lease,
     pub(crate) run: Run,
     pub(crate) client: watch::Sender<Option<Arc<Client>>>,
     pub(crate) poke: Arc<Notify>,
@@ -136,7 +144,11 @@ impl Observer {
             match self.ask_once(probe, silence).await {
                 Ok(state) => {
                     *silence = Silence::new();
+                    let primary = self.confirm(&state);
                     self.hub.observe(self.run, state);
+                    if primary {
+                        self.prove(probe).await;
+                    }
                 }
                 Err(SqlError::Timeout(_)) => return,
                 // A promotion between two functions of one question: ask again.
@@ -144,6 +156,34 @@ impl Observer {
             }
             trim_log(&self.config, LOG_LIMIT);
             let _ = tokio::time::timeout(INTERVAL, self.poke.notified()).await;
+        }
+    }
+
+    /// Takes note of which standbys have received what; whether the server is a primary.
+    fn confirm(&self, state: &InstanceState) -> bool {
+        let InstanceState::Primary { standbys, .. } = state else {
+            return false;
+        };
+        for standby in standbys {
+            if let Ok(name) = standby.name.parse() {
+                self.lease.flushed(&name, standby.flushed);
+            }
+        }
+        true
+    }
+
+    /// Writes a record whose arrival at a standby shows that both see each other. Only while
+    /// nobody renews the lease.
+    async fn prove(&self, probe: &Client) {
+        let Some(since) = self.lease.wants_proof() else {
+            return;
+        };
+        match sql::one(probe, PROOF, PROOF_LIMIT).await {
+            Ok(row) => match sql::column(&row, 0) {
+                Ok(at) => self.lease.written(at, since),
+                Err(error) => tracing::warn!(%error, "record for the lease has no position"),
+            },
+            Err(error) => tracing::warn!(%error, "record for the lease was not written"),
         }
     }
 

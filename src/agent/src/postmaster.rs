@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::AgentConfig;
 use crate::error::{failed, file_failed};
 use crate::hub::{Hub, Run};
+use crate::lease::Lease;
 use crate::observer::Observer;
 use crate::{files, process, tools};
 
@@ -50,7 +51,7 @@ impl Postmaster {
     /// Starts PostgreSQL on the data directory.
     pub(crate) fn spawn(
         config: &Arc<AgentConfig>,
-        hub: &Hub,
+        told: (&Hub, &Lease),
         run: Run,
     ) -> Result<Self, AgentError> {
         let (log, log_start) = open_log(config)?;
@@ -83,11 +84,16 @@ impl Postmaster {
                 exited.cancel();
             }
         });
-        Ok(Self::observed(config, hub, run, pid, exited, log_start))
+        Ok(Self::observed(config, told, run, pid, exited, log_start))
     }
 
     /// Takes over a postmaster that an earlier agent left running.
-    pub(crate) fn adopt(config: &Arc<AgentConfig>, hub: &Hub, run: Run, pid: Pid) -> Self {
+    pub(crate) fn adopt(
+        config: &Arc<AgentConfig>,
+        told: (&Hub, &Lease),
+        run: Run,
+        pid: Pid,
+    ) -> Self {
         let exited = CancellationToken::new();
         tokio::spawn({
             let exited = exited.clone();
@@ -99,12 +105,12 @@ impl Postmaster {
                 exited.cancel();
             }
         });
-        Self::observed(config, hub, run, pid, exited, u64::MAX)
+        Self::observed(config, told, run, pid, exited, u64::MAX)
     }
 
     fn observed(
         config: &Arc<AgentConfig>,
-        hub: &Hub,
+        (hub, lease): (&Hub, &Lease),
         run: Run,
         pid: Pid,
         exited: CancellationToken,
@@ -116,6 +122,7 @@ impl Postmaster {
         let observer = Observer {
             config: Arc::clone(config),
             hub: hub.clone(),
+            lease: lease.clone(),
             run,
             client: sender,
             poke: Arc::clone(&poke),

@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use helios_api::agent::{AgentError, AgentReply, AgentRequest, AgentState, InstanceState};
+use helios_api::lease::LeaseRequest;
 use helios_api::v1alpha1::names;
 use helios_control::Material;
 use serde::Deserialize;
@@ -22,6 +23,7 @@ use crate::AgentFailure;
 use crate::config::Network;
 use crate::error::failed;
 use crate::hub::Hub;
+use crate::lease::Lease;
 
 /// How long a long poll is held before it is answered with an unchanged state.
 const POLL_LIMIT: Duration = Duration::from_secs(10);
@@ -39,15 +41,17 @@ pub(crate) struct Job {
 struct Routes {
     hub: Hub,
     jobs: mpsc::Sender<Job>,
+    lease: Lease,
 }
 
 /// The API's routes.
-pub(crate) fn router(hub: Hub, jobs: mpsc::Sender<Job>) -> Router {
+pub(crate) fn router(hub: Hub, jobs: mpsc::Sender<Job>, lease: Lease) -> Router {
     Router::new()
+        .route("/v1/lease", post(renew))
         .route("/v1/command", post(command))
         .route("/v1/state", get(state))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
-        .with_state(Routes { hub, jobs })
+        .with_state(Routes { hub, jobs, lease })
 }
 
 /// Binds the control socket, open to this process's user alone. Only for whoever holds the
@@ -150,6 +154,14 @@ async fn command(State(routes): State<Routes>, Json(request): Json<AgentRequest>
             };
             (status, Json(error)).into_response()
         }
+    }
+}
+
+/// Not a command: it waits for none.
+async fn renew(State(routes): State<Routes>, Json(request): Json<LeaseRequest>) -> Response {
+    match routes.lease.renew(&request, &routes.hub.state()) {
+        Ok(reply) => Json(reply).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(error)).into_response(),
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod control;
 pub mod ids;
+pub mod lease;
 pub mod protection;
 #[allow(unreachable_pub, reason = "kube's derive re-exports what it is given")]
 pub mod v1alpha1;

@@ -10,7 +10,7 @@ use crate::observe::{Action, Failure, Finished, Observation, Refusal, Reply};
 use crate::operation::{OperationKind, Phase, PhaseDuration, Time};
 use crate::state::{ClusterState, Member, Mode, Primary, Settings, Step, SyncState};
 use crate::transition::{self, Violation};
-use crate::{moves, requests, steady};
+use crate::{lease, moves, requests, steady};
 
 /// Longest pause between attempts at a background command.
 const MAX_BACKOFF_MS: u64 = 5_000;
@@ -93,6 +93,7 @@ pub fn decide(
             break;
         }
     }
+    lease::upkeep(&ctx, &mut next);
     transition::check(state, &next)?;
     Ok(Decision {
         next,

@@ -7,6 +7,7 @@ use helios_api::agent::{InstanceState, StandbyPosition};
 use helios_api::{InstanceName, Lsn, Timeline};
 
 use crate::decide::Ctx;
+use crate::lease;
 use crate::observe::Contact;
 use crate::state::ClusterState;
 
@@ -39,7 +40,7 @@ pub(crate) fn judge<'a>(ctx: &Ctx<'a>, state: &ClusterState, name: &InstanceName
         Contact::Silent {
             proven_dead: true, ..
         } => return Health::Down("no process of it is left".to_owned()),
-        Contact::Silent { .. } => return Health::Unknown("its agent does not answer".to_owned()),
+        Contact::Silent { for_ms, .. } => return silent(ctx, state, name, *for_ms),
     };
     match &agent.instance {
         InstanceState::Primary {
@@ -67,6 +68,21 @@ pub(crate) fn judge<'a>(ctx: &Ctx<'a>, state: &ClusterState, name: &InstanceName
             }
         }
     }
+}
+
+/// An agent that does not answer: its node or network may be lost, or only the way to it. Nobody is
+/// promoted beside it before its lease has ended; here it is only decided that this is waited for.
+fn silent<'a>(ctx: &Ctx<'a>, state: &ClusterState, name: &InstanceName, for_ms: u64) -> Health<'a> {
+    let patience = ctx
+        .settings
+        .unresponsive_ms
+        .saturating_add(ctx.settings.failover_delay_ms);
+    if for_ms < patience || !lease::may_lapse(ctx, state, name) {
+        return Health::Unknown("its agent does not answer".to_owned());
+    }
+    Health::Down(format!(
+        "its agent has not answered for {for_ms} ms, and no standby hears from it"
+    ))
 }
 
 /// Whether somebody else cannot reach the primary either.

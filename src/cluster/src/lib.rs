@@ -4,13 +4,15 @@
 //! at every point. Whoever executes decisions saves [`Decision::next`] durably before it carries
 //! out [`Decision::actions`], and feeds results and observations back in. Where to look:
 //! `moves` is a change of primary step by step, `steady` the upkeep between, `health` what counts
-//! as a failure, `slow` what is left for its latency, `elect` who may become primary, `sync` whose confirmation commits rest on,
-//! `transition` what may follow on what.
+//! as a failure, `slow` what is left for its latency, `elect` who may become primary, `sync` whose
+//! confirmation commits rest on, `lease` how a primary whose agent is silent is known to have
+//! stopped, `transition` what may follow on what.
 
 pub mod barrier;
 mod decide;
 pub mod elect;
 mod health;
+pub mod lease;
 mod moves;
 pub mod observe;
 pub mod operation;
@@ -22,6 +24,7 @@ mod sync;
 mod transition;
 
 pub use decide::{Decision, decide};
+pub use lease::{LeaseState, Leased, Tenancy};
 pub use observe::{
     Action, Contact, Failure, Finished, InstanceView, Observation, ProxyCommand, Refusal, Reply,
     Request,

@@ -12,6 +12,8 @@ use helios_api::control::{
 use helios_api::{Endpoint, Epoch, InstanceName};
 use serde::{Deserialize, Serialize};
 
+use crate::lease::Leased;
+
 /// What the executor knows at a moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observation {
@@ -59,6 +61,8 @@ pub struct InstanceView {
     pub endpoint: Endpoint,
     /// What its agent says.
     pub contact: Contact,
+    /// What is known of its lease.
+    pub lease: Leased,
 }
 
 /// Whether an agent answers, and what.

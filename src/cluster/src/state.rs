@@ -9,6 +9,7 @@ use helios_api::control::{Backend, DrainReport, Fence, LostCommits, ResumeReport
 use helios_api::{Epoch, InstanceName, Lsn, Timeline};
 use serde::{Deserialize, Serialize};
 
+use crate::lease::LeaseState;
 use crate::observe::{Action, Observation};
 use crate::operation::{Durability, OperationKind, OperationRecord, Phase, PhaseDuration, Time};
 
@@ -43,6 +44,12 @@ pub struct Settings {
     pub slow_interval_ms: u64,
     /// PostgreSQL's settings, where agents are told of changes; `None`: they know them already.
     pub server: Option<ServerSettings>,
+    /// A primary that has failed is tried where it is for so long before a standby takes over; 0:
+    /// a standby takes over at once.
+    pub failover_delay_ms: u64,
+    /// For how long a grant of the primary's lease holds; `None`: primaries hold none, and nobody
+    /// is promoted beside one whose agent is silent.
+    pub lease_ms: Option<u64>,
 }
 
 impl Default for Settings {
@@ -58,6 +65,8 @@ impl Default for Settings {
             restart_patience_ms: 15_000,
             slow_interval_ms: 600_000,
             server: None,
+            failover_delay_ms: 0,
+            lease_ms: None,
         }
     }
 }
@@ -86,6 +95,9 @@ pub struct ClusterState {
     /// When the last operation ended, or the first primary was there.
     #[serde(default)]
     pub settled: Option<Time>,
+    /// What the primary's lease is held under.
+    #[serde(default)]
+    pub lease: LeaseState,
 }
 
 impl Default for ClusterState {
@@ -101,6 +113,7 @@ impl Default for ClusterState {
             operations: Vec::new(),
             next_operation: 1,
             settled: None,
+            lease: LeaseState::default(),
         }
     }
 }

@@ -119,7 +119,9 @@ pub(crate) fn replace(
     primary: InstanceName,
     why: String,
 ) {
-    let kind = if elect::possible(ctx.settings, state, ctx.obs) {
+    let silent = ctx.obs.agent(&primary).is_none();
+    let at_once = ctx.settings.failover_delay_ms == 0 || silent;
+    let kind = if at_once && elect::possible(ctx.settings, state, ctx.obs) {
         OperationKind::Failover
     } else {
         OperationKind::Restart

@@ -528,3 +528,135 @@ fn lists_stay_bounded() {
     assert_eq!(world.durable.operations.len(), 10);
     assert_eq!(world.durable.epoch.0, 81);
 }
+
+/// A cluster whose primaries hold a lease.
+fn leasing(count: usize, settings: Settings) -> World {
+    let settings = Settings {
+        lease_ms: Some(3_000),
+        ..settings
+    };
+    let mut world = World::new(count, settings);
+    world.settle();
+    for _ in 0..200 {
+        world.step();
+    }
+    world
+}
+
+/// The primary is cut off from everybody, and the controller, or another machine, fails at every
+/// point of what follows: the model checks that there are never two writable servers, although
+/// clocks run at other rates and guards come late.
+#[test]
+fn a_primary_that_is_cut_off_is_replaced_when_its_lease_has_ended() {
+    for (count, synchronous) in [(2, true), (3, true), (2, false), (3, false)] {
+        let settings = Settings {
+            synchronous,
+            ..Settings::default()
+        };
+        let mut faults = vec![None, Some(Fault::Controller)];
+        faults.extend((2..=count).map(|n| Some(Fault::Postmaster(n))));
+        faults.extend((2..=count).map(|n| Some(Fault::Machine(n))));
+        for fault in faults {
+            for at in (0..1_600).step_by(if fault.is_some() { 61 } else { 1_600 }) {
+                let mut world = leasing(count, settings.clone());
+                let base = world.points;
+                world.faults.push((base, Fault::Network(1)));
+                world.faults.extend(fault.map(|f| (base + at, f)));
+                world.step();
+                for _ in 0..2_000 {
+                    world.step();
+                }
+                world.settle();
+                if synchronous {
+                    world.check_nothing_lost();
+                }
+                if fault.is_none() {
+                    let op = world.durable.operations.last().unwrap();
+                    assert_eq!(op.kind, OperationKind::Failover, "{op:?}");
+                    assert_eq!(op.outcome, Outcome::Succeeded, "{op:?}");
+                    assert_ne!(op.to, name(1));
+                    // From the cut on: the silence, the lease and its margin.
+                    let micros: u64 = op.phases.iter().map(|p| p.micros).sum();
+                    println!("{count} {synchronous}: {op:?} {micros}");
+                }
+            }
+        }
+    }
+}
+
+/// A short cut demotes nobody.
+#[test]
+fn a_primary_that_is_back_within_its_lease_goes_on() {
+    let mut world = leasing(2, Settings::default());
+    let base = world.points;
+    world.cut_ticks = 200;
+    world.faults.push((base, Fault::Network(1)));
+    for _ in 0..600 {
+        world.step();
+    }
+    world.settle();
+    assert!(world.durable.operations.is_empty());
+    assert_eq!(world.durable.primary_name(), Some(&name(1)));
+}
+
+/// The controller cannot reach the primary, whose standby can: or there is no controller at all.
+#[test]
+fn a_primary_that_its_standby_confirms_goes_on() {
+    for away in [false, true] {
+        for count in [2, 3] {
+            let mut world = leasing(count, Settings::default());
+            let until = world.tick + 3_000;
+            if away {
+                world.away_until = until;
+            } else {
+                world.instances.get_mut(&name(1)).unwrap().unheard_until = until;
+            }
+            let before = world.acknowledged.len();
+            for _ in 0..3_000 {
+                world.step();
+                assert_eq!(world.instances[&name(1)].role, Role::Primary);
+            }
+            assert!(world.acknowledged.len() > before + 500);
+            world.settle();
+            assert!(
+                world.durable.operations.is_empty(),
+                "{:?}",
+                world.durable.operations
+            );
+        }
+    }
+}
+
+/// Where nobody could take over there is nothing to be gained by stopping.
+#[test]
+fn a_primary_that_nobody_can_replace_goes_on() {
+    let mut world = leasing(2, Settings::default());
+    world.stop(&name(2));
+    world.instances.get_mut(&name(2)).unwrap().silent_until = world.tick + 4_000;
+    // Commits have stopped waiting for it, and the primary knows of that.
+    for _ in 0..400 {
+        world.step();
+    }
+    world.instances.get_mut(&name(1)).unwrap().cut_until = world.tick + 1_000;
+    for _ in 0..1_000 {
+        world.step();
+        assert_eq!(world.instances[&name(1)].role, Role::Primary);
+    }
+}
+
+/// With a delay, a primary that has crashed is tried where it is first.
+#[test]
+fn a_delay_tries_the_old_primary_first() {
+    let settings = Settings {
+        failover_delay_ms: 5_000,
+        ..Settings::default()
+    };
+    let mut world = World::new(2, settings);
+    world.settle();
+    world.stop(&name(1));
+    world.step();
+    world.settle();
+    world.check_nothing_lost();
+    let op = world.durable.operations.last().unwrap();
+    assert_eq!((op.kind, &op.to), (OperationKind::Restart, &name(1)));
+}

@@ -13,7 +13,7 @@ use helios_agent::AgentConfig;
 use helios_agent::client::{AgentClient, ClientError};
 use helios_api::agent::{AgentCommand, AgentError, AgentReply, AgentRequest, AgentState};
 use helios_api::{Epoch, InstanceName};
-use helios_cluster::{Contact, Failure, InstanceView};
+use helios_cluster::{Contact, Failure, InstanceView, Leased};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -145,6 +145,8 @@ impl Agents {
             InstanceView {
                 endpoint: entry.config.unix_endpoint(),
                 contact,
+                // Agents of one machine hold none: it does not lose its network.
+                lease: Leased::default(),
             }
         };
         self.entries

@@ -100,8 +100,8 @@ fn app() -> String {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Failover {
-    /// A postmaster that answers nothing for so long is taken for dead when a second witness
-    /// agrees. In milliseconds.
+    /// A postmaster or an agent that answers nothing for so long is taken for dead when a second
+    /// witness agrees. In milliseconds.
     #[serde(default = "unresponsive")]
     #[schemars(range(min = 500, max = 600_000))]
     pub unresponsive_ms: i64,
@@ -117,6 +117,21 @@ pub struct Failover {
     #[serde(default = "restart_patience")]
     #[schemars(range(min = 1000, max = 3_600_000))]
     pub restart_patience_ms: i64,
+    /// A primary that has failed is tried where it is for so long before a standby takes over; 0:
+    /// a standby takes over at once. In milliseconds.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 3_600_000))]
+    pub delay_ms: i64,
+    /// A primary that neither the operator nor the standbys that could take over have confirmed
+    /// for so long stops itself. Whoever replaces one that cannot be reached waits for this and an
+    /// eighth of it. In milliseconds.
+    #[serde(default = "lease")]
+    #[schemars(range(min = 2000, max = 600_000))]
+    pub lease_ms: i64,
+    /// How often the operator confirms the primary; at most a fifth of `leaseMs`. In milliseconds.
+    #[serde(default = "renew")]
+    #[schemars(range(min = 100, max = 60_000))]
+    pub renew_ms: i64,
 }
 
 impl Default for Failover {
@@ -126,6 +141,9 @@ impl Default for Failover {
             standby_grace_ms: standby_grace(),
             max_lag_bytes: max_lag(),
             restart_patience_ms: restart_patience(),
+            delay_ms: 0,
+            lease_ms: lease(),
+            renew_ms: renew(),
         }
     }
 }
@@ -144,6 +162,14 @@ fn max_lag() -> i64 {
 
 fn restart_patience() -> i64 {
     15_000
+}
+
+fn lease() -> i64 {
+    3_000
+}
+
+fn renew() -> i64 {
+    300
 }
 
 /// A planned move.

@@ -5,7 +5,7 @@
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use super::{HeliosCluster, HeliosClusterSpec, names};
+use super::{Failover, HeliosCluster, HeliosClusterSpec, names};
 use crate::InstanceName;
 
 /// A field that cannot be carried out.
@@ -137,8 +137,17 @@ fn check_postgresql(spec: &HeliosClusterSpec) -> Result<(), Invalid> {
     ] {
         range(&format!("spec.failover.{field}"), value, 0, i64::MAX)?;
     }
+    check_lease(failover)?;
     let drain = spec.switchover.drain_timeout_secs;
     range("spec.switchover.drainTimeoutSecs", drain, 0, 3600)
+}
+
+/// The lease must outlast several attempts to renew it.
+fn check_lease(failover: &Failover) -> Result<(), Invalid> {
+    range("spec.failover.delayMs", failover.delay_ms, 0, 3_600_000)?;
+    let lease = failover.lease_ms;
+    range("spec.failover.leaseMs", lease, 2_000, 600_000)?;
+    range("spec.failover.renewMs", failover.renew_ms, 100, lease / 5)
 }
 
 fn check_initdb(spec: &HeliosClusterSpec) -> Result<(), Invalid> {
@@ -267,6 +276,9 @@ mod tests {
             |c| c.spec.switchover.drain_timeout_secs = -1,
             "spec.switchover.drainTimeoutSecs",
         );
+        refused(|c| c.spec.failover.lease_ms = 0, "spec.failover.leaseMs");
+        refused(|c| c.spec.failover.delay_ms = -1, "spec.failover.delayMs");
+        refused(|c| c.spec.failover.renew_ms = 601, "spec.failover.renewMs");
         refused(|c| c.metadata.name = Some("x".repeat(41)), "metadata.name");
         refused(
             |c| {

@@ -391,6 +391,7 @@ fn take_over(ctx: &Ctx<'_>, state: &mut ClusterState, fence: &Fence) {
     }
     let setting = sync::heir_setting(ctx, state, &candidate);
     state.sync = sync::after_promotion(setting);
+    state.lease.change_hands();
 }
 
 /// One round of the step; emits what is left to do when the step stays.
@@ -406,7 +407,7 @@ pub(crate) fn round(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> More {
             preferred,
             end,
             positions,
-        } => steps::fence(ctx, &mut m, preferred, end, positions)?,
+        } => steps::fence(ctx, state, &mut m, preferred, end, positions)?,
         Step::Choose {
             preferred,
             end,

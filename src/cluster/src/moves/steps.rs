@@ -19,7 +19,7 @@ use crate::operation::OperationKind;
 use crate::requests::{Unfit, unfit};
 use crate::state::{ClusterState, Mode, Move, Position, Step};
 use crate::transition::enter;
-use crate::{steady, sync};
+use crate::{lease, steady, sync};
 
 /// How long several proxies hold their clients for one session that cannot be moved.
 const HELD_MS: u64 = 1_000;
@@ -142,7 +142,8 @@ fn proven_dead(ctx: &Ctx<'_>, name: &InstanceName) -> bool {
 }
 
 pub(super) fn fence(
-    ctx: &Ctx<'_>,
+    ctx: &mut Ctx<'_>,
+    state: &ClusterState,
     m: &mut Move,
     preferred: Option<InstanceName>,
     end: Option<Position>,
@@ -155,7 +156,14 @@ pub(super) fn fence(
         Action::Proxy { .. } => false,
     });
     if fencing && !proven_dead(ctx, &m.from) {
-        return Ok(false);
+        if !lease::lapsed(ctx.obs, state, &m.from, &positions) {
+            if ctx.settings.lease_ms.is_some() && is_silent(ctx, &m.from) {
+                stop_confirming(ctx, state, m, &positions);
+                wake_standbys(ctx, state);
+            }
+            return Ok(false);
+        }
+        m.cause = format!("{}; its lease has ended", m.cause);
     }
     let step = Step::Choose {
         preferred,
@@ -165,6 +173,25 @@ pub(super) fn fence(
     // Whose position is not known yet is asked by the step itself.
     enter(m, step, ctx.now)?;
     Ok(true)
+}
+
+/// Whether an agent has not answered for as long as a failure takes. A moment's silence is not
+/// enough: a clean stop sends the standbys everything.
+fn is_silent(ctx: &Ctx<'_>, name: &InstanceName) -> bool {
+    let contact = ctx.obs.instances.get(name).map(|view| &view.contact);
+    matches!(contact, Some(Contact::Silent { for_ms, .. })
+        if *for_ms >= ctx.settings.unresponsive_ms)
+}
+
+/// A primary whose agent is silent cannot be told to stop: its lease ends, once nobody confirms it
+/// any more.
+fn stop_confirming(ctx: &Ctx<'_>, state: &ClusterState, m: &mut Move, positions: &Positions) {
+    for name in elect::ready(state, ctx.obs) {
+        let action = Action::agent(&name, state.epoch, AgentCommand::StopReceiver);
+        if !positions.contains_key(&name) && !m.todo.contains(&action) {
+            m.todo.push(action);
+        }
+    }
 }
 
 /// Asks nobody who has gone, and everybody who has come.
@@ -332,7 +359,11 @@ pub(super) fn restart(ctx: &mut Ctx<'_>, state: &ClusterState, m: &mut Move) -> 
         m.todo = resumes(ctx, state);
         return Ok(true);
     }
-    let overdue = ctx.now.millis_since(m.step_started) >= ctx.settings.restart_patience_ms;
+    let patience = match ctx.settings.failover_delay_ms {
+        0 => ctx.settings.restart_patience_ms,
+        delay => delay.min(ctx.settings.restart_patience_ms),
+    };
+    let overdue = ctx.now.millis_since(m.step_started) >= patience;
     let given_up = overdue || m.failures >= MAX_FAILURES;
     if given_up && elect::possible(ctx.settings, state, ctx.obs) {
         let (step, todo) = fencing(ctx, state, &m.from, None, StopMode::Immediate);

@@ -1,6 +1,8 @@
 //! A small model of instances, agents, a proxy and a client, with a controller that can be killed
 //! between any two things it does.
 
+mod lease;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use helios_api::agent::{
@@ -38,6 +40,7 @@ pub(crate) struct Instance {
     receiving: bool,
     epoch: Epoch,
     fenced_at: Option<Epoch>,
+    stopped_at: Option<Epoch>,
     promoted: Option<Fence>,
     pub(crate) setting: BTreeSet<InstanceName>,
     /// The agent is dead until this tick.
@@ -46,6 +49,12 @@ pub(crate) struct Instance {
     pub(crate) told: String,
     /// Promotion kills it.
     pub(crate) dies_when_promoted: bool,
+    /// Nobody reaches it until this tick.
+    pub(crate) cut_until: u64,
+    /// The controller does not reach it until this tick.
+    pub(crate) unheard_until: u64,
+    /// Its agent's half of the lease.
+    pub(crate) lease: lease::Tenant,
 }
 
 #[derive(Debug, Clone)]
@@ -62,6 +71,8 @@ pub(crate) enum Fault {
     Postmaster(usize),
     /// Agent and postmaster together.
     Machine(usize),
+    /// The way to everybody else.
+    Network(usize),
 }
 
 pub(crate) struct World {
@@ -95,6 +106,12 @@ pub(crate) struct World {
     pub(crate) removed: BTreeSet<InstanceName>,
     /// Standbys whose slots were dropped.
     pub(crate) dropped: Vec<InstanceName>,
+    /// For how many ticks a network fault lasts.
+    pub(crate) cut_ticks: u64,
+    /// The controller is away until this tick.
+    pub(crate) away_until: u64,
+    /// The controller's half of the lease.
+    memory: lease::Memory,
     pub(crate) trace: Vec<String>,
 }
 
@@ -109,15 +126,28 @@ impl World {
             receiving: false,
             epoch: Epoch(0),
             fenced_at: None,
+            stopped_at: None,
             promoted: None,
             setting: BTreeSet::new(),
             silent_until: 0,
             told: "first".to_owned(),
             dies_when_promoted: false,
+            cut_until: 0,
+            unheard_until: 0,
+            lease: lease::Tenant::default(),
         };
         Self {
             settings,
-            instances: (1..=count).map(|n| (name(n), fresh.clone())).collect(),
+            instances: (1..=count)
+                .map(|n| {
+                    let lease = lease::Tenant::new(n);
+                    let instance = Instance {
+                        lease,
+                        ..fresh.clone()
+                    };
+                    (name(n), instance)
+                })
+                .collect(),
             proxy: Proxy {
                 epoch: Epoch(0),
                 primary: None,
@@ -142,6 +172,9 @@ impl World {
             aside: BTreeSet::new(),
             removed: BTreeSet::new(),
             dropped: Vec::new(),
+            cut_ticks: 800,
+            away_until: 0,
+            memory: lease::Memory::default(),
             trace: Vec::new(),
         }
     }
@@ -201,13 +234,30 @@ impl World {
         self.replicate();
         self.confirm();
         self.check();
-        self.controller();
+        self.leases();
+        if self.tick >= self.away_until {
+            self.grant();
+            self.controller();
+        }
         self.check();
+    }
+
+    /// Whether anybody reaches an instance's machine.
+    fn is_cut(&self, name: &InstanceName) -> bool {
+        self.instances[name].cut_until > self.tick
+    }
+
+    /// Whether the controller reaches an instance's agent.
+    fn hears(&self, name: &InstanceName) -> bool {
+        let i = &self.instances[name];
+        i.silent_until.max(i.cut_until).max(i.unheard_until) <= self.tick
     }
 
     fn streams(&self, standby: &InstanceName, primary: &InstanceName) -> bool {
         let (s, p) = (&self.instances[standby], &self.instances[primary]);
         !self.disconnected
+            && !self.is_cut(standby)
+            && !self.is_cut(primary)
             && s.role == Role::Standby
             && s.receiving
             && s.following.as_ref() == Some(primary)
@@ -219,7 +269,7 @@ impl World {
             .proxy
             .primary
             .clone()
-            .filter(|_| !self.proxy.held && !self.idle)
+            .filter(|p| !self.proxy.held && !self.idle && !self.is_cut(p))
         else {
             return;
         };
@@ -265,6 +315,9 @@ impl World {
         let Some(primary) = self.proxy.primary.clone() else {
             return;
         };
+        if self.is_cut(&primary) {
+            return;
+        }
         let p = &self.instances[&primary];
         if p.role != Role::Primary {
             // The backend died: the outcome is resolved by evidence, not acknowledged.
@@ -340,11 +393,16 @@ impl World {
                     let until = self.tick + 30;
                     self.instances.get_mut(&name(n)).unwrap().silent_until = until;
                 }
+                Fault::Network(n) => {
+                    let until = self.tick + self.cut_ticks;
+                    self.instances.get_mut(&name(n)).unwrap().cut_until = until;
+                }
             }
         }
         if dies {
             self.running.clear();
             self.finished.clear();
+            self.memory = lease::Memory::starting(self.tick);
         }
         dies
     }
@@ -416,14 +474,15 @@ impl World {
                 host: Host::Unix(format!("/{n}").into()),
                 port: 5432,
             },
-            contact: if i.silent_until > self.tick {
+            contact: if !self.hears(n) {
                 Contact::Silent {
-                    for_ms: 0,
-                    proven_dead: true,
+                    for_ms: self.memory.silent_ms(n, self.tick),
+                    proven_dead: i.silent_until > self.tick,
                 }
             } else {
                 Contact::Answers(Box::new(self.report(n, i)))
             },
+            lease: self.memory.leased(n, self.tick),
         };
         let status = ProxyStatus {
             epoch: self.proxy.epoch,
@@ -479,7 +538,11 @@ impl World {
                 timeline,
                 received: end,
                 replayed: end,
-                heard_ms: Some(0),
+                heard_ms: i
+                    .following
+                    .as_ref()
+                    .filter(|primary| self.streams(n, primary))
+                    .map(|_| 0),
             },
         };
         AgentState {
@@ -543,11 +606,11 @@ impl World {
 
     fn agent(&mut self, n: &InstanceName, request: &AgentRequest) -> Result<AgentReply, Failure> {
         let refused = |why: &str| Err(Failure::Refused(why.to_owned()));
-        let tick = self.tick;
-        let i = self.instances.get_mut(n).unwrap();
-        if i.silent_until > tick {
+        if !self.hears(n) {
             return Err(Failure::Failed("no agent".to_owned()));
         }
+        let tick = self.tick;
+        let i = self.instances.get_mut(n).unwrap();
         if request.epoch < i.epoch {
             return Err(Failure::Stale { seen: i.epoch });
         }
@@ -562,11 +625,15 @@ impl World {
             AgentCommand::StartPrimary if locked => return refused("fenced"),
             AgentCommand::StartPrimary if i.standby_signal => return refused("a standby"),
             AgentCommand::StartPrimary if i.role == Role::Empty => return refused("empty"),
+            AgentCommand::StartPrimary if i.lease.missing(tick) => return refused("no lease"),
             AgentCommand::StartPrimary => i.role = Role::Primary,
             AgentCommand::StartStandby if i.role == Role::Stopped && i.standby_signal => {
                 i.role = Role::Standby;
                 i.receiving = false;
                 i.following = None;
+            }
+            AgentCommand::Follow { .. } if i.stopped_at >= Some(request.epoch) => {
+                return refused("its receiver was stopped");
             }
             AgentCommand::Follow { primary, .. } => {
                 return self.follow(n, &primary.name.clone());
@@ -587,6 +654,7 @@ impl World {
             }
             AgentCommand::StopReceiver if i.role == Role::Standby => {
                 i.receiving = false;
+                i.stopped_at = Some(request.epoch);
                 return Ok(here);
             }
             AgentCommand::WalBeyond { at, .. } if i.role == Role::Stopped => {
@@ -611,11 +679,12 @@ impl World {
 
     fn follow(&mut self, n: &InstanceName, of: &InstanceName) -> Result<AgentReply, Failure> {
         let p = self.instances[of].clone();
+        let cut = self.is_cut(of);
         let i = self.instances.get_mut(n).unwrap();
         if i.role == Role::Primary {
             return Err(Failure::Refused("fence it first".to_owned()));
         }
-        if p.role != Role::Primary {
+        if p.role != Role::Primary || cut {
             return Err(Failure::Failed("the primary does not answer".to_owned()));
         }
         let common = i.log.iter().zip(&p.log).take_while(|(a, b)| a == b).count();
@@ -633,6 +702,7 @@ impl World {
         i.following = Some(of.clone());
         i.fenced_at = None;
         i.promoted = None;
+        i.lease.release();
         Ok(AgentReply::Following { how })
     }
 

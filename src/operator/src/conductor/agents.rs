@@ -9,14 +9,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use helios_agent::client::{AgentClient, ClientError};
-use helios_api::agent::{AgentCommand, AgentError, AgentReply, AgentRequest, AgentState};
+use helios_api::agent::{
+    AgentCommand, AgentError, AgentReply, AgentRequest, AgentState, InstanceState,
+};
 use helios_api::v1alpha1::names;
-use helios_api::{Endpoint, Host, InstanceName};
-use helios_cluster::{Contact, Failure, InstanceView};
+use helios_api::{Endpoint, Host, InstanceName, Lsn};
+use helios_cluster::{Contact, Failure, InstanceView, Leased};
 use helios_control::{ControlClient, Material};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::lease::{self, Duty};
 use crate::OperatorError;
 
 /// How often an agent that does not answer is tried.
@@ -31,9 +34,15 @@ pub(super) struct Place {
 }
 
 #[derive(Debug)]
-struct Known {
-    state: Option<AgentState>,
-    silent_since: Instant,
+pub(super) struct Known {
+    pub(super) state: Option<AgentState>,
+    pub(super) silent_since: Instant,
+    /// When a grant of the lease was last sent, or when this began: a predecessor may have sent one.
+    pub(super) granted: Instant,
+    /// The terms that it holds itself to.
+    pub(super) version: Option<u64>,
+    /// What a standby was last seen to have received, and when that was new.
+    received: (Option<Lsn>, Instant),
     /// Whether it was asked to the end once: before, its silence means nothing.
     asked: bool,
 }
@@ -43,6 +52,9 @@ impl Known {
         Arc::new(Mutex::new(Self {
             state: None,
             silent_since: Instant::now(),
+            granted: Instant::now(),
+            version: None,
+            received: (None, Instant::now()),
             asked: false,
         }))
     }
@@ -54,6 +66,8 @@ struct Entry {
     endpoint: Endpoint,
     known: Arc<Mutex<Known>>,
     client: Option<AgentClient>,
+    /// What it is granted.
+    duty: watch::Sender<Option<Duty>>,
     /// Ends the watch of an address that is no longer the instance's.
     watch: Option<DropGuard>,
 }
@@ -82,6 +96,7 @@ impl Agents {
             endpoint: endpoint(IpAddr::from([0, 0, 0, 0])),
             known: Known::nothing(),
             client: None,
+            duty: watch::Sender::new(None),
             watch: None,
         });
         let moved = entry.place.ip != place.ip;
@@ -104,9 +119,16 @@ impl Agents {
         let stop = CancellationToken::new();
         entry.watch = Some(stop.clone().drop_guard());
         let (known, changed) = (Arc::clone(&entry.known), Arc::clone(changed));
+        let duty = entry.duty.subscribe();
         tokio::spawn(async move {
+            let both = async {
+                tokio::join!(
+                    follow(client.clone(), Arc::clone(&known), Arc::clone(&changed)),
+                    lease::renew(client, known, duty, changed)
+                )
+            };
             tokio::select! {
-                () = watch(client, known, changed) => {}
+                _ = both => {}
                 () = stop.cancelled() => {}
             }
         });
@@ -125,8 +147,7 @@ impl Agents {
             let contact = match &known.state {
                 Some(state) => Contact::Answers(Box::new(state.clone())),
                 None => Contact::Silent {
-                    for_ms: u64::try_from(known.silent_since.elapsed().as_millis())
-                        .unwrap_or(u64::MAX),
+                    for_ms: millis(known.silent_since.elapsed()),
                     // The first process of its container ends only with all others.
                     proven_dead: entry.place.ended,
                 },
@@ -134,12 +155,30 @@ impl Agents {
             InstanceView {
                 endpoint: entry.endpoint.clone(),
                 contact,
+                lease: Leased {
+                    version: known.version,
+                    ungranted_ms: millis(known.granted.elapsed()),
+                    quiet_ms: millis(known.received.1.elapsed()),
+                },
             }
         };
         self.entries
             .iter()
             .map(|(name, entry)| (name.clone(), view(entry)))
             .collect()
+    }
+
+    /// Grants the lease to one of them, or to nobody.
+    pub(super) fn grant(&self, to: Option<(InstanceName, Duty)>) {
+        for (name, entry) in &self.entries {
+            let duty = to.as_ref().filter(|(holder, _)| holder == name);
+            let duty = duty.map(|(_, duty)| duty.clone());
+            entry.duty.send_if_modified(|now| {
+                let changed = *now != duty;
+                *now = duty;
+                changed
+            });
+        }
     }
 
     /// Whether each that has a Pod has answered or failed to.
@@ -184,6 +223,10 @@ impl Agents {
     }
 }
 
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn endpoint(ip: IpAddr) -> Endpoint {
     Endpoint {
         host: Host::Tcp(ip.to_string()),
@@ -191,7 +234,7 @@ fn endpoint(ip: IpAddr) -> Endpoint {
     }
 }
 
-fn lock(known: &Mutex<Known>) -> std::sync::MutexGuard<'_, Known> {
+pub(super) fn lock(known: &Mutex<Known>) -> std::sync::MutexGuard<'_, Known> {
     known.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -212,7 +255,7 @@ fn limit(command: &AgentCommand) -> Duration {
 }
 
 /// Follows what the agent reports.
-async fn watch(client: AgentClient, known: Arc<Mutex<Known>>, changed: Arc<Notify>) {
+async fn follow(client: AgentClient, known: Arc<Mutex<Known>>, changed: Arc<Notify>) {
     loop {
         let seen = lock(&known).state.as_ref().map(|state| state.revision);
         let answer = match seen {
@@ -241,8 +284,15 @@ async fn watch(client: AgentClient, known: Arc<Mutex<Known>>, changed: Arc<Notif
 }
 
 /// Takes a report, unless a newer one is known.
-fn learn(known: &Mutex<Known>, state: AgentState, changed: &Notify) {
+pub(super) fn learn(known: &Mutex<Known>, state: AgentState, changed: &Notify) {
     let mut known = lock(known);
+    let received = match &state.instance {
+        InstanceState::Standby { received, .. } => Some(*received),
+        _ => None,
+    };
+    if received != known.received.0 {
+        known.received = (received, Instant::now());
+    }
     // A restarted agent counts from its time of start.
     let newer = known
         .state

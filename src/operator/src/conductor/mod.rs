@@ -6,6 +6,8 @@
 
 mod act;
 mod agents;
+mod dying;
+mod lease;
 mod life;
 mod plan;
 mod proxies;
@@ -174,6 +176,7 @@ struct Conductor {
     actor: Actor,
     reporter: report::Reporter,
     labels: roles::Labels,
+    dying: dying::Dying,
     running: Vec<Action>,
     finished: Vec<Finished>,
     life: life::Life,
@@ -207,6 +210,7 @@ async fn conduct(
         actor: Actor::new(done),
         reporter,
         labels: roles::Labels::default(),
+        dying: dying::Dying::default(),
         running: Vec::new(),
         finished: Vec::new(),
         life: life::Life::default(),
@@ -291,6 +295,8 @@ impl Conductor {
             consumed: self.store.now().consumed || ask.is_some(),
             database: self.store.now().database || self.actor.database_made(),
         };
+        let before = self.store.now().cluster.clone();
+        self.dying.before_save(&before, &next.cluster);
         match self.store.save(next).await {
             Ok(true) => {}
             Ok(false) => return Ok(None),
@@ -300,12 +306,14 @@ impl Conductor {
                 return Err(error);
             }
         }
+        self.dying.after_save(&before, &self.store.now().cluster);
         if ask.is_some() {
             self.answer(&input, refused).await;
         } else if let Some(why) = unasked {
             self.event(cluster, EventType::Normal, "SwitchoverBegan", why);
         }
         self.follow_up(&input, plan, decision.answer.as_ref());
+        self.agents.grant(view::duty(cluster, &decision.next));
         let moving = matches!(decision.next.mode, Mode::Moving(_));
         self.carry_out(&input, decision);
         let state = self.store.now().cluster.clone();

@@ -1,8 +1,9 @@
 //! From objects and the spec to what decisions are made from. Pure.
 
 use std::net::IpAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use helios_api::InstanceName;
 use helios_api::agent::ServerSettings;
 use helios_api::v1alpha1::DataDurability;
 use helios_api::v1alpha1::names;
@@ -12,6 +13,7 @@ use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use kube::ResourceExt as _;
 
 use super::agents::Place;
+use super::lease::Duty;
 use super::plan::PodView;
 
 /// Whether the primary is about to be ended while nothing else is done.
@@ -124,8 +126,22 @@ pub(super) fn settings(cluster: &ValidCluster, server: &ServerSettings) -> Setti
         restart_patience_ms: millis(spec.failover.restart_patience_ms),
         slow_interval_ms: crate::build::latency_interval_ms(cluster),
         server: Some(server.clone()),
+        failover_delay_ms: millis(spec.failover.delay_ms),
+        lease_ms: Some(millis(spec.failover.lease_ms)),
         ..Settings::default()
     }
+}
+
+/// What is granted, to whom.
+pub(super) fn duty(cluster: &ValidCluster, state: &ClusterState) -> Option<(InstanceName, Duty)> {
+    let (holder, epoch, terms) = helios_cluster::lease::duty(state)?;
+    let every = u64::try_from(cluster.spec.failover.renew_ms).unwrap_or_default();
+    let duty = Duty {
+        epoch,
+        terms,
+        every: Duration::from_millis(every),
+    };
+    Some((holder, duty))
 }
 
 /// The time by this machine's clock.
