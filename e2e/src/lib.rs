@@ -9,6 +9,7 @@ pub mod driver;
 pub mod kube;
 pub mod ledger;
 pub mod lockstep;
+pub mod node;
 pub mod raw;
 pub mod restart;
 pub mod schedule;

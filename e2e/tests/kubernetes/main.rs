@@ -7,8 +7,10 @@
 )]
 
 mod charts;
+mod faults;
 mod life;
 mod monitoring;
+mod outages;
 mod plugin;
 mod proxies;
 mod readme;
@@ -60,6 +62,7 @@ fn is_ready(object: &Value) -> bool {
 
 /// Applies the minimal sample and waits until it serves.
 async fn cluster(space: &Namespace) -> Result<Value> {
+    helios_e2e::node::recycle_volumes().await?;
     space.apply(&sample("minimal")?).await?;
     space.until("hc", "pg", UP, is_ready).await
 }
