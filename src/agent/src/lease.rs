@@ -214,6 +214,7 @@ mod tests {
             fenced,
             instance: InstanceState::Empty,
             leaving: false,
+            settings: helios_api::agent::SettingsReport::default(),
         }
     }
 

@@ -70,6 +70,7 @@ impl Scene {
                 port: 5432,
             },
             contact: Contact::Answers(Box::new(agent)),
+            lease: helios_cluster::Leased::default(),
         };
         self.obs.instances.insert(name(n), view);
     }
