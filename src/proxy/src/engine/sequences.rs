@@ -154,10 +154,10 @@ impl Keeper {
         let broken = |e: ReplayError| ReplayError::Connection(std::io::Error::other(e.to_string()));
         let mut service = self.service()?;
         if std::mem::take(&mut service.waits) {
-            service.baton.hand_over().await?;
-            let ended = set_back::end(&mut service.link).await;
+            service.baton.give().await?;
+            set_back::end(&mut service.link).await.map_err(broken)?;
+            service.baton.take_back().await?;
             self.put_back(service);
-            ended.map_err(broken)?;
             self.set_back.clear();
         } else {
             self.put_back(service);

@@ -72,16 +72,25 @@ impl Baton {
         Ok(Self { link, pid })
     }
 
-    /// Gives it to the server's statement, and takes it again behind that.
+    /// Gives it to the server's statement, which may not wait for it yet: it is not taken again
+    /// before that has ended, or the two would wait for each other.
     ///
     /// # Errors
     /// The connection's.
-    pub(super) async fn hand_over(&mut self) -> Result<(), ReplayError> {
-        let pid = self.pid;
+    pub(super) async fn give(&mut self) -> Result<(), ReplayError> {
         let sql = format!(
-            "SELECT pg_catalog.pg_advisory_unlock({CLASS}, {pid}); \
-             SELECT pg_catalog.pg_advisory_lock({CLASS}, {pid})"
+            "SELECT pg_catalog.pg_advisory_unlock({CLASS}, {})",
+            self.pid
         );
+        simple(&mut self.link, &sql).await.map(|_| ())
+    }
+
+    /// Takes it again, for the next statement.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub(super) async fn take_back(&mut self) -> Result<(), ReplayError> {
+        let sql = format!("SELECT pg_catalog.pg_advisory_lock({CLASS}, {})", self.pid);
         simple(&mut self.link, &sql).await.map(|_| ())
     }
 }
