@@ -250,7 +250,12 @@ impl Planner<'_> {
             Some(InstanceState::Standby {
                 heard_ms: Some(_), ..
             }) if !self.is_primary(name) => {
-                let confirms = self.state.sync.target().contains(name);
+                let confirms = self
+                    .state
+                    .sync
+                    .possible
+                    .iter()
+                    .all(|set| set.contains(name));
                 (self.given.synchronous && !confirms)
                     .then(|| "it does not confirm commits yet".to_owned())
             }

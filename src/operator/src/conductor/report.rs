@@ -447,7 +447,8 @@ fn instance(
         ready,
         position: position.map(|p| p.to_string()),
         lag_bytes: lag,
-        synchronous: state.sync.target().contains(name),
+        // Of every setting that may be in force: the one before may not be over yet.
+        synchronous: state.sync.possible.iter().all(|set| set.contains(name)),
     }
 }
 
