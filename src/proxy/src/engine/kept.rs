@@ -9,9 +9,8 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use helios_session::last_values::{self, LastValue};
-use helios_session::needs::{NAMES_QUERY, name_of};
 use helios_session::temporary::{
-    AFTER_RESTORE, BEFORE_RESTORE, FLUSH_QUERY, Inventory, OTHERS_QUERY, Objects, SETTINGS, Step,
+    AFTER_RESTORE, BEFORE_RESTORE, FLUSH_QUERY, OTHERS_QUERY, Objects, SETTINGS, Step,
     fingerprint_query,
 };
 use helios_wire::backend;
@@ -22,7 +21,7 @@ use super::asking::{Answer, Asking, Failure, Rows, SMALL};
 use super::cursors::{self, Standing};
 use super::groups::Groups;
 use super::link::{HIGH_WATER, Link};
-use super::making::restore_some;
+use super::making::{look_at_objects, restore_some};
 use super::registry::lock;
 use super::replay::{ReplayError, describe_error, next_frame, text_row};
 use super::shared::Shared;
@@ -136,7 +135,13 @@ impl Kept {
 
     /// Nothing is known of what has changed since it was made again.
     pub(super) fn forget_state(&self) {
-        *lock(&self.state) = State::default();
+        let mut state = lock(&self.state);
+        // That there are any is known for good.
+        let others = state.others.as_ref().map(|_| String::new());
+        *state = State {
+            others,
+            ..State::default()
+        };
     }
 }
 
@@ -268,27 +273,12 @@ async fn keep_objects(
         let why = format!("{bytes} bytes, of which {room} can be kept");
         return Err(Failure::Not(why));
     }
-    let same = |last: &Kept| lock(&last.state).same_objects(&state);
-    let (steps, groups) = match last.filter(same) {
+    let (steps, groups) = match last.filter(|last| lock(&last.state).same_objects(&state)) {
         Some(last) => (last.objects, last.groups),
         None => {
-            let mut inventory = Inventory::default();
-            let rows = asking.rows(Inventory::query()).await?;
-            rows.iter().for_each(|row| inventory.add_row(row));
-            state.others = match inventory.has_others() {
-                true => State::from_rows(asking.rows(OTHERS_QUERY).await?).0.others,
-                false => None,
-            };
-            let queries = inventory.queries();
-            let queries: Vec<&str> = queries.iter().map(String::as_str).collect();
-            let objects = objects(&asking.all_rows(&queries).await?);
-            if let Some(why) = objects.unmovable.into_iter().next() {
-                return Err(Failure::Not(why));
-            }
-            let names = asking.rows(NAMES_QUERY).await?;
-            let names = names.into_iter().filter_map(name_of).collect();
-            let groups = Groups::of_steps(&objects.steps, &names);
-            (objects.steps, groups)
+            let (others, steps, groups) = look_at_objects(asking, objects).await?;
+            state.others = others;
+            (steps, groups)
         }
     };
     let mut kept = Kept {

@@ -5,13 +5,16 @@
 
 use std::collections::BTreeSet;
 
-use helios_session::temporary::{AFTER_RESTORE, BEFORE_RESTORE};
+use helios_session::needs::{NAMES_QUERY, name_of};
+use helios_session::temporary::{
+    AFTER_RESTORE, BEFORE_RESTORE, Inventory, OTHERS_QUERY, Objects, Step,
+};
 use helios_wire::backend;
 use helios_wire::message::front;
 use tokio::sync::Semaphore;
 
 use super::asking::{Asking, Failure};
-use super::groups::tokens;
+use super::groups::{Groups, tokens};
 use super::kept::{Kept, Made};
 use super::link::{HIGH_WATER, Link};
 use super::replay::{ReplayError, describe_error, ended, is_fatal, next_frame};
@@ -162,4 +165,33 @@ async fn answers(asking: &mut Asking<'_>, cycles: &[Option<&[u8]>]) -> Result<()
         Some(e) => Err(Failure::Not(format!("temporary table: {e}"))),
         None => Ok(()),
     }
+}
+
+/// What makes the objects again, which of them name each other, and the answer to [`OTHERS_QUERY`]
+/// where there are such.
+///
+/// # Errors
+/// The connection's, or why they cannot be made again.
+pub(super) async fn look_at_objects(
+    asking: &mut Asking<'_>,
+    objects: impl Fn(&[Vec<Option<String>>]) -> Objects,
+) -> Result<(Option<String>, Vec<Step>, Groups), Failure> {
+    let mut inventory = Inventory::default();
+    let rows = asking.rows(Inventory::query()).await?;
+    rows.iter().for_each(|row| inventory.add_row(row));
+    let others = match inventory.has_others() {
+        true => asking.rows(OTHERS_QUERY).await?.into_iter().next(),
+        false => None,
+    };
+    let others = others.map(|row| row.into_iter().next().flatten().unwrap_or_default());
+    let queries = inventory.queries();
+    let queries: Vec<&str> = queries.iter().map(String::as_str).collect();
+    let objects = objects(&asking.all_rows(&queries).await?);
+    if let Some(why) = objects.unmovable.into_iter().next() {
+        return Err(Failure::Not(why));
+    }
+    let names = asking.rows(NAMES_QUERY).await?;
+    let names = names.into_iter().filter_map(name_of).collect();
+    let groups = Groups::of_steps(&objects.steps, &names);
+    Ok((others, objects.steps, groups))
 }
