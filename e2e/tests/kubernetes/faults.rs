@@ -91,7 +91,7 @@ async fn failed_over(stage: &Stage, id: i64, to: &str) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_killed_container_is_failed_over() -> std::result::Result<(), Shown> {
     Ok(killed().await?)
 }
@@ -107,7 +107,7 @@ async fn killed() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_primary_that_stands_still_for_two_seconds_stays_primary()
 -> std::result::Result<(), Shown> {
     Ok(frozen_briefly().await?)
@@ -130,7 +130,7 @@ async fn frozen_briefly() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_primary_that_stands_still_for_a_minute_is_replaced_and_commits_nothing_more()
 -> std::result::Result<(), Shown> {
     Ok(frozen().await?)
@@ -182,7 +182,7 @@ fn at(config: tokio_postgres::Config, address: &str) -> tokio_postgres::Config {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_primary_that_is_cut_off_from_everybody_is_replaced() -> std::result::Result<(), Shown> {
     Ok(cut_off().await?)
 }
@@ -229,7 +229,7 @@ async fn nobody_demoted(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_primary_that_only_the_operator_cannot_reach_goes_on() -> std::result::Result<(), Shown> {
     Ok(nobody_demoted("deaf", operators).await?)
 }
@@ -248,7 +248,7 @@ async fn operators(_: &Stage) -> Result<Vec<String>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_primary_that_is_cut_off_from_the_api_server_goes_on() -> std::result::Result<(), Shown> {
     Ok(nobody_demoted("noapi", api_server).await?)
 }
@@ -278,7 +278,7 @@ async fn api_server(_: &Stage) -> Result<Vec<String>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_primary_that_is_cut_off_from_its_standby_goes_on() -> std::result::Result<(), Shown> {
     let standby = async |stage: &Stage| {
         let (_, standby) = stage.roles().await?;

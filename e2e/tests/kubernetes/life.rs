@@ -59,7 +59,7 @@ async fn shown(config: &tokio_postgres::Config, name: &str) -> Result<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_changed_spec_is_rolled_out_under_load() -> std::result::Result<(), Shown> {
     Ok(rolled().await?)
 }
@@ -107,7 +107,7 @@ async fn rolled() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_fenced_instance_stays_stopped_and_a_fenced_primary_moves()
 -> std::result::Result<(), Shown> {
     Ok(fenced().await?)
@@ -148,7 +148,7 @@ async fn fenced() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn instances_come_and_go_under_load() -> std::result::Result<(), Shown> {
     Ok(scaled().await?)
 }
@@ -202,7 +202,7 @@ async fn scaled() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_volume_that_nobody_provides_or_that_cannot_grow_is_named()
 -> std::result::Result<(), Shown> {
     Ok(volumes().await?)
@@ -229,7 +229,7 @@ async fn volumes() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn two_requests_at_once_and_a_deletion_in_the_middle_of_one() -> std::result::Result<(), Shown>
 {
     Ok(at_once().await?)

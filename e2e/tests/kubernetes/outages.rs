@@ -6,7 +6,7 @@ use super::faults::Stage;
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn an_api_server_that_is_away_for_a_minute_is_not_noticed() -> std::result::Result<(), Shown>
 {
     Ok(away().await?)
@@ -25,7 +25,7 @@ async fn away() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_failover_during_an_outage_of_the_api_server_ends() -> std::result::Result<(), Shown> {
     Ok(failover_without_api().await?)
 }
@@ -105,21 +105,27 @@ async fn deaths() -> Result<i64> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn an_operator_that_dies_at_any_step_of_a_switchover_is_succeeded()
 -> std::result::Result<(), Shown> {
     Ok(every_step(&PLANNED, true).await?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn an_operator_that_dies_at_any_step_of_a_failover_is_succeeded()
 -> std::result::Result<(), Shown> {
     Ok(every_step(&UNPLANNED, false).await?)
 }
 
 async fn every_step(steps: &[&str], planned: bool) -> Result<()> {
-    let stage = Stage::set("steps").await?;
+    // Each in a namespace of its own: the other one's may still be on its way out.
+    let stage = Stage::set(if planned {
+        "steps-planned"
+    } else {
+        "steps-unplanned"
+    })
+    .await?;
     let all = steps
         .iter()
         .flat_map(|step| [(*step).to_owned(), format!("{step}:done")]);

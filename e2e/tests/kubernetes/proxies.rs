@@ -41,7 +41,7 @@ fn at(service: &tokio_postgres::Config, address: &str) -> tokio_postgres::Config
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn the_barrier_holds_across_both_proxies() -> std::result::Result<(), Shown> {
     Ok(barrier().await?)
 }
@@ -111,7 +111,7 @@ async fn moves(space: &Namespace, number: i64, to: &str, planned: bool) -> Resul
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_rolling_update_of_the_proxies_loses_no_transaction() -> std::result::Result<(), Shown> {
     Ok(rolling().await?)
 }
@@ -167,7 +167,7 @@ async fn rolling() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a Kubernetes: make test-kubernetes"]
+#[ignore = "needs a Kubernetes: make e2e"]
 async fn a_killed_proxy_costs_its_own_clients_their_connections_only()
 -> std::result::Result<(), Shown> {
     Ok(killed().await?)
