@@ -1,8 +1,8 @@
 //! The primary's lease: how an agent holds it, and when its end is proven to whoever decides.
 //!
 //! Two halves that never compare clocks. The agent's half ([`Tenancy`]) counts from the moments at
-//! which the agent itself asked; the other half ([`lapsed`]) counts from later moments by the clock
-//! of whoever decides, and longer ([`wait_ms`]). Invariant: when [`lapsed`] says so, every
+//! which the agent itself asked; the other half (`lapsed`) counts from later moments by the clock
+//! of whoever decides, and longer ([`wait_ms`]). Invariant: when `lapsed` says so, every
 //! [`Tenancy`] that was granted under the recorded terms has expired, and its guard has had the
 //! margin to kill the server.
 //!

@@ -68,7 +68,7 @@ coalesce(sum(pg_table_size(c.oid)) FILTER (WHERE c.relkind = 'r'), 0)::text, {cu
 FROM pg_depend d JOIN pg_class c ON c.oid = d.objid LEFT JOIN pg_sequence s ON s.seqrelid = c.oid \
 WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_namespace'::regclass AND d.refobjid = pg_my_temp_schema()";
 
-/// See [`FINGERPRINT`].
+/// The query that tells whether anything in `pg_temp` has changed since, and how large its tables are.
 #[must_use]
 pub fn fingerprint_query() -> String {
     FINGERPRINT.replace("{cursors}", crate::cursors::IDENTITIES)
