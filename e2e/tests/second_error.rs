@@ -246,6 +246,8 @@ async fn gives_way(sent: Sent, planned: bool) -> Result<()> {
     let failing = "select 1/(pg_backend_pid() * 0)";
     failed.send(&request(failing, sent)).await?;
     let told = failed.until(b'E').await?;
+    // The go-between passes it on first, and says so then.
+    tokio::time::timeout(PATIENCE, order.hit()).await?;
     if order.hits() != [Some(b'E')] {
         return Err(format!("held behind {:?}: {}", order.hits(), shape(&told)).into());
     }

@@ -20,6 +20,12 @@ const SCHEMA: &str = "create table t (id int primary key, v text); \
 /// What a transaction of these tests leaves.
 const COMMITTED: [&str; 4] = ["1", "2", "3", "4"];
 
+/// How many sessions look for their primary at the same time, and how often.
+const SESSIONS: usize = 20;
+const ROUNDS: u64 = 10;
+/// What a step may take on a machine that is busy with other things.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 async fn bench() -> Result<Bench> {
     let bench = Bench::start(EngineOptions::default(), SCHEMA).await?;
     bench.known().await?;
@@ -466,4 +472,57 @@ async fn kill_stays_a_kill() -> Result<()> {
         return Err("a killed transaction is there".into());
     }
     Ok(())
+}
+
+/// Attempts to find the primary are under way, and are not the first, when the cluster's command
+/// comes: sessions heed the command. (One could begin the same attempt again and again instead, for
+/// ever. That took a runtime that was busy: 5 of 140 runs of `second_error`, seven at a time.)
+async fn looks_while_the_primary_moves() -> Result<()> {
+    let mut bench = bench().await?;
+    bench.interpose()?;
+    let mut clients = Vec::new();
+    for id in 0..SESSIONS {
+        let client = bench.client().await?;
+        let insert = format!("begin; insert into t values ({id}, 'a')");
+        client.batch_execute(&insert).await?;
+        clients.push(client);
+    }
+    for round in 0..ROUNDS {
+        let between = bench.between.as_ref().ok_or("no go-between")?;
+        between.set(|rules| rules.refuse = vec![Class::Session]);
+        between.close(Class::Session);
+        // Longer than the first pauses between attempts.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        between.set(|rules| {
+            rules.refuse.clear();
+            rules.delay = Duration::from_millis(20);
+        });
+        // At another point of the attempts in each round.
+        tokio::time::sleep(Duration::from_millis(10 * round)).await;
+        tokio::time::timeout(PATIENCE, bench.resume())
+            .await
+            .map_err(|_| format!("round {round}: the move does not end"))??;
+        if let Some(between) = &bench.between {
+            between.set(|rules| rules.delay = Duration::ZERO);
+        }
+        let answers = clients.iter().map(|c| c.batch_execute("select 1"));
+        let answers = futures_util::future::try_join_all(answers);
+        tokio::time::timeout(PATIENCE, answers)
+            .await
+            .map_err(|_| format!("round {round}: a session does not come back"))?
+            .map_err(said)?;
+    }
+    for client in &clients {
+        client.batch_execute("commit").await.map_err(said)?;
+    }
+    let rows = bench.column("select count(*) from t").await?;
+    match rows == [SESSIONS.to_string()] {
+        true => Ok(()),
+        false => Err(format!("{rows:?} rows").into()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_look_for_their_primary_heed_the_gate() -> std::result::Result<(), Shown> {
+    Ok(looks_while_the_primary_moves().await?)
 }

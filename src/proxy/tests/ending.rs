@@ -36,6 +36,9 @@ async fn sessions_end_where_no_transaction_is_open() {
         .unwrap();
     let proxy = bench.proxy.clone();
     let end = tokio::spawn(async move { proxy.shutdown(PATIENCE).await });
+    // The task has begun when nobody is let in any more.
+    let begun = async { while bench.client().await.is_ok() {} };
+    tokio::time::timeout(PATIENCE, begun).await.unwrap();
     // Told before it asks; a driver reads it with its next request, or finds it closed.
     let told = fails(&idle, "INSERT INTO t VALUES (9)").await;
     assert!(told == "57P01" || told == "closed", "{told}");
@@ -46,7 +49,8 @@ async fn sessions_end_where_no_transaction_is_open() {
     inside.batch_execute("COMMIT").await.unwrap();
     let told = fails(&inside, "INSERT INTO t VALUES (9)").await;
     assert!(told == "57P01" || told == "closed", "{told}");
-    assert!(bench.client().await.is_err(), "a client was let in");
+    let let_in = bench.client().await;
+    assert!(let_in.is_err(), "a client was let in");
     tokio::time::timeout(PATIENCE, end).await.unwrap().unwrap();
     let v = bench.column("SELECT v FROM t ORDER BY v").await.unwrap();
     assert_eq!(v, ["1", "2"]);

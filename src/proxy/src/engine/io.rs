@@ -15,6 +15,11 @@ use super::session::{End, Event, Session};
 /// Bytes of results up to which a client gets them with the outcome of their commit.
 const WITHHELD: usize = 8 * 1024;
 
+/// Whether the gate has taken a step that the session has not seen, or has gone.
+fn has_moved(gate: &watch::Receiver<GateState>) -> bool {
+    !matches!(gate.has_changed(), Ok(false))
+}
+
 impl Session {
     /// Moves bytes until something else happens.
     pub(super) async fn until_event(&mut self, gate: &watch::Receiver<GateState>) -> Event {
@@ -26,7 +31,9 @@ impl Session {
         let sleep = tokio::time::sleep_until(at);
         tokio::pin!(sleep);
         poll_fn(|cx| {
-            if sleep.as_mut().poll(cx).is_ready() {
+            // A step of the gate comes first: what a timer begins is void once the gate has moved
+            // on, and a timer that is due at once would begin it again and again.
+            if !has_moved(gate) && sleep.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Event::Timer);
             }
             self.poll_event(cx, gate)
@@ -45,7 +52,7 @@ impl Session {
         let bell = &self.entry().bell;
         bell.listen(cx.waker());
         let rung = bell.rung();
-        if !matches!(gate.has_changed(), Ok(false)) {
+        if has_moved(gate) {
             return Poll::Ready(Event::Gate);
         }
         if rung {
