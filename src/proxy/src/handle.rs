@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use helios_api::control::{Backend, MigrationEvent, Topology};
 use helios_api::{Endpoint, Epoch, Host};
-use helios_telemetry::metrics::Metrics;
+use helios_telemetry::metrics::{Metrics, Refusal};
 use tokio::sync::{Mutex, broadcast};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -196,13 +196,13 @@ async fn client(shared: Arc<Shared>, edge: Arc<EdgeContext>, incoming: Incoming)
     }
 }
 
-fn refusal(error: &login::LoginError) -> &'static str {
+fn refusal(error: &login::LoginError) -> Refusal {
     match error {
-        login::LoginError::Closed | login::LoginError::Io(_) => "connection",
-        login::LoginError::Timeout(_) => "timeout",
-        login::LoginError::Refused(fields) if fields.sqlstate.class() == *b"53" => "limit",
-        login::LoginError::Refused(_) => "refused",
-        login::LoginError::Protocol(_) => "protocol",
+        login::LoginError::Closed | login::LoginError::Io(_) => Refusal::Connection,
+        login::LoginError::Timeout(_) => Refusal::Timeout,
+        login::LoginError::Refused(fields) if fields.sqlstate.class() == *b"53" => Refusal::Limit,
+        login::LoginError::Refused(_) => Refusal::Refused,
+        login::LoginError::Protocol(_) => Refusal::Protocol,
     }
 }
 

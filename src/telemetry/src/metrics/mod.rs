@@ -6,110 +6,19 @@
 //! Each `Metrics` has a registry of its own: two proxies in one process (embedding, tests) do not
 //! mix.
 
+mod labels;
 pub mod names;
 
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use labels::{CommitOutcome, Refusal, ReplayResult, SessionState};
 use prometheus::core::Collector;
 use prometheus::{
     Counter, CounterVec, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec,
     IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
-
-/// What a session is doing, as [`names::SESSIONS`] counts it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum SessionState {
-    /// Start-up and authentication.
-    Connecting,
-    /// No transaction, nothing in flight.
-    Idle,
-    /// A request is in flight outside a transaction block.
-    Active,
-    /// Inside a transaction block.
-    InTransaction,
-    /// Corked, waiting for a move.
-    Held,
-    /// Being restored on another backend.
-    Migrating,
-}
-
-impl SessionState {
-    /// All states, in the order of their discriminants.
-    pub const ALL: [Self; 6] = [
-        Self::Connecting,
-        Self::Idle,
-        Self::Active,
-        Self::InTransaction,
-        Self::Held,
-        Self::Migrating,
-    ];
-
-    /// The value of the label `state`.
-    #[must_use]
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Connecting => "connecting",
-            Self::Idle => "idle",
-            Self::Active => "active",
-            Self::InTransaction => "in_transaction",
-            Self::Held => "held",
-            Self::Migrating => "migrating",
-        }
-    }
-}
-
-/// How a replay of an open transaction ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ReplayResult {
-    /// Replayed and verified.
-    Success,
-    /// A result differed from what the client saw.
-    Mismatch,
-    /// A statement or connection failed.
-    Error,
-    /// It took longer than its limit.
-    Timeout,
-}
-
-impl ReplayResult {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::Success, Self::Mismatch, Self::Error, Self::Timeout];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Success => "success",
-            Self::Mismatch => "mismatch",
-            Self::Error => "error",
-            Self::Timeout => "timeout",
-        }
-    }
-}
-
-/// What became of a COMMIT that was in flight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum CommitOutcome {
-    /// The database shows that it is committed.
-    Committed,
-    /// The database shows that it is not.
-    NotCommitted,
-    /// It cannot be known.
-    Unknown,
-}
-
-impl CommitOutcome {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Committed, Self::NotCommitted, Self::Unknown];
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Committed => "committed",
-            Self::NotCommitted => "not_committed",
-            Self::Unknown => "unknown",
-        }
-    }
-}
 
 /// All metrics of a process; a cheap handle. See the module's head.
 #[derive(Debug, Clone)]
@@ -215,10 +124,14 @@ impl Metrics {
         for outcome in CommitOutcome::ALL {
             commit_resolutions.with_label_values(&[outcome.label()]);
         }
+        let connections_refused = counters(&r, n::CONNECTIONS_REFUSED, &["reason"])?;
+        for refusal in Refusal::ALL {
+            connections_refused.with_label_values(&[refusal.label()]);
+        }
         Ok(Self(Arc::new(Handles {
             sessions: SessionState::ALL.map(|s| sessions.with_label_values(&[s.label()])),
             connections: counter(&r, n::CONNECTIONS)?,
-            connections_refused: counters(&r, n::CONNECTIONS_REFUSED, &["reason"])?,
+            connections_refused,
             journal_bytes: gauge(&r, n::JOURNAL_BYTES)?,
             journal_disk_bytes: gauge(&r, n::JOURNAL_DISK_BYTES)?,
             journal_overflows: counter(&r, n::JOURNAL_OVERFLOWS)?,
@@ -278,9 +191,10 @@ impl Metrics {
         }
     }
 
-    /// A client was turned away. `reason` is one of a small fixed set, never client input.
-    pub fn connection_refused(&self, reason: &str) {
-        self.connections_refused.with_label_values(&[reason]).inc();
+    /// A client was turned away.
+    pub fn connection_refused(&self, why: Refusal) {
+        let counter = self.connections_refused.with_label_values(&[why.label()]);
+        counter.inc();
     }
 
     /// A session's migration ended; `reason` is why it moved.
@@ -425,7 +339,7 @@ mod tests {
         let m = Metrics::new();
         m.session_state(None, Some(SessionState::Connecting));
         m.session_state(Some(SessionState::Connecting), Some(SessionState::Idle));
-        m.connection_refused("limit");
+        m.connection_refused(Refusal::Limit);
         m.migration(true, "switchover");
         m.migration(false, "failover");
         m.replay(ReplayResult::Success, Duration::from_millis(3));
@@ -447,6 +361,7 @@ mod tests {
             "helios_sessions{state=\"connecting\"} 0",
             "helios_connections_total 0",
             "helios_connections_refused_total{reason=\"limit\"} 1",
+            "helios_connections_refused_total{reason=\"timeout\"} 0",
             "helios_journal_bytes 0",
             "helios_journal_disk_bytes 0",
             "helios_journal_overflows_total 0",
