@@ -16,9 +16,9 @@ use crate::operation::Time;
 /// How long proxies may take to leave the old primary.
 pub const GATHER_MS: u64 = 2_000;
 /// How long the turns may take, from the moment their holder stood: sessions that set sequences back
-/// replay one after the other, some milliseconds each, behind the opening of their backends. Nobody
-/// waits for longer than they need.
-pub const TURNS_MS: u64 = 5_000;
+/// replay one after the other. No longer than [`GATHER_MS`]: a proxy that stands later than that goes
+/// on by itself at once, and nobody may have a turn then.
+pub const TURNS_MS: u64 = 2_000;
 /// How long replays hold up everybody: the limit of one proxy's own barrier, and what a command
 /// may take on its way.
 pub const REPLAY_MS: u64 = 6_000;

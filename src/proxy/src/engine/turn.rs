@@ -21,9 +21,8 @@ use super::sequences::{Keeper, Service};
 use super::session::Session;
 use super::shared::Shared;
 
-/// How long a replay waits to be alone, behind others that want to: all that come later wait behind
-/// it. As long as the turns of several proxies may take; the barrier may end the wait before.
-const ALONE_WAIT: Duration = Duration::from_secs(5);
+/// How long a replay waits to be alone: all that come later wait behind it.
+const ALONE_WAIT: Duration = Duration::from_secs(2);
 
 /// Within so many microseconds a session notices that its server has gone, before anybody can be
 /// let in by that server's next start.
