@@ -387,6 +387,19 @@ pub(crate) struct ProxyArgs {
     /// Keep what the operator says of the primary in this file, for the next start
     #[arg(long, value_name = "FILE", requires = "control")]
     pub(crate) topology_file: Option<PathBuf>,
+    /// Take over clients and sessions from the proxy that listens on this Unix socket, if one does;
+    /// then listen there for the next one
+    #[arg(long, value_name = "SOCKET", conflicts_with = "control")]
+    pub(crate) take_over: Option<PathBuf>,
+    /// How long, once it is taken over from, it keeps clients that cannot go (over TLS, in a
+    /// transaction, with temporary objects); then they are disconnected
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 3600,
+        requires = "take_over"
+    )]
+    pub(crate) hand_over_limit: u64,
 }
 
 /// An address that nobody reaches from outside of the machine, or of the Pod.

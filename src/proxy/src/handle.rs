@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::auth::VerifierCache;
 use crate::engine::gate::{Ending, Gate, Phase};
 use crate::engine::latency::{self, Latency};
-use crate::engine::registry::lock;
+use crate::engine::registry::{CancelKey, lock};
 use crate::engine::rehearsal::Rehearsals;
 use crate::engine::session;
 use crate::engine::shared::Shared;
@@ -31,7 +31,12 @@ use crate::workers::Workers;
 
 mod barrier;
 mod draining;
+mod giving;
 mod looking;
+mod taking;
+
+pub use giving::Given;
+pub use taking::{Followed, TakeOverError, TakenOver};
 
 /// Why a proxy did not start.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +96,8 @@ struct Inner {
     verifiers: Arc<VerifierCache>,
     limits: Arc<Limits>,
     port: u16,
+    /// Where it listens, for a process that takes over from this one.
+    place: giving::Place,
     /// No more clients are taken.
     closed: CancellationToken,
     /// What watches the primary ends.
@@ -128,6 +135,18 @@ impl Proxy {
     ) -> Result<ProxyHandle, StartError> {
         let dir = options.unix_socket_dir.as_deref();
         let listener = Listener::bind(&options.host, options.port, dir).await?;
+        Self::start_on(options, topology, phase, listener, None)
+    }
+
+    /// Starts one that listens here, and takes sessions that arrive from another process.
+    fn start_on(
+        options: ProxyOptions,
+        topology: Topology,
+        phase: Phase,
+        listener: Listener,
+        arrivals: Option<taking::Arrivals>,
+    ) -> Result<ProxyHandle, StartError> {
+        let place = giving::Place::of(&options, &listener).map_err(StartError::Threads)?;
         let port = listener.port();
         let patience = options.engine.outage_limit;
         let verifiers = Arc::new(VerifierCache::new(
@@ -158,6 +177,7 @@ impl Proxy {
             verifiers,
             limits: Arc::clone(&limits),
             port,
+            place,
             closed: CancellationToken::new(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -169,7 +189,7 @@ impl Proxy {
             waiting: std::sync::Mutex::default(),
         };
         let handle = ProxyHandle(Arc::new(inner));
-        handle.spawn_listener(listener, edge, workers);
+        handle.spawn_listener(listener, edge, workers, arrivals);
         handle.spawn_monitor(options.health_check_interval, options.health_check_timeout);
         handle.spawn_watch_latency();
         handle.spawn_watch_log();
@@ -182,7 +202,13 @@ async fn client(shared: Arc<Shared>, edge: Arc<EdgeContext>, incoming: Incoming)
     let peer = incoming.peer.clone();
     match login::accept(incoming, &edge).await {
         Ok(Accepted::Cancel { key, stream }) => {
-            shared.registry.cancel(key.pid, &key.secret, stream)
+            let key = CancelKey {
+                pid: key.pid,
+                secret: key.secret.to_vec(),
+            };
+            if let Err(stream) = shared.registry.cancel(&key, stream) {
+                shared.kin.pass_on(key, stream);
+            }
         }
         Ok(Accepted::Session(login)) => {
             shared.metrics.connections.inc();
@@ -209,7 +235,13 @@ fn refusal(error: &login::LoginError) -> Refusal {
 impl ProxyHandle {
     /// The listener owns the threads: they end with the runtime, or when all sessions have ended
     /// after it.
-    fn spawn_listener(&self, listener: Listener, edge: Arc<EdgeContext>, workers: Workers) {
+    fn spawn_listener(
+        &self,
+        listener: Listener,
+        edge: Arc<EdgeContext>,
+        workers: Workers,
+        arrivals: Option<taking::Arrivals>,
+    ) {
         let this = Arc::clone(&self.0);
         self.0.tasks.spawn(async move {
             let (tasks, stop) = (this.tasks.clone(), this.closed.clone());
@@ -234,7 +266,9 @@ impl ProxyHandle {
                     drop(keep);
                 });
             };
-            listener.run(limits, stop, on_client).await;
+            let arriving = taking::settle(&shared, &workers, &tasks, &stop, arrivals);
+            let listening = listener.run(limits, stop.clone(), on_client);
+            futures_util::future::join(listening, arriving).await;
             unfinished.disarm();
         });
     }
@@ -407,6 +441,7 @@ impl ProxyHandle {
     pub async fn shutdown(&self, grace: Duration) {
         self.announce_leave();
         self.0.closed.cancel();
+        self.0.place.close();
         self.0.tasks.close();
         let gate = &self.0.shared.gate;
         gate.end(Ending::AtBoundary);

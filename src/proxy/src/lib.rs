@@ -12,8 +12,10 @@ pub mod login;
 pub mod managed;
 pub mod options;
 pub mod stream;
+pub mod takeover;
 pub mod tls;
 mod workers;
 
 pub use handle::{CommandError, Proxy, ProxyHandle, StartError};
+pub use handle::{Followed, Given, TakeOverError, TakenOver};
 pub use options::ProxyOptions;

@@ -7,11 +7,13 @@
 use std::cell::RefCell;
 use std::fmt;
 use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::BytesMut;
+use serde::{Deserialize, Serialize};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -160,7 +162,30 @@ impl AsyncWrite for Stream {
     }
 }
 
-/// A stream that belongs to no runtime: on its way from one thread to another.
+/// What a plain connection runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// TCP.
+    Tcp,
+    /// A Unix socket.
+    Unix,
+}
+
+impl Stream {
+    /// The connection's socket, where another process could go on with it: what TLS knows of a
+    /// connection is in this process alone.
+    #[must_use]
+    pub fn plain(&self) -> Option<(Kind, BorrowedFd<'_>)> {
+        match self {
+            Self::Tcp(s) => Some((Kind::Tcp, s.as_fd())),
+            Self::Unix(s) => Some((Kind::Unix, s.as_fd())),
+            Self::TlsServer(_) | Self::TlsClient(_) => None,
+        }
+    }
+}
+
+/// A stream that belongs to no runtime: on its way from one thread, or process, to another.
 #[derive(Debug)]
 pub struct Detached(Socket);
 
@@ -182,6 +207,23 @@ impl Detached {
             Stream::Unix(s) => s.into_std().map(Socket::Unix).map(Self),
             Stream::TlsServer(_) | Stream::TlsClient(_) => Err(io::ErrorKind::Unsupported.into()),
         }
+    }
+
+    /// A socket that another process has given away.
+    ///
+    /// # Errors
+    ///
+    /// The kernel does not take it for one that never blocks.
+    pub fn received(kind: Kind, socket: OwnedFd) -> io::Result<Self> {
+        let socket = match kind {
+            Kind::Tcp => Socket::Tcp(socket.into()),
+            Kind::Unix => Socket::Unix(socket.into()),
+        };
+        match &socket {
+            Socket::Tcp(s) => s.set_nonblocking(true)?,
+            Socket::Unix(s) => s.set_nonblocking(true)?,
+        }
+        Ok(Self(socket))
     }
 
     /// Gives it to the poller of the runtime that this runs on.

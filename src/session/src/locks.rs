@@ -8,6 +8,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use crate::grammar;
 use crate::reply::{Outcome, Reply};
 
@@ -15,7 +17,7 @@ use crate::reply::{Outcome, Reply};
 pub const MAX_LOCKS: usize = 1000;
 
 /// The key of an advisory lock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Key {
     /// One bigint.
     One(i64),
@@ -24,7 +26,7 @@ pub enum Key {
 }
 
 /// An advisory lock, as a session holds it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Lock {
     /// What is locked.
     pub key: Key,
@@ -34,6 +36,22 @@ pub struct Lock {
 
 /// Locks, with how many times each was taken; `None` while that is not known.
 pub type Locks = BTreeMap<Lock, Option<u32>>;
+
+/// [`Locks`] as a list of pairs, for formats whose maps have texts as keys.
+pub(crate) mod pairs {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use super::{Lock, Locks};
+
+    pub(crate) fn serialize<S: Serializer>(locks: &Locks, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(locks)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Locks, D::Error> {
+        let pairs = Vec::<(Lock, Option<u32>)>::deserialize(from)?;
+        Ok(pairs.into_iter().collect())
+    }
+}
 
 impl Lock {
     /// From a row of `pg_locks`: `objsubid classid objid` and `mode`
@@ -81,7 +99,7 @@ impl std::fmt::Display for Lock {
 }
 
 /// How many calls of advisory lock functions statements may have made.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Calls {
     /// None that could be seen.
     #[default]

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use helios_api::protection::Unprotected;
+use serde::{Deserialize, Serialize};
 
 use crate::grammar;
 use crate::kept::COLUMN_BYTES;
@@ -129,7 +130,7 @@ impl PreparedStatements {
 }
 
 /// What a backend told of its session's state outside a transaction.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// Settings whose source is the session, in units of `pg_settings.setting`.
     pub settings: BTreeMap<String, String>,
@@ -142,6 +143,7 @@ pub struct Snapshot {
     /// Names of the protocol's prepared statements.
     pub protocol_prepared: Vec<String>,
     /// Session advisory locks.
+    #[serde(with = "crate::locks::pairs")]
     pub locks: Locks,
     /// The server was made to count them.
     pub counted: bool,

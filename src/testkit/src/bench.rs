@@ -244,7 +244,9 @@ fn conninfo_of(proxy: &ProxyHandle) -> String {
     format!("host=127.0.0.1 port={port} user=postgres dbname=postgres")
 }
 
-fn options(engine: EngineOptions) -> ProxyOptions {
+/// The options of a bench's proxies.
+#[must_use]
+pub fn options(engine: EngineOptions) -> ProxyOptions {
     ProxyOptions {
         host: "127.0.0.1".into(),
         port: 0,

@@ -1,5 +1,6 @@
 //! One module a group of commands; each is thin: ask a library, show the answer.
 
+mod alone;
 pub(crate) mod first;
 pub(crate) mod kubernetes;
 pub(crate) mod local;

@@ -1,26 +1,19 @@
 //! `helios proxy`: a proxy that an operator commands, or one alone, in front of servers that
-//! somebody else looks after.
-//!
-//! Alone, it looks for the primary among the configured instances once, when it starts. A proxy alone never
-//! moves sessions to another primary: it has no evidence of what a promotion left behind.
+//! somebody else looks after (`alone`).
 
 use std::time::Duration;
 
-use helios_api::control::{Backend, Topology};
 use helios_api::v1alpha1::names;
-use helios_api::{Epoch, Timeline};
 use helios_control::{Material, TlsFiles};
+use helios_proxy::ProxyOptions;
 use helios_proxy::config::ProxyConfig;
 use helios_proxy::managed::Managed;
-use helios_proxy::{Proxy, ProxyOptions, backend, control};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::ProxyArgs;
 use crate::failure::Failure;
 use crate::out;
 
-/// How long transactions may take to end when the proxy is told to stop.
-const GRACE: Duration = Duration::from_secs(10);
 /// In a Pod: how long clients still come, because nodes do not know yet that it is on its way out;
 /// and how long transactions may then take. Together with what is ended at last (5 s) within the
 /// Pod's `terminationGracePeriodSeconds`.
@@ -62,45 +55,13 @@ pub(crate) async fn run(args: &ProxyArgs) -> Result<(), Failure> {
         managed.shutdown(NOTICE, POD_GRACE).await;
         return Ok(());
     }
-    let options = ProxyOptions::from_config(&config).map_err(|e| Failure::usage(e.to_string()))?;
-    let primary = find_primary(&config, &options).await?;
-    out::note(&format!(
-        "primary: {} at {}",
-        primary.name, primary.endpoint
-    ));
-    let topology = Topology {
-        epoch: Epoch(1),
-        timeline: Timeline(1),
-        primary,
-        fences: Vec::new(),
-    };
-    let host = options.host.clone();
-    let handle = Proxy::start(options, topology)
-        .await
-        .map_err(|e| Failure::failed(e.to_string()))?;
-    out::note(&format!("listening on {host}:{}", handle.port()));
-    let observability = &config.observability;
-    if observability.metrics_enabled {
-        let address = (
-            observability.metrics_address.as_str(),
-            observability.metrics_port,
-        );
-        let listener = tokio::net::TcpListener::bind(address).await.map_err(|e| {
-            Failure::failed(format!(
-                "could not listen on {}:{}: {e}",
-                address.0, address.1
-            ))
-        })?;
-        let router = control::router(handle.clone());
-        tokio::spawn(async move { axum::serve(listener, router).await });
-    }
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    out::note("stopping");
-    handle.shutdown(GRACE).await;
-    Ok(())
+    super::alone::run(args, &config, async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+    .await
 }
 
 /// A proxy that the operator commands, from now on.
@@ -139,40 +100,11 @@ async fn managed(
     Ok(managed)
 }
 
-async fn listen(
+pub(super) async fn listen(
     address: impl tokio::net::ToSocketAddrs + std::fmt::Debug,
 ) -> Result<tokio::net::TcpListener, Failure> {
     let text = format!("{address:?}");
     tokio::net::TcpListener::bind(address)
         .await
         .map_err(|e| Failure::failed(format!("could not listen on {text}: {e}")))
-}
-
-/// The instance, by priority, that is not in recovery.
-async fn find_primary(config: &ProxyConfig, options: &ProxyOptions) -> Result<Backend, Failure> {
-    let mut instances = config.backends.instances.clone();
-    instances.sort_by_key(|i| i.priority);
-    let mut problems = Vec::new();
-    for instance in instances {
-        let (at, limit) = (&instance.backend.endpoint, config.backends.connect_timeout);
-        match backend::connect(at, &options.backend_tls, &options.service, limit).await {
-            Ok(conn)
-                if conn
-                    .parameters
-                    .get("in_hot_standby")
-                    .is_none_or(|v| v == "off") =>
-            {
-                return Ok(instance.backend);
-            }
-            Ok(_) => problems.push(format!("{} is in recovery", instance.backend.name)),
-            Err(e) => problems.push(e.to_string()),
-        }
-    }
-    if problems.is_empty() {
-        problems.push("no [[backends.instances]] is configured".to_owned());
-    }
-    Err(Failure::failed(format!(
-        "no primary was found: {}",
-        problems.join("; ")
-    )))
 }

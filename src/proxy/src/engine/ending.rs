@@ -13,7 +13,7 @@ use super::session::{End, Session};
 impl Session {
     /// Whether the proxy ends, and nothing holds the session any more.
     pub(super) fn leaves_with_proxy(&self) -> bool {
-        self.shared.gate.ending() != Ending::No
+        matches!(self.shared.gate.ending(), Ending::AtBoundary | Ending::Now)
             && !self.owes()
             && self.resend.is_none()
             && self.client.passing == 0

@@ -269,6 +269,7 @@ impl Session {
     pub(super) fn end_migration(&mut self, end: &End) {
         let failed = match end {
             End::ClientLeft => self.end_failed("", "the client left"),
+            End::HandedOver => false,
             End::Fatal(fields) => self.end_failed(fields.sqlstate.as_str(), &fields.message),
             End::Forward(frame) => {
                 let code = SqlState(helios_session::reply::sqlstate(frame));

@@ -67,6 +67,9 @@ pub enum Ending {
     AtBoundary,
     /// Wherever they are.
     Now,
+    /// They do not end: another process takes them over, each where it stands outside a
+    /// transaction.
+    HandOver,
 }
 
 /// What sessions see of a move.
@@ -162,7 +165,7 @@ impl Gate {
         }
     }
 
-    /// Ends all sessions: the proxy shuts down.
+    /// Ends all sessions, because the proxy shuts down; or has them go elsewhere, or stay.
     pub fn end(&self, how: Ending) {
         self.ending.store(how as u8, Ordering::SeqCst);
         self.publish(self.now().phase, None, None);
@@ -174,6 +177,7 @@ impl Gate {
         match self.ending.load(Ordering::Relaxed) {
             0 => Ending::No,
             1 => Ending::AtBoundary,
+            3 => Ending::HandOver,
             _ => Ending::Now,
         }
     }

@@ -87,6 +87,9 @@ impl Session {
             }
             if !moved {
                 self.rest();
+                if self.goes_over() {
+                    return Poll::Ready(Event::HandOver);
+                }
                 return Poll::Pending;
             }
         }

@@ -51,6 +51,8 @@ pub struct Entry {
     pub peer: String,
     /// Key of cancel requests.
     pub key: CancelKey,
+    /// Number of the last take-over that left the session here.
+    pub refused: AtomicU64,
     /// A cancel request waits to be forwarded.
     pub cancel: AtomicBool,
     /// Connections of clients that wait for a cancel request to be delivered.
@@ -206,6 +208,29 @@ impl Registry {
         let pid = i32::try_from(id.0 % 0x7FFF_FFFF).unwrap_or(0) + 1;
         let mut secret = vec![0; secret_len];
         rand::fill(&mut secret[..]);
+        self.enter(id, CancelKey { pid, secret }, login, peer)
+    }
+
+    /// Numbers up to this one belong to sessions of the process that this one takes over from.
+    pub fn begin_behind(&self, last: u64) {
+        self.next.fetch_max(last, Ordering::Relaxed);
+    }
+
+    /// The last number that was given to a session.
+    #[must_use]
+    pub fn last(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    /// The same for a session that another process began, under the number and the key that it has.
+    #[must_use]
+    pub fn enter(
+        self: &Arc<Self>,
+        id: SessionId,
+        key: CancelKey,
+        login: Login,
+        peer: String,
+    ) -> Registered {
         let application = login.params.iter().find(|(k, _)| k == "application_name");
         let who = Who {
             database: login.database.clone(),
@@ -218,7 +243,8 @@ impl Registry {
             meter: OnceLock::new(),
             login,
             peer,
-            key: CancelKey { pid, secret },
+            key,
+            refused: AtomicU64::new(0),
             cancel: AtomicBool::new(false),
             cancelling: Mutex::default(),
             cancel_under_way: AtomicBool::new(false),
@@ -248,23 +274,22 @@ impl Registry {
         }
     }
 
-    /// Asks the session with this key to cancel what it runs; a wrong key is ignored, as in
-    /// PostgreSQL.
-    pub fn cancel(&self, pid: i32, secret: &[u8], stream: Stream) {
-        let key = CancelKey {
-            pid,
-            secret: secret.to_vec(),
+    /// Asks the session with this key to cancel what it runs.
+    ///
+    /// # Errors
+    /// Nobody here has this key: the connection back, for another process that may.
+    pub fn cancel(&self, key: &CancelKey, stream: Stream) -> Result<(), Stream> {
+        let Some(entry) = lock(&self.keys).get(key).cloned() else {
+            return Err(stream);
         };
-        let entry = lock(&self.keys).get(&key).cloned();
-        if let Some(entry) = entry {
-            let mut waiting = lock(&entry.cancelling);
-            if waiting.len() < MAX_CANCELLING {
-                waiting.push(stream);
-            }
-            drop(waiting);
-            entry.cancel.store(true, Ordering::SeqCst);
-            entry.bell.ring();
+        let mut waiting = lock(&entry.cancelling);
+        if waiting.len() < MAX_CANCELLING {
+            waiting.push(stream);
         }
+        drop(waiting);
+        entry.cancel.store(true, Ordering::SeqCst);
+        entry.bell.ring();
+        Ok(())
     }
 
     /// The lowest log position that the mark of a statement in flight may be at.

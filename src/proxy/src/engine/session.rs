@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::ahead::{Blueprint, Warm};
+use super::begin::{Beginning, Permits};
 use super::events::{Moving, Noted};
 use super::gate::{Ending, GateState, Member, Phase};
 use super::link::Link;
@@ -109,6 +110,8 @@ pub(super) enum End {
     Fatal(ErrorFields),
     /// The server's own fatal error, forwarded as it is.
     Forward(BytesMut),
+    /// Another process has it: both sockets are that one's.
+    HandedOver,
 }
 
 /// What woke the session.
@@ -118,6 +121,7 @@ pub(super) enum Event {
     Cancel,
     ServerLost,
     Timer,
+    HandOver,
     End(End),
 }
 
@@ -219,10 +223,7 @@ pub struct Session {
     pub(super) rows: Rows,
     /// Requests of the client's that the migration has run again.
     pub(super) replayed: u64,
-    _permits: (
-        crate::listener::ConnectionPermit,
-        crate::listener::UserPermit,
-    ),
+    pub(super) _permits: Permits,
 }
 
 /// The end of the login, as the client expects it.
@@ -255,54 +256,15 @@ pub async fn serve(shared: Arc<Shared>, client: ClientLogin) {
         Err(frame) => return farewell(&mut link, &frame).await,
     };
     greet(&mut link, &conn, &registered.entry);
-    let timeline = gate.borrow().topology.timeline;
-    let member = shared.gate.join(Arc::clone(&registered.entry.bell));
-    let session = Box::new(Session {
+    let session = Session::begin(Beginning {
         tracker: follow(&shared, &conn),
         known: conn.parameters.clone(),
-        old: OldBackend::at(conn.pid, &conn.endpoint),
-        server: Some(Server::new(conn, epoch)),
+        server: Server::new(conn, epoch),
         gate: gate.borrow_and_update().clone(),
-        room: shared.room(),
         shared,
         registered,
-        member,
         client: link,
-        state: Snapshot::default(),
-        temporary: None,
-        asking: None,
-        skip: None,
-        rerun: Rerun::default(),
-        instead: None,
-        refuse: None,
-        discarding: false,
-        last_words: None,
-        epoch,
-        lost: None,
-        attempts: 0,
-        heard: false,
-        idle: false,
-        held_since: None,
-        resend: None,
-        resend_left: 0,
-        timeline,
-        rebuilt: false,
-        stays: false,
-        cancel_waits: false,
-        cut: false,
-        cancelled_by_client: false,
-        dropping_rest: false,
-        state_due: false,
-        forced: None,
-        timer_at: None,
-        retry_at: None,
-        last_activity: Instant::now(),
-        shown_epoch: epoch,
-        noted: Noted::default(),
-        moving: Moving::No,
-        rows: Rows::default(),
-        replayed: 0,
-        _permits: client.permits,
+        permits: client.permits,
     });
     tracing::debug!(session = %id, "session started");
     session.run(gate).await;
@@ -324,7 +286,7 @@ impl Session {
         &self.gate.topology.primary
     }
 
-    async fn run(mut self: Box<Self>, mut gate: watch::Receiver<GateState>) {
+    pub(super) async fn run(mut self: Box<Self>, mut gate: watch::Receiver<GateState>) {
         self.show_instance();
         self.begin_meter();
         let end = loop {
@@ -368,6 +330,7 @@ impl Session {
                 Ok(())
             }
             Event::Timer => self.timer(gate).await,
+            Event::HandOver => self.hand_over().await,
             Event::End(end) => Err(end),
         }
     }
@@ -411,6 +374,8 @@ impl Session {
             End::ClientLeft => None,
             End::Fatal(fields) => Some(frame_of(&fields)),
             End::Forward(frame) => Some(frame.freeze()),
+            // Nobody but the other process may say anything.
+            End::HandedOver => return,
         };
         if let Some(frame) = frame {
             farewell(&mut self.client, &frame).await;

@@ -15,6 +15,7 @@ use tokio::sync::{Semaphore, broadcast, watch};
 use super::counting::Countable;
 use super::evidence::Found;
 use super::gate::Gate;
+use super::handover::Kin;
 use super::history::History;
 use super::kept::MAKERS;
 use super::latency::LatencyRule;
@@ -197,6 +198,8 @@ pub struct Shared {
     pub report: Mutex<ResumeReport>,
     /// `pg_postmaster_start_time()` of the primary, as last seen in this epoch.
     pub postmaster_start: Mutex<Option<String>>,
+    /// The processes that this one takes sessions from, and gives them to.
+    pub(crate) kin: Kin,
 }
 
 impl Shared {
@@ -238,6 +241,7 @@ impl Shared {
             events: broadcast::Sender::new(EVENTS),
             report: Mutex::default(),
             postmaster_start: Mutex::default(),
+            kin: Kin::default(),
         })
     }
 

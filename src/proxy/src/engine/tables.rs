@@ -40,6 +40,26 @@ pub(super) struct Rows {
     asked: Option<Instant>,
 }
 
+impl Rows {
+    /// Whether a statement that wants rows has been prepared; `None` in the middle of something.
+    pub(super) fn carried(&self) -> Option<bool> {
+        let Self {
+            prepared,
+            brought,
+            asked,
+        } = self;
+        (!brought && asked.is_none()).then_some(*prepared)
+    }
+
+    /// As they were carried.
+    pub(super) fn taken_over(prepared: bool) -> Self {
+        Self {
+            prepared,
+            ..Self::default()
+        }
+    }
+}
+
 impl Session {
     /// Puts rows into the frame of `len` bytes in front of the client's input, where it wants some;
     /// gives its length then. `None`: it has to wait, what the role may see is not known yet. A

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,8 +12,10 @@ use tokio::net::{TcpListener, UnixListener, UnixStream, lookup_host};
 use tokio_util::sync::CancellationToken;
 
 use crate::stream::{Detached, Stream};
+pub use doors::{Doors, Sockets};
 pub use limits::{Admission, ConnectionPermit, Limits, UserPermit};
 
+mod doors;
 mod limits;
 
 /// Connections that the kernel keeps for us while we are busy.
@@ -112,19 +115,23 @@ pub struct Listener {
     tcp: Vec<TcpListener>,
     unix: Option<UnixSocket>,
     port: u16,
+    doors: Arc<Doors>,
 }
 
-/// A Unix socket, removed on drop.
+/// A Unix socket, removed on drop unless it is another process's by then.
 #[derive(Debug)]
 struct UnixSocket {
     listener: UnixListener,
     path: PathBuf,
+    doors: Arc<Doors>,
 }
 
 impl Drop for UnixSocket {
     fn drop(&mut self) {
-        // When it is gone already there is nothing to do.
-        let _ = std::fs::remove_file(&self.path);
+        if !self.doors.are_left() {
+            // When it is gone already there is nothing to do.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -157,12 +164,72 @@ impl Listener {
             }
             tcp.push(listener);
         }
+        let doors = Arc::new(Doors::new(true));
         let unix = match unix_dir {
-            Some(dir) => Some(bind_unix(dir, chosen).await?),
+            Some(dir) => Some(bind_unix(dir, chosen, &doors).await?),
             None => None,
         };
-        let port = chosen;
-        Ok(Self { tcp, unix, port })
+        Ok(Self {
+            tcp,
+            unix,
+            port: chosen,
+            doors,
+        })
+    }
+
+    /// Goes on with the sockets of another process, behind closed doors.
+    ///
+    /// # Errors
+    ///
+    /// They are no such sockets.
+    pub fn received(sockets: Sockets, port: u16) -> io::Result<Self> {
+        let Sockets { tcp, unix } = sockets;
+        let doors = Arc::new(Doors::new(false));
+        // As long as they are closed the path is the other process's too.
+        doors.leave(true);
+        let of_tcp = |socket| {
+            let listener = std::net::TcpListener::from(socket);
+            listener.set_nonblocking(true)?;
+            TcpListener::from_std(listener)
+        };
+        let of_unix = |(socket, path)| {
+            let listener = std::os::unix::net::UnixListener::from(socket);
+            listener.set_nonblocking(true)?;
+            io::Result::Ok(UnixSocket {
+                listener: UnixListener::from_std(listener)?,
+                path,
+                doors: Arc::clone(&doors),
+            })
+        };
+        Ok(Self {
+            tcp: tcp.into_iter().map(of_tcp).collect::<io::Result<_>>()?,
+            unix: unix.map(of_unix).transpose()?,
+            port,
+            doors,
+        })
+    }
+
+    /// Copies of its sockets.
+    ///
+    /// # Errors
+    ///
+    /// There are no more descriptors.
+    pub fn sockets(&self) -> io::Result<Sockets> {
+        let tcp = self.tcp.iter().map(|l| l.as_fd().try_clone_to_owned());
+        let copy = |u: &UnixSocket| {
+            let socket = u.listener.as_fd().try_clone_to_owned()?;
+            io::Result::Ok((socket, u.path.clone()))
+        };
+        Ok(Sockets {
+            tcp: tcp.collect::<io::Result<_>>()?,
+            unix: self.unix.as_ref().map(copy).transpose()?,
+        })
+    }
+
+    /// Opens and closes it.
+    #[must_use]
+    pub fn doors(&self) -> Arc<Doors> {
+        Arc::clone(&self.doors)
     }
 
     /// The port that clients use.
@@ -179,9 +246,17 @@ impl Listener {
         stop: CancellationToken,
         mut on_client: impl FnMut(Incoming),
     ) {
+        let mut doors = self.doors.watch();
         loop {
+            if !*doors.borrow_and_update() {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    _ = doors.changed() => continue,
+                }
+            }
             let accepted = tokio::select! {
                 () = stop.cancelled() => return,
+                _ = doors.changed() => continue,
                 accepted = std::future::poll_fn(|cx| self.poll_accept(cx)) => accepted,
             };
             let stream = match accepted {
@@ -259,7 +334,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-async fn bind_unix(dir: &Path, port: u16) -> Result<UnixSocket, BindError> {
+async fn bind_unix(dir: &Path, port: u16, doors: &Arc<Doors>) -> Result<UnixSocket, BindError> {
     let path = dir.join(format!(".s.PGSQL.{port}"));
     let named = || path.display().to_string();
     let listener = match UnixListener::bind(&path) {
@@ -279,5 +354,9 @@ async fn bind_unix(dir: &Path, port: u16) -> Result<UnixSocket, BindError> {
     // As PostgreSQL's (unix_socket_permissions): who may log in is the authentication's business.
     let open = std::fs::Permissions::from_mode(0o777);
     std::fs::set_permissions(&path, open).map_err(|e| BindError::new(named(), e))?;
-    Ok(UnixSocket { listener, path })
+    Ok(UnixSocket {
+        listener,
+        path,
+        doors: Arc::clone(doors),
+    })
 }

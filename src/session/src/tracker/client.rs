@@ -252,7 +252,7 @@ impl Tracker {
     }
 }
 
-fn look_at_parse(frame: &[u8], body: &[u8]) -> Looked {
+pub(super) fn look_at_parse(frame: &[u8], body: &[u8]) -> Looked {
     let name = until_zero(body);
     let sql = until_zero(body.get(name.len() + 1..).unwrap_or_default());
     let touches = touches_session(sql);

@@ -20,6 +20,7 @@ use crate::state::{Change, Prepared, PreparedStatements};
 use crate::temporary::OnCommit;
 use crate::{ReplayMode, TxnStatus};
 
+mod carried;
 mod client;
 mod endings;
 mod marks;
@@ -29,6 +30,7 @@ mod server;
 mod temporary;
 mod texts;
 
+pub use carried::Carried;
 use marks::Marking;
 pub use plain::Runs;
 pub use texts::until_zero;
@@ -392,8 +394,7 @@ impl Tracker {
         self.finish(TxnStatus::Idle);
     }
 
-    /// Whether the exchanges that were answered may have changed the session's state, and nobody has
-    /// asked for it since.
+    /// Whether answered exchanges may have changed the session's state, and nobody has asked since.
     pub fn take_touched(&mut self) -> bool {
         std::mem::take(&mut self.touched)
     }
