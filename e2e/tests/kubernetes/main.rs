@@ -6,6 +6,7 @@
     reason = "what was measured, for whoever reads the log"
 )]
 
+mod bootstrap;
 mod charts;
 mod faults;
 mod life;
@@ -14,6 +15,7 @@ mod outages;
 mod plugin;
 mod proxies;
 mod readme;
+mod volumes;
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! Bringing up a primary: `initdb` of an empty directory, or the start of one that was a primary.
+//! Bringing up a primary: `initdb` of an empty directory (or a copy, in `copy`), or the start of one that was a primary.
 //!
 //! A new data directory is built beside its place and moved there when it is whole, so that a full
 //! disk or a dead agent leaves nothing that looks like one.
@@ -8,7 +8,7 @@ use helios_api::agent::{AgentError, AgentReply};
 use crate::error::refused;
 use crate::files::{self, Directory, Dynamic};
 use crate::instance::Instance;
-use crate::{sql, tools};
+use crate::{logs, sql, tools};
 
 /// Tried in this order: not every system has the first one.
 const LOCALES: [&str; 2] = ["C.UTF-8", "C"];
@@ -16,26 +16,35 @@ const LOCALES: [&str; 2] = ["C.UTF-8", "C"];
 impl Instance {
     pub(crate) async fn bootstrap(&mut self) -> Result<AgentReply, AgentError> {
         if self.directory()? == Directory::Empty {
-            self.step("initdb");
-            let mut result = Ok(());
-            for locale in LOCALES {
-                result = self.initdb(locale).await;
-                if result.is_ok() {
-                    break;
-                }
-            }
-            if let Err(error) = result {
+            let made = match self.config.base_backup.clone() {
+                Some(source) => self.copy(&source).await,
+                None => self.new_directory().await,
+            };
+            if let Err(error) = made {
                 let _ = files::remove_tree(&self.config.building_dir()).await;
                 return Err(error);
             }
             files::finish_building(&self.config).await?;
         }
-        // Not empty: an earlier try got as far as initdb.
+        // Not empty: an earlier try got as far as a whole directory.
         self.start_primary().await
+    }
+
+    async fn new_directory(&self) -> Result<(), AgentError> {
+        self.step("initdb");
+        let mut result = Ok(());
+        for locale in LOCALES {
+            result = self.initdb(locale).await;
+            if result.is_ok() {
+                break;
+            }
+        }
+        result
     }
 
     async fn initdb(&self, locale: &str) -> Result<(), AgentError> {
         let building = files::start_building(&self.config).await?;
+        let log = logs::start_building(&self.config).await?;
         let mut command = tools::command(&self.config, "initdb");
         command
             .arg("-D")
@@ -49,6 +58,9 @@ impl Instance {
                 "--auth-local=trust",
                 "--auth-host=scram-sha-256",
             ]);
+        if let Some(log) = log {
+            command.arg("--waldir").arg(log);
+        }
         if !self.config.syncs() {
             command.arg("--no-sync");
         }

@@ -60,6 +60,10 @@ pub struct AgentConfig {
     pub name: InstanceName,
     /// PostgreSQL's data directory (absolute). Need not exist.
     pub data_dir: PathBuf,
+    /// Folder on another volume that the write-ahead log lives in (absolute); `pg_wal` is a link into
+    /// it then. It belongs to this instance alone. Cannot be changed once there is a data directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_dir: Option<PathBuf>,
     /// Folder of PostgreSQL's Unix socket (absolute). Made with mode 0700, because whoever can
     /// enter it is trusted.
     pub socket_dir: PathBuf,
@@ -95,6 +99,9 @@ pub struct AgentConfig {
     /// `passfile`, ...), in libpq's names.
     #[serde(default)]
     pub primary_options: BTreeMap<String, String>,
+    /// A running server that `Bootstrap` copies, in place of an empty data directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_backup: Option<BaseBackup>,
     /// Stop when the standard input ends: the process that started the agent has gone.
     #[serde(default)]
     pub parent_watch: bool,
@@ -126,6 +133,17 @@ impl Network {
         let material = Material::load(&self.tls).map_err(failed)?;
         PostgresTls::new(other.as_str(), &material).map_err(failed)
     }
+}
+
+/// A server to copy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseBackup {
+    /// Connection parameters in libpq's names (`host`, `user`, `sslmode`, ...).
+    pub options: BTreeMap<String, String>,
+    /// File that holds the password, read when it is used.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
 }
 
 /// A user of the operating system.
@@ -198,6 +216,7 @@ impl AgentConfig {
         Self {
             name,
             data_dir: home.join("data"),
+            wal_dir: None,
             socket_dir: socket_dir.to_owned(),
             port,
             listen_addresses: Vec::new(),
@@ -210,6 +229,7 @@ impl AgentConfig {
             tls: None,
             superuser: default_superuser(),
             primary_options: BTreeMap::new(),
+            base_backup: None,
             parent_watch: false,
             network: None,
         }
@@ -222,28 +242,7 @@ impl AgentConfig {
     /// [`AgentFailure::Config`] names the value and what is allowed.
     pub fn validate(&self) -> Result<(), AgentFailure> {
         let bad = |text: String| Err(AgentFailure::Config(text));
-        for (what, path) in [
-            ("data_dir", &self.data_dir),
-            ("socket_dir", &self.socket_dir),
-            ("control_socket", &self.control_socket),
-            ("bin_dir", &self.bin_dir),
-        ] {
-            if !path.is_absolute() || path.parent().is_none() {
-                return bad(format!(
-                    "{what} must be an absolute path, but is \"{}\"",
-                    path.display()
-                ));
-            }
-            if path
-                .to_string_lossy()
-                .contains(['\'', '\\', '\n', ',', '"'])
-            {
-                return bad(format!(
-                    "{what} \"{}\" contains a quote, comma, backslash or line break",
-                    path.display()
-                ));
-            }
-        }
+        self.validate_paths()?;
         for socket in [self.postgres_socket(), self.control_socket.clone()] {
             if socket.as_os_str().len() > SOCKET_PATH_LIMIT {
                 return bad(format!(
@@ -281,6 +280,44 @@ impl AgentConfig {
             return bad(format!("hba line {line:?} contains a line break"));
         }
         self.validate_parameters()
+    }
+
+    fn validate_paths(&self) -> Result<(), AgentFailure> {
+        let bad = |text: String| Err(AgentFailure::Config(text));
+        let paths = [
+            ("data_dir", &self.data_dir),
+            ("socket_dir", &self.socket_dir),
+            ("control_socket", &self.control_socket),
+            ("bin_dir", &self.bin_dir),
+        ];
+        let log = self.wal_dir.iter().map(|dir| ("wal_dir", dir));
+        for (what, path) in paths.into_iter().chain(log) {
+            if !path.is_absolute() || path.parent().is_none() {
+                return bad(format!(
+                    "{what} must be an absolute path, but is \"{}\"",
+                    path.display()
+                ));
+            }
+            if path
+                .to_string_lossy()
+                .contains(['\'', '\\', '\n', ',', '"'])
+            {
+                return bad(format!(
+                    "{what} \"{}\" contains a quote, comma, backslash or line break",
+                    path.display()
+                ));
+            }
+        }
+        if let Some(log) = &self.wal_dir
+            && (log.starts_with(self.home()) || self.home().starts_with(log))
+        {
+            return bad(format!(
+                "wal_dir \"{}\" must lie apart from \"{}\", which holds the data directory",
+                log.display(),
+                self.home().display()
+            ));
+        }
+        Ok(())
     }
 
     fn validate_parameters(&self) -> Result<(), AgentFailure> {
@@ -399,6 +436,10 @@ mod tests {
     #[test]
     fn bad_values_are_refused_by_name() {
         refused(|c| c.data_dir = "data".into(), "data_dir");
+        refused(|c| c.wal_dir = Some("wal".into()), "wal_dir");
+        for inside in ["/srv/pg-1/data/pg_wal", "/srv"] {
+            refused(|c| c.wal_dir = Some(inside.into()), "apart");
+        }
         refused(|c| c.port = 0, "port");
         refused(|c| c.wal_segment_size_mb = 3, "wal_segment_size_mb");
         refused(|c| c.superuser = "pg_x".into(), "superuser");

@@ -14,6 +14,7 @@ use helios_api::agent::AgentError;
 
 use crate::disk;
 use crate::error::{file_failed, refused};
+use crate::logs;
 use crate::record;
 use crate::{AgentConfig, AgentFailure};
 
@@ -381,7 +382,7 @@ pub(crate) async fn start_building(config: &AgentConfig) -> Result<PathBuf, Agen
     Ok(path)
 }
 
-/// Puts the built directory in the data directory's place; what was there is removed.
+/// Puts the built directory in the data directory's place; what was there is removed, with its log.
 pub(crate) async fn finish_building(config: &AgentConfig) -> Result<(), AgentError> {
     let old = PathBuf::from(format!("{}.old", config.data_dir.display()));
     remove_tree(&old).await?;
@@ -392,7 +393,8 @@ pub(crate) async fn finish_building(config: &AgentConfig) -> Result<(), AgentErr
     std::fs::rename(config.building_dir(), &config.data_dir)
         .and_then(|()| sync_folder(config.home()))
         .map_err(file_failed("could not put in place", &config.data_dir))?;
-    remove_tree(&old).await
+    remove_tree(&old).await?;
+    logs::sweep(config).await
 }
 
 /// Removes a folder with all it holds, off the runtime's threads.

@@ -17,7 +17,7 @@ use crate::files::{self, Directory, Dynamic, Floor};
 use crate::instance::Instance;
 use crate::source::{Source, conninfo};
 use crate::wal::{self, Control, Standing};
-use crate::{sql, tools};
+use crate::{logs, sql, tools};
 
 /// How long a fast shutdown may take before an instance changes sides.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -58,7 +58,8 @@ impl Instance {
         source.ensure_slot(&self.config.name.slot_name()).await?;
         let how = match directory {
             Directory::Empty => self.clone_from(&source, primary).await?,
-            Directory::Ours if self.store.get().torn => {
+            // Without its log nothing of it can be used: it is a copy of what the primary has.
+            Directory::Ours if self.store.get().torn || logs::are_lost(&self.config) => {
                 self.stop(None).await?;
                 self.clone_from(&source, primary).await?
             }
@@ -200,6 +201,7 @@ impl Instance {
         if at_once {
             disk::sync_at_once(&self.config.data_dir).await?;
         }
+        logs::check(&self.config)?;
         let control = Control::read(&self.config).await?;
         if self.has_diverged(source, &control).await? {
             return Err(failed("data directory still reaches past the fork"));
@@ -218,8 +220,10 @@ impl Instance {
         if self.store.get().torn {
             // Worthless, and its space may be needed.
             files::remove_tree(&self.config.data_dir).await?;
+            logs::sweep(&self.config).await?;
         }
         let building = files::start_building(&self.config).await?;
+        let log = logs::start_building(&self.config).await?;
         let mut command = tools::command(&self.config, "pg_basebackup");
         command
             .arg("-D")
@@ -229,18 +233,13 @@ impl Instance {
             .arg("--slot")
             .arg(self.config.name.slot_name())
             .args(["--wal-method=stream", "--checkpoint=fast", "--progress"]);
+        if let Some(log) = log {
+            command.arg("--waldir").arg(log);
+        }
         if !self.config.syncs() {
             command.arg("--no-sync");
         }
-        let hub = self.hub.clone();
-        let backup = tools::run_long(command, "pg_basebackup", |line| {
-            if let Some(percent) = percentage(line) {
-                let step = format!("base backup {percent} %");
-                hub.set(InstanceState::Starting { step });
-            }
-        })
-        .await;
-        if let Err(error) = backup {
+        if let Err(error) = self.run_backup(command).await {
             let _ = files::remove_tree(&self.config.building_dir()).await;
             return Err(error);
         }
@@ -251,6 +250,21 @@ impl Instance {
             Stream::Flows => Ok(Rejoin::Cloned),
             Stream::WalLost => Err(failed("primary has removed the WAL since the base backup")),
         }
+    }
+
+    /// Runs `pg_basebackup`, and says how far it is.
+    pub(crate) async fn run_backup(
+        &self,
+        command: tokio::process::Command,
+    ) -> Result<(), AgentError> {
+        let hub = self.hub.clone();
+        tools::run_long(command, "pg_basebackup", |line| {
+            if let Some(percent) = percentage(line) {
+                let step = format!("base backup {percent} %");
+                hub.set(InstanceState::Starting { step });
+            }
+        })
+        .await
     }
 
     async fn start_standby(

@@ -16,7 +16,7 @@ use crate::hub::{Hub, Run};
 use crate::lease::Lease;
 use crate::postmaster::Postmaster;
 use crate::wal::Control;
-use crate::{AgentConfig, AgentFailure, process, tools};
+use crate::{AgentConfig, AgentFailure, logs, process, tools};
 
 /// How long a server may take from its start to its first answer: crash recovery comes before it.
 const START_LIMIT: Duration = Duration::from_secs(300);
@@ -40,7 +40,7 @@ pub(crate) struct Instance {
     /// Processes that a fence has stopped may not have gone yet: when they are killed at the latest.
     pub(crate) dying: Option<Instant>,
     /// Major version of `bin_dir`.
-    major: String,
+    pub(crate) major: String,
     runs: u64,
 }
 
@@ -131,6 +131,7 @@ impl Instance {
         let result = match command {
             AgentCommand::Bootstrap => Box::pin(self.bootstrap()).await,
             AgentCommand::StartPrimary => Box::pin(self.start_primary()).await,
+            AgentCommand::Survey => Box::pin(self.survey()).await,
             AgentCommand::StartStandby => Box::pin(self.start_alone()).await,
             AgentCommand::Follow {
                 primary,
@@ -326,6 +327,7 @@ impl Instance {
         // Proven before each start: two postmasters on one directory destroy it.
         process::kill_all(&self.config.data_dir).await?;
         self.check_addresses()?;
+        logs::check(&self.config)?;
         process::remove_stale_locks(&self.config.data_dir, &self.config.postgres_socket())?;
         let kept = files::configure(&self.config, &self.floor().await?)?;
         let run = self.next_run();

@@ -173,6 +173,13 @@ pub(crate) fn conninfo(config: &AgentConfig, primary: &Backend) -> String {
     for (name, value) in &config.primary_options {
         settings.insert(name, value.clone());
     }
+    as_conninfo(settings)
+}
+
+/// Connection parameters as one string, quoted.
+pub(crate) fn as_conninfo<N: std::fmt::Display>(
+    settings: impl IntoIterator<Item = (N, String)>,
+) -> String {
     let mut text = String::new();
     for (name, value) in settings {
         let value = value.replace('\\', "\\\\").replace('\'', "\\'");

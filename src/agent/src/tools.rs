@@ -17,6 +17,8 @@ use crate::error::failed;
 const TAIL: usize = 2000;
 /// How long a small program (`pg_controldata`, `pg_waldump`) may take.
 const SMALL_LIMIT: Duration = Duration::from_secs(60);
+/// How long a server alone may take for what it is given: it recovers first.
+const FEED_LIMIT: Duration = Duration::from_secs(3600);
 /// How long a large one (`initdb`, `pg_rewind`, `pg_basebackup`) may say nothing.
 const SILENCE_LIMIT: Duration = Duration::from_secs(300);
 
@@ -72,6 +74,39 @@ pub(crate) async fn output(command: Command, name: &str) -> Result<String, Agent
         "{name} failed: {}",
         tail(&done.stderr)
     )))
+}
+
+/// Runs a program that reads `input` and may take as long as a large one; returns what it said.
+pub(crate) async fn feed(
+    mut command: Command,
+    name: &str,
+    input: &str,
+) -> Result<Captured, AgentError> {
+    use tokio::io::AsyncWriteExt as _;
+    let mut child = command
+        .kill_on_drop(true)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|e| no_start(name, &command, &e))?;
+    let stdin = child.stdin.take();
+    let whole = async {
+        if let Some(mut stdin) = stdin {
+            // One that ends early says why.
+            let _ = stdin.write_all(input.as_bytes()).await;
+        }
+        child.wait_with_output().await
+    };
+    let output = tokio::time::timeout(FEED_LIMIT, whole)
+        .await
+        .map_err(|_| failed(format_args!("{name} did not end within {FEED_LIMIT:?}")))?
+        .map_err(|e| failed(format_args!("could not run {name}: {e}")))?;
+    Ok(Captured {
+        success: output.status.success(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
 }
 
 fn no_start(name: &str, command: &Command, error: &std::io::Error) -> AgentError {

@@ -362,3 +362,64 @@ async fn the_fence_is_right_for_every_transaction_of_a_crash_under_load() {
     println!("committed {committed}, not {lost}");
     assert!(committed > 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_instance_says_how_far_its_wal_goes() {
+    let dir = folder();
+    let (a, b) = pair(dir.path()).await;
+    insert(&a, 1).await;
+    shows(&b, &[1]).await;
+    let survey =
+        async |node: &Node, epoch: u64| match node.command(epoch, AgentCommand::Survey).await {
+            AgentReply::Held {
+                standby,
+                torn: false,
+                timeline,
+                end,
+            } => (standby, timeline.0, end),
+            other => panic!("{other:?}"),
+        };
+    let refused = a.try_command(1, AgentCommand::Survey).await;
+    assert!(refused.is_err(), "{refused:?}");
+    // A new timeline that nobody has made a checkpoint on.
+    let (fence, _) = diverge(&a, &b, 2).await;
+    insert(&b, 2).await;
+    let sql = b.sql().await;
+    let row = sql
+        .query_one("select pg_current_wal_flush_lsn()::text", &[])
+        .await
+        .unwrap();
+    let flushed: helios_api::Lsn = row.get::<_, &str>(0).parse().unwrap();
+    crash(&b);
+    b.reach(|s| matches!(s, InstanceState::Stopped { crashed: true, .. }))
+        .await;
+    let (old, new) = (survey(&a, 2).await, survey(&b, 2).await);
+    assert_eq!((old.0, old.1, new.0, new.1), (false, 1, false, 2));
+    // The last record ends there, or is followed by one of the server's own.
+    assert!(new.2 > fence.fork, "{new:?} {fence:?}");
+    assert!(new.2.0 + 1024 > flushed.0, "{new:?} {flushed}");
+    // A standby that is stopped: as far as its primary, on the same timeline.
+    b.command(3, AgentCommand::StartPrimary).await;
+    let at = At::from(&fence);
+    a.follow(3, &b, &at).await;
+    insert(&b, 3).await;
+    shows(&a, &[1, 2, 3]).await;
+    let stop = AgentCommand::Fence {
+        mode: StopMode::Immediate,
+    };
+    b.command(3, stop.clone()).await;
+    a.command(3, stop).await;
+    let (standby, primary) = (survey(&a, 3).await, survey(&b, 3).await);
+    assert_eq!((standby.0, standby.1, primary.0), (true, 2, false));
+    // It may be some records short of what nobody was told of.
+    assert!(
+        standby.2 > new.2 && standby.2 <= primary.2,
+        "{standby:?} {primary:?}"
+    );
+    // Alone it is enough to go on from: it is started and promoted, and holds everything.
+    a.command(4, AgentCommand::StartStandby).await;
+    a.promote(4).await;
+    assert_eq!(numbers(&a).await, [1, 2, 3]);
+    a.stop().await;
+    b.stop().await;
+}

@@ -90,6 +90,8 @@ pub enum AgentCommand {
     /// Start a stopped standby as it is, without a primary to stream from: it may have to take
     /// over.
     StartStandby,
+    /// Stopped: say what the data directory holds.
+    Survey,
     /// Start as a standby of `primary`, after the fork-point check: directly when the WAL does not
     /// reach past the fork, else `pg_rewind`, else a fresh clone. Also clones an empty directory,
     /// and re-points a running standby.
@@ -158,6 +160,17 @@ pub enum AgentReply {
     Following {
         /// How the instance got there.
         how: Rejoin,
+    },
+    /// Answer to [`AgentCommand::Survey`].
+    Held {
+        /// Whether it would start as a standby.
+        standby: bool,
+        /// Whether it was left in the middle of a rewind, and is of no use.
+        torn: bool,
+        /// The latest timeline of its WAL.
+        timeline: Timeline,
+        /// Where its last record begins.
+        end: Lsn,
     },
     /// Answer to [`AgentCommand::WalBeyond`].
     WalBeyond {

@@ -3,14 +3,14 @@
 
 use std::collections::BTreeSet;
 
+use helios_api::InstanceName;
 use helios_api::agent::{AgentCommand, AgentReply};
-use helios_api::{Epoch, InstanceName};
 
 use crate::observe::{Action, Failure, Finished, Observation, Refusal, Reply};
 use crate::operation::{OperationKind, Phase, PhaseDuration, Time};
-use crate::state::{ClusterState, Member, Mode, Primary, Settings, Step, SyncState};
+use crate::state::{ClusterState, Member, Mode, Settings, Step};
 use crate::transition::{self, Violation};
-use crate::{lease, moves, requests, steady};
+use crate::{found, lease, moves, requests, steady};
 
 /// Longest pause between attempts at a background command.
 const MAX_BACKOFF_MS: u64 = 5_000;
@@ -85,7 +85,7 @@ pub fn decide(
     // Each round either changes the mode or is the last; a move has few steps.
     for _ in 0..transition::MAX_STEPS {
         let more = match &next.mode {
-            Mode::Bootstrap => bootstrap(&mut ctx, &mut next),
+            Mode::Bootstrap => found::round(&mut ctx, &mut next),
             Mode::Steady => steady::round(&mut ctx, &mut next),
             Mode::Moving(_) => moves::round(&mut ctx, &mut next)?,
         };
@@ -102,45 +102,6 @@ pub fn decide(
     })
 }
 
-/// The first primary: the first instance by name. `true`: the mode has changed.
-fn bootstrap(ctx: &mut Ctx<'_>, state: &mut ClusterState) -> bool {
-    use helios_api::agent::InstanceState;
-    let Some(first) = state.members.keys().next().cloned() else {
-        return false;
-    };
-    state.epoch = Epoch(1);
-    let Some(agent) = ctx.obs.agent(&first) else {
-        return false;
-    };
-    let ready = state
-        .members
-        .get(&first)
-        .is_some_and(|m| ctx.now >= m.retry_at);
-    let command = match &agent.instance {
-        InstanceState::Primary { timeline, .. } => {
-            state.primary = Some(Primary {
-                name: first.clone(),
-                timeline: *timeline,
-            });
-            state.sync = SyncState::default();
-            if let Some(member) = state.members.get_mut(&first) {
-                member.setting = Some(BTreeSet::new());
-            }
-            state.settled = Some(ctx.now);
-            state.mode = Mode::Steady;
-            return true;
-        }
-        InstanceState::Empty => AgentCommand::Bootstrap,
-        InstanceState::Stopped { .. } => AgentCommand::StartPrimary,
-        _ => return false,
-    };
-    steady::settings(ctx, state);
-    if ready && !ctx.busy(&first) {
-        ctx.act(Action::agent(&first, state.epoch, command));
-    }
-    false
-}
-
 /// Takes note of an action that ended.
 fn absorb(ctx: &Ctx<'_>, state: &mut ClusterState, finished: &Finished) {
     if let Action::Agent { instance, request } = &finished.action {
@@ -155,6 +116,7 @@ fn absorb(ctx: &Ctx<'_>, state: &mut ClusterState, finished: &Finished) {
             Err(failure) => back_off(ctx, state, instance, failure),
         }
     }
+    found::absorb(state, finished);
     moves::absorb(ctx, state, finished);
 }
 

@@ -197,7 +197,7 @@ impl ClusterState {
     pub fn holder(&self) -> Option<&InstanceName> {
         let Mode::Moving(m) = &self.mode else {
             return match self.mode {
-                Mode::Bootstrap => self.members.keys().next(),
+                Mode::Bootstrap => self.first.as_ref().or_else(|| self.members.keys().next()),
                 _ => self.primary_name(),
             };
         };

@@ -3,7 +3,7 @@
 //! Pure: no I/O, no clock, no runtime, so that every sequence can be stepped through with a death
 //! at every point. Whoever executes decisions saves [`Decision::next`] durably before it carries
 //! out [`Decision::actions`], and feeds results and observations back in. Where to look:
-//! `moves` is a change of primary step by step, `steady` the upkeep between, `health` what counts
+//! `found` is how there comes to be a first primary, `moves` a change of primary step by step, `steady` the upkeep between, `health` what counts
 //! as a failure, `slow` what is left for its latency, `elect` who may become primary, `sync` whose
 //! confirmation commits rest on, `lease` how a primary whose agent is silent is known to have
 //! stopped, `transition` what may follow on what.
@@ -11,6 +11,7 @@
 pub mod barrier;
 mod decide;
 pub mod elect;
+mod found;
 mod health;
 pub mod lease;
 mod moves;
@@ -32,5 +33,7 @@ pub use observe::{
 pub use operation::{
     Durability, OperationKind, OperationRecord, Outcome, Phase, PhaseDuration, Time,
 };
-pub use state::{ClusterState, Member, Mode, Move, Position, Primary, Settings, Step, SyncState};
+pub use state::{
+    ClusterState, Held, Member, Mode, Move, Position, Primary, Settings, Step, SyncState,
+};
 pub use transition::Violation;

@@ -32,6 +32,9 @@ pub struct Observation {
     pub aside: BTreeSet<InstanceName>,
     /// Instances that the cluster is to have no longer: stopped, then forgotten.
     pub removed: BTreeSet<InstanceName>,
+    /// Instances whose volume is older than the cluster: they may hold data, and are asked before
+    /// there is a first primary.
+    pub kept: BTreeSet<InstanceName>,
 }
 
 impl Observation {

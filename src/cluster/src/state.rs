@@ -98,6 +98,9 @@ pub struct ClusterState {
     /// What the primary's lease is held under.
     #[serde(default)]
     pub lease: LeaseState,
+    /// Who is to be the first primary.
+    #[serde(default)]
+    pub first: Option<InstanceName>,
 }
 
 impl Default for ClusterState {
@@ -114,6 +117,7 @@ impl Default for ClusterState {
             next_operation: 1,
             settled: None,
             lease: LeaseState::default(),
+            first: None,
         }
     }
 }
@@ -145,6 +149,20 @@ pub struct Member {
     pub failures: u32,
     /// No background command before this.
     pub retry_at: Time,
+    /// What its data directory holds, while there has never been a primary.
+    #[serde(default)]
+    pub held: Option<Held>,
+}
+
+/// What a data directory holds whose server does not run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Whether it is a standby's.
+    pub standby: bool,
+    /// Whether it is of no use: half of one and half of another.
+    pub torn: bool,
+    /// Where the last record of its WAL begins.
+    pub position: Position,
 }
 
 /// Which settings of `synchronous_standby_names` acknowledged commits may have been made under.

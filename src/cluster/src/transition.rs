@@ -57,7 +57,9 @@ pub(crate) fn enter(m: &mut Move, step: Step, now: Time) -> Result<(), Violation
 /// Compares the state before and after a decision.
 pub(crate) fn check(before: &ClusterState, after: &ClusterState) -> Result<(), Violation> {
     let broken = |text: &str| Err(Violation(text.to_owned()));
-    if after.epoch < before.epoch || after.epoch.0 > before.epoch.0 + 2 {
+    // At first it is behind those that agents of an earlier cluster remember.
+    let jumped = after.epoch.0 > before.epoch.0 + 2 && before.mode != Mode::Bootstrap;
+    if after.epoch < before.epoch || jumped {
         return broken("the epoch went back or jumped");
     }
     if after.sync.possible.is_empty() {

@@ -153,3 +153,92 @@ fn every_agent_is_told_new_settings_once() {
     let told = |line: &&String| line.contains("Configure");
     assert_eq!(world.trace.iter().filter(told).count(), 2);
 }
+
+/// A cluster of three whose primary has moved away from its first instance, with commits; and the
+/// numbers of its primary and of the third one.
+fn moved() -> (World, usize, usize) {
+    let mut world = running(3, Durability::Preferred);
+    ask(&mut world, Request::Switchover { to: None }).unwrap();
+    steps(&mut world, 600);
+    world.settle();
+    match world.durable.primary_name() {
+        Some(primary) if *primary == name(2) => (world, 2, 3),
+        Some(primary) if *primary == name(3) => (world, 3, 2),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_cluster_made_again_goes_on_where_the_data_are_furthest() {
+    for with in [&[1, 2, 3][..], &[1], &[2, 3], &[]] {
+        let (mut world, primary, _) = moved();
+        let kept: Vec<usize> = with.iter().copied().chain([primary]).collect();
+        world.made_again(&kept);
+        let epoch = world.instances[&name(primary)].epoch;
+        world.settle();
+        // It was the primary, and holds as much as anybody.
+        assert_eq!(
+            world.durable.primary_name(),
+            Some(&name(primary)),
+            "{kept:?}"
+        );
+        assert!(world.durable.epoch > epoch);
+        world.check_nothing_lost();
+    }
+}
+
+#[test]
+fn a_standby_takes_over_where_it_is_all_that_is_left() {
+    for with_first in [true, false] {
+        let (mut world, _, other) = moved();
+        let kept = match with_first {
+            true => vec![1, other],
+            false => vec![other],
+        };
+        world.made_again(&kept);
+        // A commit is confirmed by one of the two: with one volume left the last ones may be gone.
+        let log = |n: &usize| world.instances[&name(*n)].log.len();
+        let most = kept.iter().map(log).max().unwrap();
+        world.settle();
+        let primary = world.durable.primary_name().unwrap().clone();
+        let holds = kept.iter().any(|n| name(*n) == primary);
+        assert!(holds, "{kept:?} {primary}");
+        assert!(world.instances[&primary].log.len() >= most);
+    }
+}
+
+#[test]
+fn nothing_is_initialised_while_somebody_may_hold_data() {
+    let (mut world, primary, _) = moved();
+    world.made_again(&[primary]);
+    let log = world.instances[&name(primary)].log.clone();
+    let silent = world.tick + 500;
+    world
+        .instances
+        .get_mut(&name(primary))
+        .unwrap()
+        .silent_until = silent;
+    steps(&mut world, 400);
+    assert_eq!(world.durable.mode, Mode::Bootstrap);
+    assert_eq!(world.instances[&name(1)].role, Role::Empty);
+    world.settle();
+    assert_eq!(world.durable.primary_name(), Some(&name(primary)));
+    assert!(world.instances[&name(primary)].log.starts_with(&log));
+}
+
+#[test]
+fn the_one_that_fell_behind_is_not_chosen() {
+    let mut world = running(3, Durability::Preferred);
+    // The first one, the primary, is gone for a while, and another one takes over.
+    world.stop(&name(1));
+    let silent = world.tick + 100_000;
+    world.instances.get_mut(&name(1)).unwrap().silent_until = silent;
+    steps(&mut world, 1_000);
+    let primary = world.durable.primary_name().unwrap().clone();
+    assert_ne!(primary, name(1));
+    world.made_again(&[1, 2, 3]);
+    world.instances.get_mut(&name(1)).unwrap().silent_until = 0;
+    world.settle();
+    assert_eq!(world.durable.primary_name(), Some(&primary));
+    world.check_nothing_lost();
+}

@@ -239,6 +239,7 @@ fn lock(known: &Mutex<Known>) -> std::sync::MutexGuard<'_, Known> {
 fn limit(command: &AgentCommand) -> Duration {
     Duration::from_secs(match command {
         AgentCommand::Bootstrap => 180,
+        AgentCommand::Survey => 610,
         AgentCommand::StartPrimary | AgentCommand::StartStandby => 310,
         AgentCommand::Follow { .. } => 6 * 3600,
         AgentCommand::Checkpoint => 120,

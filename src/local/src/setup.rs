@@ -222,6 +222,7 @@ pub(crate) fn agent_configs(
         let config = AgentConfig {
             name: name.clone(),
             data_dir: layout.instance_data(name),
+            wal_dir: None,
             socket_dir: layout.instance_sockets(name),
             port: PORT,
             listen_addresses: Vec::new(),
@@ -234,6 +235,7 @@ pub(crate) fn agent_configs(
             tls: None,
             superuser: SERVICE_USER.to_owned(),
             primary_options: BTreeMap::new(),
+            base_backup: None,
             parent_watch,
             network: None,
         };

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use helios_api::v1alpha1::unknown;
-use helios_api::v1alpha1::valid::{Invalid, ValidCluster, bytes};
+use helios_api::v1alpha1::valid::{Invalid, ValidCluster};
 use helios_api::v1alpha1::{ConditionType, HeliosCluster, names};
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{DynamicObject, Patch, PatchParams};
 use kube::core::GroupVersion;
 use kube::runtime::controller::{Action, Controller};
@@ -231,7 +232,8 @@ async fn reconcile(
 async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, OperatorError> {
     let valid = ValidCluster::new(cluster)?;
     build::check(&valid)?;
-    let mut claims = dereference(&valid, world).await?;
+    let mut claims =
+        dereference(&valid, cluster.metadata.creation_timestamp.as_ref(), world).await?;
     let secrets = secret::ensure(&world.client, &valid).await?;
     let objects = build::objects(&valid, &world.options.image, world.offers)?;
     for object in objects {
@@ -266,6 +268,7 @@ async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, Operat
     };
     Ok(Input {
         verdicts: vec![spec, budgets, volumes::verdict(&claims)],
+        kept: claims.kept().clone(),
         template: build::template(&valid),
         server: build::server_settings(&valid),
         cluster: valid,
@@ -279,29 +282,29 @@ async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, Operat
 /// Looks at what is there already and may not be changed.
 async fn dereference(
     valid: &ValidCluster,
+    created: Option<&Time>,
     world: &World,
 ) -> Result<volumes::Claims, OperatorError> {
     let mut claims = volumes::Claims::default();
-    let volumes: Api<PersistentVolumeClaim> =
-        Api::namespaced(world.client.clone(), &valid.namespace);
-    for name in &valid.instances {
-        let Some(volume) = volumes.get_opt(name.as_str()).await? else {
-            continue;
-        };
-        claims.look(name.as_str(), &volume);
-        let spec = volume.spec.unwrap_or_default();
-        let size = spec
-            .resources
-            .and_then(|r| r.requests)
-            .and_then(|r| r.get("storage").and_then(bytes));
-        if size.is_some_and(|size| size > valid.storage_bytes) {
-            let why = "a volume cannot shrink; give at least what it has";
-            return Err(Invalid::new("spec.storage.size", why).into());
+    let api: Api<PersistentVolumeClaim> = Api::namespaced(world.client.clone(), &valid.namespace);
+    for instance in &valid.instances {
+        let log = names::wal_volume(instance.as_str());
+        let there = (
+            api.get_opt(instance.as_str()).await?,
+            api.get_opt(&log).await?,
+        );
+        let both = (there.0.is_some(), there.1.is_some());
+        volumes::check_log(instance.as_str(), both, valid.spec.wal_storage.is_some())?;
+        if let Some(data) = &there.0 {
+            claims.date(instance, data, created);
         }
-        let wanted = valid.spec.storage.storage_class.as_ref();
-        if wanted.is_some() && spec.storage_class_name.as_ref() != wanted {
-            let why = "cannot be changed once there are volumes";
-            return Err(Invalid::new("spec.storage.storageClass", why).into());
+        for wanted in build::claims(valid, instance) {
+            let is_log = wanted.name == log;
+            let Some(volume) = (if is_log { &there.1 } else { &there.0 }) else {
+                continue;
+            };
+            claims.look(&wanted.name, volume);
+            volumes::check(&wanted, volume)?;
         }
     }
     Ok(claims)

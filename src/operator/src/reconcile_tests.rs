@@ -55,6 +55,14 @@ fn empty(call: &Call) -> (u16, Value) {
 
 const CORE: &str = "/api/v1/namespaces/shop";
 
+fn looked(instances: &[&str]) -> Vec<String> {
+    let both = |n: &&str| [n.to_string(), format!("{n}-wal")];
+    let claims = instances.iter().flat_map(both);
+    claims
+        .map(|name| format!("GET {CORE}/persistentvolumeclaims/{name}"))
+        .collect()
+}
+
 fn secrets() -> Vec<String> {
     let names = [
         "pg-ca",
@@ -100,8 +108,7 @@ async fn a_new_cluster_takes_exactly_these_requests() {
     let mock = Mock::start(empty).await;
     let world = world(mock.client.clone());
     let input = prepare(&object("1Gi"), &world).await.unwrap();
-    let volumes = ["pg-1", "pg-2"].map(|n| format!("GET {CORE}/persistentvolumeclaims/{n}"));
-    let mut expected: Vec<String> = volumes.into();
+    let mut expected = looked(&["pg-1", "pg-2"]);
     expected.extend(secrets());
     expected.extend(applied());
     assert_eq!(mock.lines(), expected);
@@ -121,6 +128,9 @@ async fn a_new_cluster_takes_exactly_these_requests() {
 async fn a_volume_that_cannot_grow_keeps_nothing_else_from_being_applied() {
     let mock = Mock::start(|call: &Call| {
         let claim = call.what.contains("/persistentvolumeclaims/");
+        if call.what.ends_with("-wal") {
+            return refusal(404, "not found");
+        }
         if claim && call.what.starts_with("GET ") {
             let spec = json!({"resources": {"requests": {"storage": "1Gi"}}});
             let status = json!({"phase": "Bound"});
@@ -159,15 +169,47 @@ async fn an_object_that_is_wrong_takes_none() {
     assert!(matches!(refused, Err(OperatorError::Invalid(_))));
     assert_eq!(mock.lines(), [""; 0]);
     // A volume that is larger already: what is there is looked at, nothing is changed.
-    let mock = Mock::start(|_: &Call| {
+    let larger = |call: &Call| {
         let spec = json!({"resources": {"requests": {"storage": "9Gi"}}});
-        (200, json!({"metadata": {"name": "x"}, "spec": spec}))
-    })
-    .await;
+        match call.what.ends_with("-wal") {
+            true => refusal(404, "not found"),
+            false => (200, json!({"metadata": {"name": "x"}, "spec": spec})),
+        }
+    };
+    let mock = Mock::start(larger).await;
     let refused = prepare(&object("1Gi"), &self::world(mock.client.clone())).await;
     assert!(matches!(refused, Err(OperatorError::Invalid(_))));
+    assert_eq!(mock.lines(), looked(&["pg-1"]));
+    // Data without a volume for their log do not get one.
+    let mock = Mock::start(larger).await;
+    let refused = prepare(&with_log("9Gi"), &self::world(mock.client.clone())).await;
+    let Err(OperatorError::Invalid(invalid)) = &refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(invalid.field, "spec.walStorage");
+    assert_eq!(mock.lines(), looked(&["pg-1"]));
+}
+
+fn with_log(size: &str) -> HeliosCluster {
+    let mut object = object(size);
+    let log = json!({"size": "1Gi"});
+    object.spec.wal_storage = Some(serde_json::from_value(log).unwrap());
+    object
+}
+
+#[tokio::test]
+async fn a_volume_for_the_log_is_made_before_that_for_the_data() {
+    let mock = Mock::start(empty).await;
+    let world = world(mock.client.clone());
+    prepare(&with_log("1Gi"), &world).await.unwrap();
+    let lines = mock.lines();
+    let at = |name: &str| {
+        let line = format!("PATCH {CORE}/persistentvolumeclaims/{name}");
+        lines.iter().position(|l| *l == line).unwrap()
+    };
+    assert!(at("pg-1-wal") < at("pg-1") && at("pg-2-wal") < at("pg-2"));
     assert_eq!(
-        mock.lines(),
-        [format!("GET {CORE}/persistentvolumeclaims/pg-1")]
+        lines.len(),
+        looked(&["pg-1", "pg-2"]).len() + secrets().len() + applied().len() + 2
     );
 }

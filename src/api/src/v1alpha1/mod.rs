@@ -10,6 +10,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+mod bootstrap;
 pub mod names;
 mod placement;
 mod postgres;
@@ -18,10 +19,9 @@ mod status;
 pub mod unknown;
 pub mod valid;
 
+pub use bootstrap::{BaseBackup, Bootstrap, Initdb, KeyOf, SqlSource, SslMode};
 pub use placement::{PodMetadata, Scheduling, ServiceTemplate, ServiceType};
-pub use postgres::{
-    Bootstrap, DataDurability, Failover, Initdb, Postgresql, Switchover, Synchronous,
-};
+pub use postgres::{DataDurability, Failover, Postgresql, Switchover, Synchronous};
 pub use proxy::{
     HealthChecks, LogLevel, MigrationTriggers, ProxyLogs, ProxySpec, ReplayMode, RestoreAhead,
     SessionMigration, TransactionReplay,
@@ -55,7 +55,9 @@ pub use status::{
     printcolumn(name = "Status", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     validation = Rule::new("self.metadata.name.size() <= 40")
-        .message("metadata.name must have at most 40 characters: Pods and Services are named after it")
+        .message("metadata.name must have at most 40 characters: Pods and Services are named after it"),
+    validation = Rule::new("has(self.spec.walStorage) == has(oldSelf.spec.walStorage)")
+        .message("spec.walStorage can be neither added nor removed: data directories are laid out by it")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct HeliosClusterSpec {
@@ -76,6 +78,10 @@ pub struct HeliosClusterSpec {
     pub postgres_uid: i64,
     /// Where each instance keeps its data.
     pub storage: Storage,
+    /// A second volume for each instance, for its write-ahead log (`pg_wal`). Can be neither added
+    /// nor removed later; it stays or goes as `storage.onDeletion` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wal_storage: Option<WalStorage>,
     /// CPU and memory of each instance's container.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<ResourceRequirements>,
@@ -152,6 +158,21 @@ pub struct Storage {
     /// What happens to the volumes when the HeliosCluster is deleted.
     #[serde(default)]
     pub on_deletion: OnDeletion,
+}
+
+/// A volume for each instance's write-ahead log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WalStorage {
+    /// Its size; may grow where the storage class allows it, never shrink. It has to hold
+    /// `max_wal_size`, what standbys that are away have not received (`max_slot_wal_keep_size`, 4 GB
+    /// as long as it is not set), and the log of a fresh copy beside that of the one before.
+    pub size: Quantity,
+    /// The storage class; the cluster's default without it. Cannot be changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("spec.walStorage.storageClass cannot be changed"))]
+    pub storage_class: Option<String>,
 }
 
 /// What happens to volumes when their cluster is deleted.

@@ -50,6 +50,13 @@ pub fn instance(cluster: &str, number: i32) -> String {
     format!("{cluster}-{number}")
 }
 
+/// Name of the claim of an instance's volume for its write-ahead log; that of its data has the
+/// instance's name.
+#[must_use]
+pub fn wal_volume(instance: &str) -> String {
+    format!("{instance}-wal")
+}
+
 /// Name of the proxies' Deployment.
 #[must_use]
 pub fn proxy(cluster: &str) -> String {

@@ -1,5 +1,5 @@
-//! PostgreSQL: parameters, client authentication, synchronous replication, how a cluster begins,
-//! and what counts as a failure.
+//! PostgreSQL: parameters, client authentication, synchronous replication, and what counts as a
+//! failure.
 
 use std::collections::BTreeMap;
 
@@ -58,42 +58,6 @@ pub enum DataDurability {
     /// They go on without. A primary that fails then is waited for, not replaced.
     #[default]
     Preferred,
-}
-
-/// What a cluster starts from.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Bootstrap {
-    /// A new, empty data directory.
-    #[serde(default)]
-    pub initdb: Initdb,
-}
-
-/// A new data directory with an application's role and database.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Initdb {
-    /// Database of the application.
-    #[serde(default = "app")]
-    #[schemars(length(min = 1, max = 63))]
-    pub database: String,
-    /// Its owner, who can log in.
-    #[serde(default = "app")]
-    #[schemars(length(min = 1, max = 63))]
-    pub owner: String,
-}
-
-impl Default for Initdb {
-    fn default() -> Self {
-        Self {
-            database: app(),
-            owner: app(),
-        }
-    }
-}
-
-fn app() -> String {
-    "app".to_owned()
 }
 
 /// When a primary counts as failed, and how long its successor is looked for.

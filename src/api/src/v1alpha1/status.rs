@@ -73,6 +73,8 @@ pub enum ConditionType {
     ParametersApplied,
     /// Instances are fenced by the annotation.
     Fenced,
+    /// The first primary was made, and the application's role and database with the user's SQL.
+    Bootstrapped,
     /// Every volume is there, in the size that is asked for.
     VolumesReady,
 }
@@ -89,6 +91,7 @@ impl ConditionType {
             Self::UpToDate => "UpToDate",
             Self::ParametersApplied => "ParametersApplied",
             Self::Fenced => "Fenced",
+            Self::Bootstrapped => "Bootstrapped",
             Self::VolumesReady => "VolumesReady",
         }
     }

@@ -5,7 +5,10 @@
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use super::{Failover, HeliosCluster, HeliosClusterSpec, names};
+use super::{
+    BaseBackup, Bootstrap, Failover, HeliosCluster, HeliosClusterSpec, Initdb, KeyOf, SqlSource,
+    SslMode, names,
+};
 use crate::InstanceName;
 
 /// A field that cannot be carried out.
@@ -43,14 +46,20 @@ pub struct ValidCluster {
     pub instances: Vec<InstanceName>,
     /// Size of a volume in bytes.
     pub storage_bytes: u64,
+    /// Size of a volume for the write-ahead log in bytes, where there are any.
+    pub wal_bytes: Option<u64>,
     /// The spec as it was given, for what needs no type of its own.
     pub spec: HeliosClusterSpec,
 }
 
 /// Longest name: `-replicas` and the like are added to it, and labels hold 63 characters.
 const NAME_LIMIT: usize = 40;
-/// A data directory alone takes some 40 MB.
+/// A data directory alone takes some 40 MB, a log with 1 MB segments 80 MB before any is reused.
 const SMALLEST_VOLUME: u64 = 256 << 20;
+
+/// Entries of SQL for a new database, and the longest of them; etcd takes objects of 1.5 MB.
+const MOST_SQL: usize = 100;
+const LONGEST_SQL: usize = 65_536;
 
 impl ValidCluster {
     /// Checks everything.
@@ -99,7 +108,12 @@ impl ValidCluster {
                 .map(|number| names::instance(&name, number).parse())
                 .collect::<Result<_, _>>()
                 .map_err(|e: crate::ParseError| Invalid::new("metadata.name", e.to_string()))?,
-            storage_bytes: storage(spec)?,
+            storage_bytes: storage("spec.storage.size", &spec.storage.size)?,
+            wal_bytes: spec
+                .wal_storage
+                .as_ref()
+                .map(|wal| storage("spec.walStorage.size", &wal.size))
+                .transpose()?,
             namespace: text(&meta.namespace, "metadata.namespace")?,
             uid: text(&meta.uid, "metadata.uid")?,
             generation: meta.generation.unwrap_or_default(),
@@ -151,7 +165,10 @@ fn check_lease(failover: &Failover) -> Result<(), Invalid> {
 }
 
 fn check_initdb(spec: &HeliosClusterSpec) -> Result<(), Invalid> {
-    let initdb = &spec.bootstrap.initdb;
+    let Bootstrap {
+        initdb,
+        base_backup,
+    } = &spec.bootstrap;
     for (field, value) in [("database", &initdb.database), ("owner", &initdb.owner)] {
         let field = format!("spec.bootstrap.initdb.{field}");
         if value.is_empty() || value.len() > 63 || value.contains('\0') {
@@ -165,13 +182,82 @@ fn check_initdb(spec: &HeliosClusterSpec) -> Result<(), Invalid> {
             ));
         }
     }
+    check_sql(initdb, base_backup.is_some())?;
+    match base_backup {
+        Some(source) => check_source(source),
+        None => Ok(()),
+    }
+}
+
+fn check_sql(initdb: &Initdb, copied: bool) -> Result<(), Invalid> {
+    let field = "spec.bootstrap.initdb.sql";
+    if initdb.sql.len() > MOST_SQL {
+        let why = format!("must have at most {MOST_SQL} entries");
+        return Err(Invalid::new(field, why));
+    }
+    for (number, sql) in initdb.sql.iter().enumerate() {
+        if sql.trim().is_empty() || sql.len() > LONGEST_SQL || sql.contains('\0') {
+            return Err(Invalid::new(
+                format!("{field}[{number}]"),
+                format!("must have 1 to {LONGEST_SQL} bytes"),
+            ));
+        }
+    }
+    if copied && (!initdb.sql.is_empty() || initdb.sql_from.is_some()) {
+        let why = "is for a new database, not for a copy by spec.bootstrap.baseBackup";
+        return Err(Invalid::new(field, why));
+    }
+    let Some(SqlSource { config_map, secret }) = &initdb.sql_from else {
+        return Ok(());
+    };
+    if config_map.is_some() == secret.is_some() {
+        let why = "must have either configMap or secret";
+        return Err(Invalid::new("spec.bootstrap.initdb.sqlFrom", why));
+    }
+    let mut keys = config_map.iter().chain(secret);
+    keys.try_for_each(|key| check_key("spec.bootstrap.initdb.sqlFrom", key))
+}
+
+fn check_key(field: &str, key: &KeyOf) -> Result<(), Invalid> {
+    let named = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    for (part, text) in [("name", &key.name), ("key", &key.key)] {
+        if text.is_empty() || text.len() > 253 || !text.chars().all(named) {
+            let why = "must be a name: 1 to 253 letters, digits, '-', '_' and '.'";
+            return Err(Invalid::new(format!("{field}.{part}"), why));
+        }
+    }
     Ok(())
 }
 
-fn storage(spec: &HeliosClusterSpec) -> Result<u64, Invalid> {
-    let field = "spec.storage.size";
-    let text = &spec.storage.size.0;
-    let bytes = bytes(&spec.storage.size).ok_or_else(|| {
+fn check_source(source: &BaseBackup) -> Result<(), Invalid> {
+    let field = |name: &str| format!("spec.bootstrap.baseBackup.{name}");
+    let host = &source.host;
+    let plain = |c: char| c.is_ascii_graphic() && !matches!(c, ',' | '/' | '\'' | '"' | '\\');
+    if host.is_empty() || host.len() > 253 || !host.chars().all(plain) {
+        let why = "must be the name or address of one server";
+        return Err(Invalid::new(field("host"), why));
+    }
+    range(&field("port"), source.port.into(), 1, 65_535)?;
+    if source.user.is_empty() || source.user.len() > 63 || source.user.contains('\0') {
+        return Err(Invalid::new(field("user"), "must have 1 to 63 bytes"));
+    }
+    if let Some(key) = &source.password_secret {
+        check_key(&field("passwordSecret"), key)?;
+    }
+    if let Some(key) = &source.ca_secret {
+        check_key(&field("caSecret"), key)?;
+    }
+    let verifies = matches!(source.ssl_mode, SslMode::VerifyCa | SslMode::VerifyFull);
+    if verifies && source.ca_secret.is_none() {
+        let why = "verify-ca and verify-full need caSecret";
+        return Err(Invalid::new(field("sslMode"), why));
+    }
+    Ok(())
+}
+
+fn storage(field: &str, size: &Quantity) -> Result<u64, Invalid> {
+    let text = &size.0;
+    let bytes = bytes(size).ok_or_else(|| {
         Invalid::new(
             field,
             format!("\"{text}\" is not a size; write for example 10Gi"),
@@ -242,7 +328,7 @@ mod tests {
         let valid = ValidCluster::new(&cluster()).unwrap();
         let names: Vec<_> = valid.instances.iter().map(InstanceName::as_str).collect();
         assert_eq!(names, ["pg-1", "pg-2"]);
-        assert_eq!(valid.storage_bytes, 1 << 30);
+        assert_eq!((valid.storage_bytes, valid.wal_bytes), (1 << 30, None));
         assert_eq!(valid.spec.proxy.replicas, 2);
     }
 
@@ -260,6 +346,13 @@ mod tests {
             |c| c.spec.storage.size = Quantity("1Mi".into()),
             "spec.storage.size",
         );
+        let wal = |size: &str| {
+            let wal = serde_json::json!({"size": size});
+            Some(serde_json::from_value(wal).unwrap())
+        };
+        for size in ["1 GB", "1Mi"] {
+            refused(|c| c.spec.wal_storage = wal(size), "spec.walStorage.size");
+        }
         refused(
             |c| c.spec.postgresql.pg_hba = vec!["a".into(), "b\nc".into()],
             "spec.postgresql.pgHBA[1]",
@@ -286,6 +379,58 @@ mod tests {
                 labels.insert(names::ROLE.into(), "primary".into());
             },
             "spec.podMetadata",
+        );
+    }
+
+    #[test]
+    fn what_a_cluster_starts_from_is_checked_by_field() {
+        let wrong = |bootstrap: serde_json::Value, field: &str| {
+            refused(
+                |c| c.spec.bootstrap = serde_json::from_value(bootstrap).unwrap(),
+                field,
+            );
+        };
+        let key = serde_json::json!({"name": "a", "key": "b"});
+        for (initdb, field) in [
+            (serde_json::json!({"sql": ["select 1", " "]}), "sql[1]"),
+            (serde_json::json!({"sqlFrom": {}}), "sqlFrom"),
+            (
+                serde_json::json!({"sqlFrom": {"configMap": key, "secret": key}}),
+                "sqlFrom",
+            ),
+            (
+                serde_json::json!({"sqlFrom": {"secret": {"name": "a/b", "key": "c"}}}),
+                "sqlFrom.name",
+            ),
+        ] {
+            let field = format!("spec.bootstrap.initdb.{field}");
+            wrong(serde_json::json!({"initdb": initdb}), &field);
+        }
+        for (change, field) in [
+            (serde_json::json!({"host": "a,b"}), "host"),
+            (serde_json::json!({"host": "/run"}), "host"),
+            (serde_json::json!({"port": 0}), "port"),
+            (serde_json::json!({"user": ""}), "user"),
+            (serde_json::json!({"sslMode": "verify-full"}), "sslMode"),
+            (
+                serde_json::json!({"passwordSecret": {"name": "", "key": "c"}}),
+                "passwordSecret.name",
+            ),
+        ] {
+            let mut source = serde_json::json!({"host": "old", "user": "mover"});
+            source
+                .as_object_mut()
+                .unwrap()
+                .extend(change.as_object().unwrap().clone());
+            let field = format!("spec.bootstrap.baseBackup.{field}");
+            wrong(serde_json::json!({"baseBackup": source}), &field);
+        }
+        wrong(
+            serde_json::json!({
+                "baseBackup": {"host": "old", "user": "mover"},
+                "initdb": {"sql": ["select 1"]},
+            }),
+            "spec.bootstrap.initdb.sql",
         );
     }
 

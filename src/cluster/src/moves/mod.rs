@@ -246,7 +246,10 @@ fn note(m: &mut Move, action: &Action, reply: &Reply) -> Option<Fence> {
             }
         }
         Reply::Agent(
-            AgentReply::Done | AgentReply::Following { .. } | AgentReply::WalBeyond { .. },
+            AgentReply::Done
+            | AgentReply::Following { .. }
+            | AgentReply::WalBeyond { .. }
+            | AgentReply::Held { .. },
         ) => {}
     }
     None

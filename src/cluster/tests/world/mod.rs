@@ -38,7 +38,7 @@ pub(crate) struct Instance {
     standby_signal: bool,
     following: Option<InstanceName>,
     receiving: bool,
-    epoch: Epoch,
+    pub(crate) epoch: Epoch,
     fenced_at: Option<Epoch>,
     stopped_at: Option<Epoch>,
     promoted: Option<Fence>,
@@ -104,6 +104,8 @@ pub(crate) struct World {
     pub(crate) aside: BTreeSet<InstanceName>,
     /// Instances that are to go.
     pub(crate) removed: BTreeSet<InstanceName>,
+    /// Instances with a volume of an earlier cluster.
+    pub(crate) kept: BTreeSet<InstanceName>,
     /// Standbys whose slots were dropped.
     pub(crate) dropped: Vec<InstanceName>,
     /// For how many ticks a network fault lasts.
@@ -171,12 +173,47 @@ impl World {
             slow: None,
             aside: BTreeSet::new(),
             removed: BTreeSet::new(),
+            kept: BTreeSet::new(),
             dropped: Vec::new(),
             cut_ticks: 800,
             away_until: 0,
             memory: lease::Memory::default(),
             trace: Vec::new(),
         }
+    }
+
+    /// The cluster is deleted and made again over the volumes of these instances: the others', the
+    /// durable state and the proxies are gone.
+    #[allow(
+        dead_code,
+        reason = "only one of the files with this model makes clusters again"
+    )]
+    pub(crate) fn made_again(&mut self, kept: &[usize]) {
+        let fresh = Self::new(self.instances.len(), self.settings.clone());
+        self.kept = kept.iter().map(|n| name(*n)).collect();
+        // What lay nowhere else goes with its volume.
+        let logs = self.kept.iter().map(|n| &self.instances[n].log);
+        let left: BTreeSet<u64> = logs.flatten().copied().collect();
+        self.acknowledged.retain(|commit| left.contains(commit));
+        for (n, instance) in fresh.instances {
+            self.stop(&n);
+            match self.instances.get_mut(&n) {
+                // Its agent was started anew, too.
+                Some(old) if self.kept.contains(&n) => {
+                    old.lease.release();
+                    old.receiving = false;
+                    (old.following, old.stopped_at) = (None, None);
+                }
+                Some(old) => *old = instance,
+                None => {}
+            }
+        }
+        self.proxy = fresh.proxy;
+        self.durable = fresh.durable;
+        self.memory = fresh.memory;
+        self.unacknowledged.clear();
+        self.running.clear();
+        self.finished.clear();
     }
 
     pub(crate) fn now(&self) -> Time {
@@ -507,6 +544,7 @@ impl World {
             request: self.request.clone(),
             aside: self.aside.clone(),
             removed: self.removed.clone(),
+            kept: self.kept.clone(),
         }
     }
 
@@ -627,6 +665,14 @@ impl World {
             AgentCommand::StartPrimary if i.role == Role::Empty => return refused("empty"),
             AgentCommand::StartPrimary if i.lease.missing(tick) => return refused("no lease"),
             AgentCommand::StartPrimary => i.role = Role::Primary,
+            AgentCommand::Survey if i.role == Role::Stopped => {
+                return Ok(AgentReply::Held {
+                    standby: i.standby_signal,
+                    torn: false,
+                    timeline: Timeline(i.timeline),
+                    end: Lsn(i.log.len() as u64),
+                });
+            }
             AgentCommand::StartStandby if i.role == Role::Stopped && i.standby_signal => {
                 i.role = Role::Standby;
                 i.receiving = false;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
-use helios_agent::{AgentConfig, Network, ServerTls};
+use helios_agent::{AgentConfig, BaseBackup, Network, ServerTls};
 use helios_api::InstanceName;
 use helios_api::agent::ServerSettings;
 use helios_api::v1alpha1::valid::{Invalid, ValidCluster};
@@ -21,8 +21,13 @@ use crate::OperatorError;
 
 /// Where each thing lies in a Pod.
 pub(super) const DATA: &str = "/var/lib/helios";
+pub(super) const WAL: &str = "/var/lib/helios-wal";
 pub(super) const RUN: &str = "/run/helios";
 pub(super) const CONFIG: &str = "/etc/helios/config";
+/// What a copy of a running server needs: `password`, `ca.crt`.
+pub(super) const SOURCE: &str = "/etc/helios/source";
+pub(super) const PASSWORD: &str = "password";
+pub(super) const CA: &str = "ca.crt";
 pub(super) const TLS: &str = "/etc/helios/tls";
 /// Where the proxy's journals go that outgrow their memory.
 pub(super) const JOURNAL: &str = "/var/lib/helios-journal";
@@ -82,6 +87,9 @@ fn agent(cluster: &ValidCluster, name: &InstanceName) -> AgentConfig {
     hba.extend(postgres.pg_hba.iter().cloned());
     let home = PathBuf::from(DATA).join("pg");
     AgentConfig {
+        // Not the volume's own folder: that may hold more.
+        wal_dir: cluster.wal_bytes.map(|_| PathBuf::from(WAL).join("pg")),
+        base_backup: base_backup(cluster, name),
         control_socket: run.join("agent.sock"),
         listen_addresses: vec!["*".to_owned()],
         parameters: postgres.parameters.clone(),
@@ -105,6 +113,40 @@ fn agent(cluster: &ValidCluster, name: &InstanceName) -> AgentConfig {
             std::path::Path::new(""),
         )
     }
+}
+
+/// Whether an instance may be the one that copies a running server: the first primary is the first
+/// instance.
+fn copies(cluster: &ValidCluster, name: &InstanceName) -> bool {
+    cluster.spec.bootstrap.base_backup.is_some() && cluster.instances.first() == Some(name)
+}
+
+/// Whether it needs Secrets for that.
+pub(super) fn copies_with_secrets(cluster: &ValidCluster, name: &InstanceName) -> bool {
+    let source = cluster.spec.bootstrap.base_backup.as_ref();
+    let any = source.is_some_and(|s| s.password_secret.is_some() || s.ca_secret.is_some());
+    any && copies(cluster, name)
+}
+
+/// The server that it copies, as its agent reaches it.
+fn base_backup(cluster: &ValidCluster, name: &InstanceName) -> Option<BaseBackup> {
+    let source = cluster.spec.bootstrap.base_backup.as_ref();
+    let source = source.filter(|_| copies(cluster, name))?;
+    let file = |name: &str| PathBuf::from(SOURCE).join(name);
+    let mut options = BTreeMap::from([
+        ("host", source.host.clone()),
+        ("port", source.port.to_string()),
+        ("user", source.user.clone()),
+        ("sslmode", source.ssl_mode.as_str().to_owned()),
+    ]);
+    if source.ca_secret.is_some() {
+        options.insert("sslrootcert", file(CA).display().to_string());
+    }
+    let options = options.into_iter().map(|(name, v)| (name.to_owned(), v));
+    Some(BaseBackup {
+        options: options.collect(),
+        password_file: source.password_secret.as_ref().map(|_| file(PASSWORD)),
+    })
 }
 
 /// What agents are told of the spec while they run.

@@ -1,10 +1,11 @@
-//! One instance: its volume and its StatefulSet of one Pod.
+//! One instance: its volumes and its StatefulSet of one Pod.
 
 use helios_api::InstanceName;
 use helios_api::v1alpha1::valid::ValidCluster;
 use helios_api::v1alpha1::{HeliosClusterSpec, OnDeletion, names};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use serde_json::{Value, json};
 
 use super::{Built, apart, built, config, container_security, pod_security, schedule, with};
@@ -16,24 +17,64 @@ const PROGRAM: &str = "/helios-bin";
 /// How long a Pod may take to stop: PostgreSQL gets 20 s of it for a fast shutdown.
 const STOP_SECONDS: u32 = 45;
 
-/// The instance's volume. A claim of its own, not the StatefulSet's: it can grow, and it goes with
-/// the cluster only when the spec says so.
-pub(super) fn volume(cluster: &ValidCluster, name: &InstanceName) -> Built {
-    let storage = &cluster.spec.storage;
+/// A claim that an instance has.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Claim<'a> {
+    /// Its name.
+    pub(crate) name: String,
+    /// The field that it is made from, as people write it.
+    pub(crate) field: &'static str,
+    /// Its size, and the same in bytes.
+    pub(crate) size: &'a Quantity,
+    pub(crate) bytes: u64,
+    /// The storage class that is asked for.
+    pub(crate) class: Option<&'a String>,
+}
+
+/// The instance's claims: that of its write-ahead log, where it has one, in front of that of its
+/// data. Where there are data, there was a volume for their log before.
+pub(crate) fn claims<'a>(cluster: &'a ValidCluster, name: &InstanceName) -> Vec<Claim<'a>> {
+    let data = &cluster.spec.storage;
+    let log = cluster.spec.wal_storage.as_ref().zip(cluster.wal_bytes);
+    let log = log.map(|(log, bytes)| Claim {
+        name: names::wal_volume(name.as_str()),
+        field: "spec.walStorage",
+        size: &log.size,
+        bytes,
+        class: log.storage_class.as_ref(),
+    });
+    let data = Claim {
+        name: name.to_string(),
+        field: "spec.storage",
+        size: &data.size,
+        bytes: cluster.storage_bytes,
+        class: data.storage_class.as_ref(),
+    };
+    log.into_iter().chain([data]).collect()
+}
+
+/// The instance's volumes. Claims of their own, not the StatefulSet's: they can grow, and they go
+/// with the cluster only when the spec says so.
+pub(super) fn volumes(cluster: &ValidCluster, name: &InstanceName) -> Vec<Built> {
+    let claims = claims(cluster, name);
+    claims.iter().map(|claim| volume(cluster, claim)).collect()
+}
+
+fn volume(cluster: &ValidCluster, claim: &Claim<'_>) -> Built {
     let mut spec = json!({
         "accessModes": ["ReadWriteOnce"],
-        "resources": {"requests": {"storage": storage.size}},
+        "resources": {"requests": {"storage": claim.size}},
     });
-    if let Some(class) = &storage.storage_class {
+    if let Some(class) = claim.class {
         spec["storageClassName"] = class.clone().into();
     }
-    let owners = match storage.on_deletion {
+    let owners = match cluster.spec.storage.on_deletion {
         OnDeletion::Retain => json!([]),
         OnDeletion::Delete => json!([super::owner(cluster)]),
     };
     built::<PersistentVolumeClaim>(
         cluster,
-        name.as_str(),
+        &claim.name,
         Some(COMPONENT),
         json!({"metadata": {"ownerReferences": owners}, "spec": spec}),
     )
@@ -84,6 +125,7 @@ pub(crate) fn template(cluster: &ValidCluster) -> String {
         image_pull_policy: _,
         postgres_uid,
         storage: _,
+        wal_storage: _,
         resources,
         postgresql: _,
         bootstrap: _,
@@ -137,8 +179,46 @@ fn pod(cluster: &ValidCluster, name: &InstanceName, image: &str) -> Value {
             }},
         ],
     });
+    if spec.wal_storage.is_some() {
+        let claim = json!({"claimName": names::wal_volume(name.as_str())});
+        add(
+            &mut pod["volumes"],
+            json!({"name": "wal", "persistentVolumeClaim": claim}),
+        );
+    }
+    if config::copies_with_secrets(cluster, name) {
+        add(&mut pod["volumes"], source(cluster));
+    }
     schedule(&mut pod, &spec.scheduling, apart(cluster, COMPONENT));
     pod
+}
+
+/// What a copy of a running server needs. Optional: it counts only once, and a Secret that is gone
+/// afterwards keeps no Pod from starting.
+fn source(cluster: &ValidCluster) -> Value {
+    let source = cluster.spec.bootstrap.base_backup.as_ref();
+    let keys = source.map(|s| {
+        [
+            (&s.password_secret, config::PASSWORD),
+            (&s.ca_secret, config::CA),
+        ]
+    });
+    let keys = keys.into_iter().flatten();
+    let secrets: Vec<Value> = keys
+        .filter_map(|(key, path)| {
+            let key = key.as_ref()?;
+            let items = json!([{"key": key.key, "path": path}]);
+            Some(json!({"secret": {"name": key.name, "optional": true, "items": items}}))
+        })
+        .collect();
+    json!({"name": "source", "projected": {"sources": secrets, "defaultMode": 0o440}})
+}
+
+/// Adds to a list.
+fn add(list: &mut Value, entry: Value) {
+    if let Some(list) = list.as_array_mut() {
+        list.push(entry);
+    }
 }
 
 fn postgres(cluster: &ValidCluster, name: &InstanceName) -> Value {
@@ -177,6 +257,14 @@ fn postgres(cluster: &ValidCluster, name: &InstanceName) -> Value {
             {"name": "tls", "mountPath": config::TLS, "readOnly": true},
         ],
     });
+    if spec.wal_storage.is_some() {
+        let mount = json!({"name": "wal", "mountPath": config::WAL});
+        add(&mut container["volumeMounts"], mount);
+    }
+    if config::copies_with_secrets(cluster, name) {
+        let mount = json!({"name": "source", "mountPath": config::SOURCE, "readOnly": true});
+        add(&mut container["volumeMounts"], mount);
+    }
     if let Some(resources) = &spec.resources {
         container["resources"] = json!(resources);
     }

@@ -12,7 +12,7 @@ use kube::core::ApiResource;
 use serde_json::{Value, json};
 
 pub(crate) use config::{check, latency_interval_ms, server_settings};
-pub(crate) use instance::template;
+pub(crate) use instance::{Claim, claims, template};
 
 use crate::OperatorError;
 
@@ -41,7 +41,7 @@ pub(crate) fn objects(
     all.extend(network::services(cluster));
     all.extend(network::policies(cluster));
     for name in &cluster.instances {
-        all.push(instance::volume(cluster, name));
+        all.extend(instance::volumes(cluster, name));
         all.push(instance::stateful_set(cluster, name, image));
     }
     all.push(proxy::deployment(cluster, image)?);
@@ -344,7 +344,7 @@ pub(crate) mod tests {
     fn volumes_go_with_the_cluster_only_when_told_to() {
         let volume = |spec| {
             let cluster = cluster(spec);
-            instance::volume(&cluster, &cluster.instances[0])
+            instance::volumes(&cluster, &cluster.instances[0]).remove(0)
         };
         let kept = volume(minimal());
         assert_eq!(kept.body["metadata"]["ownerReferences"], json!([]));
@@ -354,5 +354,78 @@ pub(crate) mod tests {
         }));
         assert_eq!(gone.body["metadata"]["ownerReferences"][0]["uid"], "u-1");
         assert_eq!(gone.body["spec"]["storageClassName"], "fast");
+    }
+
+    #[test]
+    fn only_the_first_instance_can_copy_a_running_server() {
+        let cluster = cluster(json!({
+            "imageName": "postgres:17",
+            "storage": {"size": "1Gi"},
+            "bootstrap": {"baseBackup": {
+                "host": "old.example", "user": "mover", "sslMode": "verify-full",
+                "passwordSecret": {"name": "mover", "key": "pw"},
+                "caSecret": {"name": "old-ca", "key": "ca"},
+            }},
+        }));
+        let objects = objects(&cluster, "helios:1", Offers { budgets: None }).unwrap();
+        let find = |what: &str| objects.iter().find(|o| o.name == what).unwrap();
+        let config = |name: &str| {
+            let data = &find("pg-config").body["data"][format!("{name}.json")];
+            serde_json::from_str::<Value>(data.as_str().unwrap()).unwrap()
+        };
+        assert_eq!(
+            config("pg-1")["base_backup"],
+            json!({
+                "options": {
+                    "host": "old.example", "port": "5432", "user": "mover",
+                    "sslmode": "verify-full", "sslrootcert": "/etc/helios/source/ca.crt",
+                },
+                "password_file": "/etc/helios/source/password",
+            })
+        );
+        assert!(config("pg-2").get("base_backup").is_none());
+        let set = |name: &str| {
+            let mut sets = objects.iter().filter(|o| o.resource.kind == "StatefulSet");
+            let set = sets.find(|o| o.name == name).unwrap();
+            set.body["spec"]["template"]["spec"].to_string()
+        };
+        assert!(set("pg-1").contains(r#"{"key":"pw","path":"password"}"#));
+        assert!(set("pg-1").contains(r#"{"key":"ca","path":"ca.crt"}"#));
+        assert!(set("pg-1").contains("/etc/helios/source"));
+        assert!(!set("pg-2").contains("/etc/helios/source"));
+    }
+
+    #[test]
+    fn a_log_on_a_volume_of_its_own_is_there_before_the_data_and_mounted() {
+        let cluster = cluster(json!({
+            "imageName": "postgres:17",
+            "instances": 1,
+            "storage": {"size": "1Gi", "onDeletion": "Delete"},
+            "walStorage": {"size": "2Gi", "storageClass": "fast"},
+        }));
+        let objects = objects(&cluster, "helios:1", Offers { budgets: None }).unwrap();
+        let at = |what: &str| kinds(&objects).iter().position(|k| k == what).unwrap();
+        let log = at("PersistentVolumeClaim/pg-1-wal");
+        assert!(log < at("PersistentVolumeClaim/pg-1"));
+        let claim = &objects[log].body;
+        assert_eq!(claim["metadata"]["ownerReferences"][0]["uid"], "u-1");
+        assert_eq!(claim["spec"]["storageClassName"], "fast");
+        assert_eq!(claim["spec"]["resources"]["requests"]["storage"], "2Gi");
+        let pod = &objects[at("StatefulSet/pg-1")].body["spec"]["template"]["spec"];
+        let all = [&pod["volumes"], &pod["containers"][0]["volumeMounts"]];
+        let last = all.map(|list| list.as_array().unwrap().last().unwrap().clone());
+        assert_eq!(
+            last,
+            [
+                json!({"name": "wal", "persistentVolumeClaim": {"claimName": "pg-1-wal"}}),
+                json!({"name": "wal", "mountPath": "/var/lib/helios-wal"}),
+            ]
+        );
+        let config = &objects[at("ConfigMap/pg-config")].body["data"]["pg-1.json"];
+        let config: Value = serde_json::from_str(config.as_str().unwrap()).unwrap();
+        assert_eq!(config["wal_dir"], "/var/lib/helios-wal/pg");
+        // An agent of an earlier version knows no such field.
+        let without = config::config_map(&self::cluster(minimal())).unwrap();
+        assert!(!without.body.to_string().contains("wal_dir"));
     }
 }

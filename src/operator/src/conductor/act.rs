@@ -1,7 +1,6 @@
 //! Carries actions out, each in a task of its own, and hands their results back.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use helios_api::{Endpoint, InstanceName};
 use helios_cluster::{Action, Failure, Finished, ProxyCommand, Reply};
@@ -22,8 +21,6 @@ pub(super) struct Actor {
     done: mpsc::Sender<Finished>,
     /// A connection to the primary that was made before anybody is held.
     flush: Arc<Mutex<Option<Client>>>,
-    database: Arc<AtomicBool>,
-    making: Arc<AtomicBool>,
 }
 
 impl Actor {
@@ -31,14 +28,7 @@ impl Actor {
         Self {
             done,
             flush: Arc::default(),
-            database: Arc::default(),
-            making: Arc::default(),
         }
-    }
-
-    /// Whether the application's role and database are there.
-    pub(super) fn database_made(&self) -> bool {
-        self.database.load(Ordering::Relaxed)
     }
 
     /// Begins an action.
@@ -83,27 +73,6 @@ impl Actor {
     /// Takes proxies through the barrier.
     pub(super) fn go_on(&self, together: Together) {
         tokio::spawn(together.run(self.done.clone()));
-    }
-
-    /// Makes the application's role and database, unless that is being done.
-    pub(super) fn make_database(&self, input: &Input, primary: At, changed: &Arc<Notify>) {
-        if self.making.swap(true, Ordering::Relaxed) || self.database_made() {
-            return;
-        }
-        let (input, changed) = (input.clone(), Arc::clone(changed));
-        let (database, making) = (Arc::clone(&self.database), Arc::clone(&self.making));
-        tokio::spawn(async move {
-            match sql::make_database(&primary, &input).await {
-                Ok(()) => {
-                    database.store(true, Ordering::Relaxed);
-                    changed.notify_one();
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "role and database could not be made; tried again");
-                }
-            }
-            making.store(false, Ordering::Relaxed);
-        });
     }
 }
 

@@ -241,9 +241,10 @@ pub(super) fn lock(known: &Mutex<Known>) -> std::sync::MutexGuard<'_, Known> {
 /// How long a command may take.
 fn limit(command: &AgentCommand) -> Duration {
     Duration::from_secs(match command {
-        AgentCommand::Bootstrap => 180,
         AgentCommand::StartPrimary | AgentCommand::StartStandby => 310,
-        AgentCommand::Follow { .. } => 6 * 3600,
+        AgentCommand::Survey => 610,
+        // They may copy a whole server.
+        AgentCommand::Bootstrap | AgentCommand::Follow { .. } => 6 * 3600,
         AgentCommand::Checkpoint => 120,
         AgentCommand::Fence { .. } | AgentCommand::Shutdown | AgentCommand::Configure { .. } => 30,
         AgentCommand::StopReceiver => 40,

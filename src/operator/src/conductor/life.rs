@@ -21,10 +21,10 @@ use tokio::task::JoinHandle;
 
 use super::plan::{Act, Fenced, Given, Plan, plan};
 use super::view::pod_view;
-use super::{Input, event, verdicts};
-use crate::OperatorError;
+use super::{Input, event, first, verdicts};
 use crate::conductor::Verdict;
 use crate::reconcile::World;
+use crate::{OperatorError, build};
 
 /// How long one act may take; the next round tries again.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -183,7 +183,10 @@ async fn carry_out(
             gone(sets.delete(instance.as_str(), &params).await)?;
             if cluster.spec.storage.on_deletion == OnDeletion::Delete {
                 let volumes: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), space);
-                gone(volumes.delete(instance.as_str(), &params).await)?;
+                // The data first: they are never there without their log.
+                for claim in build::claims(cluster, instance).iter().rev() {
+                    gone(volumes.delete(&claim.name, &params).await)?;
+                }
             }
             Ok(())
         }
@@ -211,14 +214,20 @@ impl super::Conductor {
             return None;
         }
         let state = &self.store.now().cluster;
-        let (plan, said) = self.life.plan(input, pods, (state, &*obs));
+        let (plan, mut said) = self.life.plan(input, pods, (state, &*obs));
+        said.push(
+            self.first
+                .verdict((state, &*obs), self.store.now().database),
+        );
         let news = self.life.news(&said);
         for verdict in news
             .into_iter()
-            .filter(|v| !v.good && v.reason != "Fencing")
+            .filter(|v| !v.good && !matches!(v.reason, "Fencing" | "Beginning"))
         {
             let kind = match verdict.reason {
-                "Refused" | "UnknownInstance" => EventType::Warning,
+                "Refused" | "UnknownInstance" | first::NO_PRIMARY | first::NO_DATABASE => {
+                    EventType::Warning
+                }
                 _ => EventType::Normal,
             };
             self.event(&input.cluster, kind, verdict.reason, verdict.message);

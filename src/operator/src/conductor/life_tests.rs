@@ -60,6 +60,19 @@ async fn a_volume_goes_with_its_instance_only_when_told_to() {
 }
 
 #[tokio::test]
+async fn a_log_goes_behind_its_data() {
+    let both = cluster(json!({
+        "imageName": "postgres:17",
+        "storage": {"size": "1Gi", "onDeletion": "Delete"},
+        "walStorage": {"size": "1Gi"},
+    }));
+    let mock = Mock::start(|_| deleted()).await;
+    carry_out(&mock.client, &both, &remove()).await.unwrap();
+    let log = format!("{VOLUME}-wal");
+    assert_eq!(mock.lines(), [SET, VOLUME, &log]);
+}
+
+#[tokio::test]
 async fn what_is_gone_already_is_as_good_and_what_fails_is_said() {
     // 409: there is another Pod of that name by now.
     for (code, act, good) in [

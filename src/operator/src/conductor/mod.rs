@@ -7,6 +7,7 @@
 mod act;
 mod agents;
 mod dying;
+mod first;
 mod lease;
 mod life;
 mod plan;
@@ -19,7 +20,7 @@ mod together;
 mod verdicts;
 mod view;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,9 +30,7 @@ use helios_api::agent::ServerSettings;
 use helios_api::v1alpha1::ConditionType;
 use helios_api::v1alpha1::names;
 use helios_api::v1alpha1::valid::ValidCluster;
-use helios_cluster::{
-    Action, ClusterState, Decision, Finished, Mode, Observation, OperationKind, Request, decide,
-};
+use helios_cluster::{Action, Decision, Finished, Mode, Observation, Request, decide};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::runtime::events::{Event, EventType};
@@ -46,7 +45,7 @@ use agents::{Agents, Place};
 use proxies::Proxies;
 pub(crate) use report::{Verdict, report_invalid};
 use store::{Saved, Store};
-use view::{instance_place, leaves, log_end, now, proxy_place, settings, takes_clients};
+use view::{instance_place, leaves, log_end, now, proxy_place, settings, takes_clients, unasked};
 
 /// Pause between rounds when nothing happens.
 const IDLE: Duration = Duration::from_millis(500);
@@ -72,6 +71,8 @@ pub(crate) struct Input {
     pub(crate) template: String,
     /// PostgreSQL's settings.
     pub(crate) server: ServerSettings,
+    /// Instances that may hold the data of an earlier cluster.
+    pub(crate) kept: BTreeSet<InstanceName>,
 }
 
 /// The reconciliation's end of a conductor.
@@ -177,6 +178,7 @@ struct Conductor {
     reporter: report::Reporter,
     labels: roles::Labels,
     dying: dying::Dying,
+    first: first::First,
     running: Vec<Action>,
     finished: Vec<Finished>,
     life: life::Life,
@@ -211,6 +213,7 @@ async fn conduct(
         reporter,
         labels: roles::Labels::default(),
         dying: dying::Dying::default(),
+        first: first::First::default(),
         running: Vec::new(),
         finished: Vec::new(),
         life: life::Life::default(),
@@ -270,9 +273,11 @@ impl Conductor {
         };
         for end in &self.finished {
             log_end(end);
+            self.first.note(end);
             self.running.retain(|action| *action != end.action);
         }
         let mut obs = self.observe(ask.as_ref(), input.paused);
+        obs.kept.clone_from(&input.kept);
         let plan = self.plan(&input, &pods, &mut obs);
         let state = &self.store.now().cluster;
         let decision = match decide(&settings(cluster, &input.server), state, &obs, now()) {
@@ -293,7 +298,7 @@ impl Conductor {
         let next = Saved {
             cluster: decision.next.clone(),
             consumed: self.store.now().consumed || ask.is_some(),
-            database: self.store.now().database || self.actor.database_made(),
+            database: self.store.now().database || self.first.made(),
         };
         let before = self.store.now().cluster.clone();
         self.dying.before_save(&before, &next.cluster);
@@ -464,23 +469,11 @@ impl Conductor {
         }
         let serves = matches!(decision.next.mode, Mode::Steady);
         if let (true, false, Some(primary)) = (serves, self.store.now().database, primary) {
-            self.actor.make_database(input, primary, &self.changed);
+            let client = &self.world.client;
+            self.first
+                .make_database(client, input, primary, &self.changed);
         }
     }
-}
-
-/// Why a switchover has begun that nobody asked for.
-fn unasked(before: &ClusterState, decision: &Decision, planned: Option<&str>) -> Option<String> {
-    if matches!(decision.answer, Some(Ok(Some(_)))) {
-        return Some(
-            planned
-                .unwrap_or("the primary's Pod is on its way out")
-                .to_owned(),
-        );
-    }
-    let begun = decision.next.moving();
-    let begun = begun.filter(|m| m.kind == OperationKind::Switchover && before.moving().is_none());
-    begun.map(|m| m.cause.clone())
 }
 
 /// An Event of a cluster.

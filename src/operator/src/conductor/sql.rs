@@ -5,11 +5,9 @@ use std::time::Duration;
 use helios_api::Host;
 use helios_api::v1alpha1::names;
 use helios_control::PostgresTls;
-use helios_wire::scram::{DEFAULT_ITERATIONS, build_verifier};
 use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, Config};
 
-use super::Input;
 use super::act::At;
 use crate::OperatorError;
 use crate::secret::Secrets;
@@ -18,13 +16,20 @@ use crate::secret::Secrets;
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// How long the last commit's confirmation may take: sessions are held meanwhile.
 const COMMIT_LIMIT: Duration = Duration::from_secs(3);
-/// How long role and database may take: `create database` copies a template.
-const MAKE_LIMIT: Duration = Duration::from_secs(60);
+/// Settings of a session: what is set for a role or a database is not to count.
+const OWN: &str = "-c synchronous_commit=on -c search_path=pg_catalog";
 
 /// Connects to an instance.
-pub(super) async fn connect(
+pub(super) async fn connect(at: &At, secrets: &Secrets) -> Result<Client, OperatorError> {
+    connect_to(at, secrets, "postgres", OWN).await
+}
+
+/// Connects to one of its databases, with settings of one's own.
+pub(super) async fn connect_to(
     (name, endpoint): &At,
     secrets: &Secrets,
+    database: &str,
+    options: &str,
 ) -> Result<Client, OperatorError> {
     let failed = |why: &dyn std::fmt::Display| {
         OperatorError::Sql(format!("could not connect to \"{name}\": {why}"))
@@ -37,11 +42,10 @@ pub(super) async fn connect(
         .host(host)
         .port(endpoint.port)
         .user(names::SERVICE_USER)
-        .dbname("postgres")
+        .dbname(database)
         .application_name("helios-operator")
         .ssl_mode(SslMode::Require)
-        // A role's or database's setting is not to count.
-        .options("-c synchronous_commit=on -c search_path=pg_catalog");
+        .options(options);
     let tls = PostgresTls::new(name.as_str(), &secrets.operator)?;
     match tokio::time::timeout(CONNECT_LIMIT, config.connect(tls)).await {
         Ok(Ok((client, connection))) => {
@@ -53,7 +57,7 @@ pub(super) async fn connect(
     }
 }
 
-fn describe(error: &tokio_postgres::Error) -> String {
+pub(super) fn describe(error: &tokio_postgres::Error) -> String {
     use std::error::Error as _;
     match (error.as_db_error(), error.source()) {
         (Some(db), _) => db.to_string(),
@@ -78,48 +82,11 @@ pub(super) async fn last_commit(client: &Client) -> Result<(), OperatorError> {
     }
 }
 
-/// Makes the application's role and database, unless they are there.
-pub(super) async fn make_database(primary: &At, input: &Input) -> Result<(), OperatorError> {
-    let client = connect(primary, &input.secrets).await?;
-    let initdb = &input.cluster.spec.bootstrap.initdb;
-    let password = &input.secrets.app_password;
-    let make = async {
-        // A standby that is not there yet must not hold this up.
-        client
-            .batch_execute("set synchronous_commit = local")
-            .await?;
-        let role = "select 1 from pg_catalog.pg_roles where rolname = $1";
-        if client.query_opt(role, &[&initdb.owner]).await?.is_none() {
-            // A verifier: what is sent is seen by logs, statistics and whoever looks on.
-            let salt: [u8; 16] = rand::random();
-            let verifier = literal(&build_verifier(password, &salt, DEFAULT_ITERATIONS));
-            let owner = identifier(&initdb.owner);
-            let sql = format!("create role {owner} login password {verifier}");
-            client.batch_execute(&sql).await?;
-        }
-        let database = "select 1 from pg_catalog.pg_database where datname = $1";
-        let there = client.query_opt(database, &[&initdb.database]).await?;
-        if there.is_none() {
-            let (database, owner) = (identifier(&initdb.database), identifier(&initdb.owner));
-            let sql = format!("create database {database} owner {owner}");
-            client.batch_execute(&sql).await?;
-        }
-        Ok::<_, tokio_postgres::Error>(())
-    };
-    match tokio::time::timeout(MAKE_LIMIT, make).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(OperatorError::Sql(describe(&error))),
-        Err(_) => Err(OperatorError::Sql(format!(
-            "no answer within {MAKE_LIMIT:?}"
-        ))),
-    }
-}
-
-fn identifier(name: &str) -> String {
+pub(super) fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// A literal for a server with standard_conforming_strings, which is the default everywhere.
-fn literal(text: &str) -> String {
+pub(super) fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }

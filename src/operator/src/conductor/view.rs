@@ -8,7 +8,9 @@ use helios_api::agent::ServerSettings;
 use helios_api::v1alpha1::DataDurability;
 use helios_api::v1alpha1::names;
 use helios_api::v1alpha1::valid::ValidCluster;
-use helios_cluster::{ClusterState, Durability, Finished, Mode, Observation, Settings, Time};
+use helios_cluster::{
+    ClusterState, Decision, Durability, Finished, Mode, Observation, OperationKind, Settings, Time,
+};
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use kube::ResourceExt as _;
 
@@ -20,6 +22,24 @@ use super::plan::PodView;
 pub(super) fn leaves(state: &ClusterState, obs: &Observation) -> bool {
     let primary = state.primary_name().and_then(|name| obs.agent(name));
     matches!(state.mode, Mode::Steady) && primary.is_some_and(|agent| agent.leaving)
+}
+
+/// Why a switchover has begun that nobody asked for.
+pub(super) fn unasked(
+    before: &ClusterState,
+    decision: &Decision,
+    planned: Option<&str>,
+) -> Option<String> {
+    if matches!(decision.answer, Some(Ok(Some(_)))) {
+        return Some(
+            planned
+                .unwrap_or("the primary's Pod is on its way out")
+                .to_owned(),
+        );
+    }
+    let begun = decision.next.moving();
+    let begun = begun.filter(|m| m.kind == OperationKind::Switchover && before.moving().is_none());
+    begun.map(|m| m.cause.clone())
 }
 
 /// Where an instance's Pod is.
