@@ -17,6 +17,15 @@ use crate::backend;
 impl Session {
     /// The session is not to go on with a server that was started after its last backend was.
     pub(super) async fn check_restart(&mut self, server: &mut Server) -> Result<(), Attempt> {
+        if self.has_restarted(server).await? {
+            self.begin_migration();
+            return Err(Attempt::End(self.disconnect()));
+        }
+        Ok(())
+    }
+
+    /// Whether the server has started later than the session's last backend.
+    pub(super) async fn has_restarted(&self, server: &mut Server) -> Result<bool, Attempt> {
         let since = lock(&self.entry().identity).since;
         let sql = "SELECT pg_catalog.trunc(extract(epoch FROM pg_catalog.clock_timestamp() \
              OPERATOR(pg_catalog.-) pg_catalog.pg_postmaster_start_time()) \
@@ -25,11 +34,7 @@ impl Session {
         let rows = rows.map_err(|e| Attempt::Retry(e.to_string()))?;
         let age = rows.first().and_then(|row| row.first()).cloned().flatten();
         let age: u64 = age.and_then(|text| text.parse().ok()).unwrap_or(u64::MAX);
-        if age < self.shared.now_micros().saturating_sub(since) {
-            self.begin_migration();
-            return Err(Attempt::End(self.disconnect()));
-        }
-        Ok(())
+        Ok(age < self.shared.now_micros().saturating_sub(since))
     }
 
     /// The connection broke, and its server is the primary: the old backend may live. It is

@@ -459,9 +459,18 @@ impl Session {
             }
         };
         let same = words.postmaster.is_some() && words.postmaster == now;
-        if code == SqlState::ADMIN_SHUTDOWN && same {
-            return Err(Attempt::End(End::Forward(words.frame)));
+        if code != SqlState::ADMIN_SHUTDOWN || !same {
+            return Ok(());
         }
-        Ok(())
+        // They may have come late, from a server that has died since: a backend whose postmaster is
+        // gone says the same (`WaitEventSetWait` in `src/backend/storage/ipc/latch.c`).
+        match self.has_restarted(server).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Attempt::End(End::Forward(words.frame))),
+            Err(e) => {
+                self.last_words = Some(words);
+                Err(e)
+            }
+        }
     }
 }
