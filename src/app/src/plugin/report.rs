@@ -31,7 +31,10 @@ const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// A folder that is being filled, and what could not be had.
 struct Folder {
     path: PathBuf,
+    /// What could not be had.
     missing: Vec<String>,
+    /// What could not be had either, because it was being deleted: nobody's fault.
+    gone: Vec<String>,
 }
 
 /// `kubectl helios report`.
@@ -140,9 +143,18 @@ async fn pods(
             };
             let suffix = if *previous { "-previous" } else { "" };
             let file = format!("{name}{suffix}.log");
-            let text = limited(api.logs(&name, &params)).await;
-            if let Some(text) = folder.had(&file, text) {
-                folder.write(&file, &text)?;
+            match limited(api.logs(&name, &params)).await {
+                // On its way out: its containers may have ended already.
+                Err(why) if pod.metadata.deletion_timestamp.is_some() => {
+                    folder
+                        .gone
+                        .push(format!("{file}: {why} (its Pod is being deleted)"));
+                }
+                text => {
+                    if let Some(text) = folder.had(&file, text) {
+                        folder.write(&file, &text)?;
+                    }
+                }
             }
         }
     }
@@ -157,6 +169,7 @@ impl Folder {
         Ok(Self {
             path,
             missing: Vec::new(),
+            gone: Vec::new(),
         })
     }
 
@@ -203,12 +216,14 @@ impl Folder {
 
     fn finish(self) -> Result<(), Failure> {
         out::print(&self.path.display().to_string());
+        let text = [&*self.missing, &*self.gone].concat().join("\n");
+        if !text.is_empty() {
+            self.write("MISSING.txt", &format!("{text}\n"))?;
+            out::note(&text);
+        }
         if self.missing.is_empty() {
             return Ok(());
         }
-        let text = self.missing.join("\n");
-        self.write("MISSING.txt", &format!("{text}\n"))?;
-        out::note(&text);
         Err(Failure::failed(
             "not everything could be had; MISSING.txt says what, and why",
         ))
@@ -255,6 +270,17 @@ mod tests {
             cleaned,
             serde_json::json!({"metadata": {"name": "a", "annotations": {"kept": "yes"}}})
         );
+    }
+
+    #[test]
+    fn what_was_being_deleted_is_told_and_is_no_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("report");
+        let mut folder = Folder::create(path.clone()).unwrap();
+        folder.gone.push("a.log: it has ended".into());
+        assert!(folder.finish().is_ok());
+        let missing = std::fs::read_to_string(path.join("MISSING.txt")).unwrap();
+        assert_eq!(missing, "a.log: it has ended\n");
     }
 
     #[test]
