@@ -207,7 +207,7 @@ impl Session {
             // A drain was undone; the backend that it lost meanwhile has still to be replaced.
             return;
         }
-        self.lost = None;
+        self.forget_lost();
         self.show_state();
         let held = self.held_since.take();
         if !moved {

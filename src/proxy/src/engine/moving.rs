@@ -74,7 +74,7 @@ impl Session {
         self.heard &= self.tracker.is_quiet();
         self.held();
         let alone = self.gate.phase == Phase::Open;
-        self.lost.get_or_insert_with(Lost::now).alone |= alone;
+        self.note_lost().alone |= alone;
         self.retry_at = None;
         self.attempts = 0;
         tracing::debug!(session = %self.entry().id, phase = ?self.gate.phase, "backend lost");
@@ -146,7 +146,7 @@ impl Session {
         } else if self.moved_by_gate() {
             // Idle: it needs a backend when its client says something.
             self.last_words = None;
-            self.lost = None;
+            self.forget_lost();
             self.released();
             self.comes_back();
         } else if self.held_since.is_some() {
@@ -170,10 +170,13 @@ impl Session {
             }
         }
         self.end_what_failed();
-        if let Some(server) = self.server.take()
-            && !self.tracker.is_between()
-        {
-            self.spawn_cancel(&server, false);
+        if let Some(server) = self.server.take() {
+            if !server.link.ended {
+                self.shared.outlived(server.epoch);
+            }
+            if !self.tracker.is_between() {
+                self.spawn_cancel(&server, false);
+            }
         }
         self.last_words = None;
         Ok(())
@@ -226,6 +229,23 @@ impl Session {
     /// then waits for a lock of a frozen session would wait for as long as the drain may take.
     pub(super) fn cut_waits(&self) -> bool {
         self.gate.phase == Phase::Cut && self.server.is_some() && !self.tracker.is_between()
+    }
+
+    fn note_lost(&mut self) -> &mut Lost {
+        self.entry().lost.store(true, Ordering::Relaxed);
+        self.lost.get_or_insert_with(Lost::now)
+    }
+
+    pub(super) fn forget_lost(&mut self) {
+        self.lost = None;
+        self.entry().lost.store(false, Ordering::Relaxed);
+    }
+
+    /// The session's connection broke while the connections of others to the old primary went on: its
+    /// locks were others' from then on. They have them again behind the move, so it goes last: beside
+    /// new work, as it would have without the move.
+    pub(super) fn is_left_behind(&self) -> bool {
+        self.lost.is_some() && self.shared.was_outlived(self.epoch)
     }
 
     fn held_for(&self, time: Duration) -> bool {
@@ -324,7 +344,7 @@ impl Session {
             Err(Attempt::End(end)) => Err(end),
             Err(Attempt::Superseded) => Ok(()),
             Err(Attempt::Away(why) | Attempt::Retry(why)) => {
-                self.lost.get_or_insert_with(Lost::now);
+                self.note_lost();
                 self.held();
                 let pause = Duration::from_millis(20) * 2_u32.pow(self.attempts.min(5));
                 self.attempts += 1;

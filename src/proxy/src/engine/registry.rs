@@ -89,6 +89,8 @@ pub struct Entry {
     pub uncut: AtomicBool,
     /// Its replay sets sequences back.
     pub wants_turn: AtomicBool,
+    /// Its backend is gone, and the session has not been moved since.
+    pub lost: AtomicBool,
     /// What its client has seen of those.
     pub seen: Mutex<Vec<helios_session::sequences::Seen>>,
     /// Log position before the mark of the statement in flight, `u64::MAX` for none.
@@ -262,6 +264,7 @@ impl Registry {
             journal_bytes: AtomicU64::new(0),
             uncut: AtomicBool::new(false),
             wants_turn: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             seen: Mutex::default(),
             mark_floor: AtomicU64::new(u64::MAX),
             running: Running::default(),

@@ -352,7 +352,9 @@ impl Session {
                 self.server.as_ref().is_none_or(|s| s.epoch >= current)
             }
             Phase::Turn if !self.entry().wants_turn.load(Ordering::Relaxed) => true,
-            Phase::Turn | Phase::Replay => self.rebuilt || self.stays || !self.must_rebuild(),
+            Phase::Turn | Phase::Replay => {
+                self.rebuilt || self.stays || !self.must_rebuild() || self.is_left_behind()
+            }
             Phase::Send => !self.rebuilt,
         };
         if yes {

@@ -1,6 +1,7 @@
 //! What all sessions of a proxy share.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -178,6 +179,8 @@ pub struct Shared {
     pub(super) turn_until: Mutex<Option<Instant>>,
     /// Epoch and time of the last one who was let in beside replays.
     worked: Mutex<(Epoch, u64)>,
+    /// Last epoch whose primary was left by sessions with whole connections.
+    outlived: AtomicU64,
     /// How far the log of the primary in use has come, while marks can be found in it.
     pub(super) positions: Mutex<Positions>,
     /// Statements that were proven to read only.
@@ -234,6 +237,7 @@ impl Shared {
             barrier: watch::Sender::new(false),
             turn_until: Mutex::default(),
             worked: Mutex::default(),
+            outlived: AtomicU64::new(0),
             positions: Mutex::default(),
             proofs: tokio::sync::Mutex::default(),
             countable: Countable::default(),
@@ -275,6 +279,17 @@ impl Shared {
     #[must_use]
     pub fn worked(&self) -> (Epoch, u64) {
         *lock(&self.worked)
+    }
+
+    /// A session leaves the primary of `epoch`, and its connection is whole.
+    pub(super) fn outlived(&self, epoch: Epoch) {
+        self.outlived.fetch_max(epoch.0, Ordering::Relaxed);
+    }
+
+    /// Whether connections to the primary of `epoch` were whole until they were left: who had lost
+    /// one before lost it alone.
+    pub(super) fn was_outlived(&self, epoch: Epoch) -> bool {
+        self.outlived.load(Ordering::Relaxed) == epoch.0
     }
 
     /// Begins the time in which sequences may be set back: no new work is let in, here or, until

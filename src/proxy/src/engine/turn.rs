@@ -122,6 +122,7 @@ impl Session {
     pub(super) fn is_its_time(&self) -> bool {
         let wants = &self.entry().wants_turn;
         match self.gate.phase {
+            phase if phase > Phase::Gather && self.is_left_behind() => false,
             Phase::Gather => {
                 let sets_back = self.sets_back();
                 if sets_back && self.gate.reason == MoveReason::Failover {

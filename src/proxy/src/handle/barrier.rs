@@ -5,7 +5,7 @@
 //! are set back only by a proxy that is alone, or in its turn; and who hears nothing any more goes
 //! on by himself, without a turn, when others may have done so too.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use helios_api::Epoch;
@@ -14,7 +14,7 @@ use helios_api::control::{Gathered, MoveReason, ResumeReport, Stage, Topology};
 use super::{CommandError, ProxyHandle};
 use crate::engine::gate::Phase;
 use crate::engine::raise::raise;
-use crate::engine::registry::lock;
+use crate::engine::registry::{Entry, lock};
 
 /// How long sessions may take to leave the old primary.
 const LEAVE: Duration = Duration::from_secs(1);
@@ -64,9 +64,14 @@ impl ProxyHandle {
             shared.new_work(shared.gate.now().topology.epoch);
         } else {
             shared.raise_barrier(None);
-            shared
-                .gate
-                .publish(Phase::Replay, Some(topology), Some(reason));
+            let mut topology = Some(topology);
+            // Who lost a connection alone has to know that others leave whole ones.
+            if self.any(|s| &s.lost) {
+                let arrived = topology.take();
+                shared.gate.publish(Phase::Gather, arrived, Some(reason));
+                shared.gate.all_acknowledged(LEAVE).await;
+            }
+            shared.gate.publish(Phase::Replay, topology, Some(reason));
             shared.gate.all_acknowledged(limit).await;
             shared.lower_barrier(limit).await;
         }
@@ -205,10 +210,13 @@ impl ProxyHandle {
     }
 
     fn wants_turn(&self) -> bool {
+        self.any(|s| &s.wants_turn)
+    }
+
+    /// Whether any session says so.
+    fn any(&self, says: impl Fn(&Entry) -> &AtomicBool) -> bool {
         let sessions = self.0.shared.registry.all();
-        sessions
-            .iter()
-            .any(|s| s.wants_turn.load(Ordering::Relaxed))
+        sessions.iter().any(|s| says(s).load(Ordering::Relaxed))
     }
 
     /// Sessions that set sequences back replay; nobody else does, here or, where they were asked
