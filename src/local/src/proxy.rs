@@ -113,12 +113,13 @@ impl LocalProxy {
         let listen = format!("{host}:{}", config.proxy.listen.port);
         let options =
             ProxyOptions::from_config(&config).map_err(|e| LocalError::Proxy(e.to_string()))?;
-        let handle = Proxy::start(options, topology)
-            .await
-            .map_err(|e| LocalError::Listen {
-                address: listen,
-                why: e.to_string(),
-            })?;
+        let handle =
+            Proxy::start(options.led(), topology)
+                .await
+                .map_err(|e| LocalError::Listen {
+                    address: listen,
+                    why: e.to_string(),
+                })?;
         let host = match host.as_str() {
             "*" | "0.0.0.0" | "::" => "127.0.0.1",
             host => host,

@@ -197,6 +197,7 @@ impl Managed {
             return Ok((handle.clone(), false));
         }
         let options = ProxyOptions::from_config(&self.0.config).map_err(failed)?;
+        let options = options.led();
         let handle = Proxy::start_at(options, topology.clone(), phase).await;
         let handle = handle.map_err(failed)?;
         let _ = self.0.handle.set(handle.clone());

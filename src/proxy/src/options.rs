@@ -80,7 +80,18 @@ impl ProxyOptions {
             metrics: Metrics::new(),
         })
     }
+
+    /// For a proxy that is told of every start of a primary.
+    #[must_use]
+    pub fn led(mut self) -> Self {
+        self.engine.restart_patience = RESTART_PATIENCE;
+        self
+    }
 }
+
+/// How long sessions wait to be told of a start of their primary that they have noticed themselves:
+/// an executor notices it too, and is about as quick.
+const RESTART_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Interval and limit of health checks where no instance is configured.
 const HEALTH: Duration = Duration::from_secs(2);

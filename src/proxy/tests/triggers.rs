@@ -125,3 +125,58 @@ async fn a_proxy_tells_of_a_slow_primary() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
+
+/// Where somebody leads the proxy, a session that finds its primary started again goes on when all
+/// do, behind the barrier: one that went on by itself would take locks that replays of others need,
+/// and wait for theirs (seed 20261290 of the experiments).
+#[tokio::test(flavor = "multi_thread")]
+async fn who_finds_a_primary_started_again_waits_for_the_others() {
+    let options = EngineOptions {
+        restart_patience: 10 * PATIENCE,
+        ..EngineOptions::default()
+    };
+    let mut bench = bench(options).await;
+    let client = bench.client().await.unwrap();
+    client
+        .batch_execute("BEGIN; INSERT INTO t VALUES (7)")
+        .await
+        .unwrap();
+    bench.crash().await.unwrap();
+    let asks = tokio::spawn(async move {
+        client.batch_execute("INSERT INTO t VALUES (8)").await?;
+        client.batch_execute("COMMIT").await
+    });
+    // It is there beside this test's own connection, and does nothing.
+    let there = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'postgres'";
+    let deadline = Instant::now() + PATIENCE;
+    while bench.column(there).await.unwrap() != ["2"] {
+        assert!(Instant::now() < deadline, "nobody looks for the server");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!asks.is_finished());
+    let open = "SELECT count(*) FROM pg_stat_activity WHERE xact_start < now() - '20ms'::interval";
+    assert_eq!(bench.column(open).await.unwrap(), ["0"]);
+    bench.resume_here().await.unwrap();
+    asks.await.unwrap().unwrap();
+    let rows = bench.column("SELECT v FROM t ORDER BY v").await.unwrap();
+    assert_eq!(rows, ["7", "8"]);
+}
+
+/// Who is not told goes on by himself.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_ever_to_be_told_of_a_restart() {
+    let options = EngineOptions {
+        restart_patience: Duration::from_millis(200),
+        ..EngineOptions::default()
+    };
+    let mut bench = bench(options).await;
+    let client = bench.client().await.unwrap();
+    client
+        .batch_execute("BEGIN; INSERT INTO t VALUES (7)")
+        .await
+        .unwrap();
+    bench.crash().await.unwrap();
+    client.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(bench.column("SELECT v FROM t").await.unwrap(), ["7"]);
+}

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use helios_api::control::Topology;
 
+use super::gate::Phase;
 use super::monitor::STARTED;
 use super::rebuild::Attempt;
 use super::registry::lock;
@@ -20,6 +21,20 @@ impl Session {
         if self.has_restarted(server).await? {
             self.begin_migration();
             return Err(Attempt::End(self.disconnect()));
+        }
+        Ok(())
+    }
+
+    /// A server that was started again, found while the gate is open: whoever goes on there now takes
+    /// locks that others, which come behind the gate, held before, and waits for theirs. All are about
+    /// to be told of it; then this attempt is void.
+    pub(super) async fn await_the_others(&self, server: &mut Server) -> Result<(), Attempt> {
+        let patience = self.shared.options.restart_patience;
+        if self.gate.phase != Phase::Open || patience.is_zero() {
+            return Ok(());
+        }
+        if self.has_restarted(server).await? {
+            tokio::time::sleep(patience).await;
         }
         Ok(())
     }

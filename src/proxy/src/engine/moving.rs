@@ -406,6 +406,9 @@ impl Session {
         if (in_epoch || here) && !self.shared.options.move_on_restart {
             self.check_restart(&mut server).await?;
         }
+        if in_epoch && self.must_rebuild() {
+            self.await_the_others(&mut server).await?;
+        }
         if (in_epoch || here) && self.must_rebuild() {
             if in_epoch && self.owes() && !self.shared.options.replay_on_connection_loss {
                 self.forced = Some("replay after a lost connection is switched off".into());

@@ -92,6 +92,9 @@ pub struct EngineOptions {
     /// Sessions move to a primary that was started again where it was; otherwise their connections
     /// end.
     pub move_on_restart: bool,
+    /// A session that finds its primary started again waits so long for the move that whoever leads
+    /// this proxy will begin; zero where nobody does.
+    pub restart_patience: Duration,
     /// What latency of the primary's heartbeats is reported; none is watched without it.
     pub latency: Option<LatencyRule>,
     /// Every move of a session is logged at level INFO.
@@ -131,6 +134,7 @@ impl Default for EngineOptions {
             move_on_failure: true,
             move_on_maintenance: true,
             move_on_restart: true,
+            restart_patience: Duration::ZERO,
             latency: None,
             log_migrations: true,
             check_query: "SELECT 1".into(),
