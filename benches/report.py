@@ -93,6 +93,22 @@ Growth of the process's resident memory with {count:,} logged-in sessions that h
     return text
 
 
+def capture(results):
+    text = """
+## What it costs to keep a session's state
+
+Two proxies in front of one primary: one keeps settings, prepared statements, temporary tables and cursors (the default), the other open transactions only. Eight clients, runs in pairs; the ratio is the median of the pairs'.
+
+"""
+    if isinstance(results, str):
+        return text + f"failed: {results}\n"
+    text += "| script | without, tps | with, tps | ratio (least to most) |\n|---|---|---|---|\n"
+    for what, run in results.items():
+        ratios = f"{run['ratio']:.3f} ({run['least']:.3f} to {run['most']:.3f})"
+        text += f"| {what} | {run['none']:,.0f} | {run['all']:,.0f} | {ratios} |\n"
+    return text
+
+
 def pause(results):
     text = """
 ## Pause of a switchover
@@ -173,6 +189,8 @@ def render(results):
         text += memory(results["memory"], results["idle"])
     if "pause" in results:
         text += pause(results["pause"])
+    if "capture" in results:
+        text += capture(results["capture"])
     if "state" in results:
         text += state(results["state"])
     if "moved" in results:

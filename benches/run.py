@@ -17,7 +17,7 @@ BENCH_STATE    numbers of sessions with state          (100,1000)
 BENCH_COPY     megabytes of a temporary table         (100)
 BENCH_REPLAY   transactions x statements to replay    (1x10000,100x100,1000x10)
 BENCH_IDLE     idle sessions for the memory            (1000)
-BENCH_PARTS    which parts to run                      (throughput,memory,pause,state,moved)
+BENCH_PARTS    which parts to run                      (throughput,memory,capture,pause,state,moved)
 BENCH_OUT      where to write                          (docs/benchmarks.md)
 BENCH_HELIOS   the program                             (target/release/helios)
 """
@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 
+import capture
 import moved
 import report
 import state
@@ -58,7 +59,7 @@ DEFAULTS = {
     "SECONDS": "3", "REPEATS": "3", "CASES": "*/*/*", "SCALE": "10", "INSTANCES": "2", "MOVES": "5",
     "SESSIONS": "1,100,1000", "IDLE": "1000", "STATE": "100,1000",
     "COPY": "100", "REPLAY": "1x10000,100x100,1000x10",
-    "PARTS": "throughput,memory,pause,state,moved",
+    "PARTS": "throughput,memory,capture,pause,state,moved",
     "OUT": "docs/benchmarks.md",
 }
 SHORT = {
@@ -100,6 +101,7 @@ def pg_bindir():
     return os.path.dirname(shutil.which("pgbench") or "/usr/bin/pgbench")
 
 
+TPS = r"tps = ([\d.]+) \(without initial"
 PGBENCH = f"{pg_bindir()}/pgbench"
 
 
@@ -124,17 +126,24 @@ def measure(address, workload, protocol, clients, seconds):
     if workload == "select":
         options.append("-S")
     if workload == "insert":
-        options += ["-f", insert_script()]
+        options += ["-f", script_file(INSERT)]
     out = pgbench(address, *options)
-    return float(re.search(r"tps = ([\d.]+) \(without initial", out).group(1))
+    return float(re.search(TPS, out).group(1))
 
 
 @functools.cache
-def insert_script():
+def script_file(text):
     with tempfile.NamedTemporaryFile("w", suffix=".sql", delete=False) as file:
-        file.write(INSERT)
+        file.write(text)
     atexit.register(os.unlink, file.name)
     return file.name
+
+
+def scripted(address, script, clients):
+    """Transactions a second of a script of ours, or of pgbench's own with prepared statements."""
+    options = ["-n", "-c", str(clients), "-j", "2", "-T", setting("SECONDS")]
+    options += ["-M", "prepared"] if script is None else ["-f", script_file(script)]
+    return float(re.search(TPS, pgbench(address, *options)).group(1))
 
 
 def cases():
@@ -271,6 +280,12 @@ def main():
         if "memory" in parts:
             results["idle"] = int(setting("IDLE"))
             results["memory"] = memory(clusters, bouncers, results["idle"])
+        if "capture" in parts:
+            what = (folder, clusters["transaction"], int(setting("REPEATS")))
+            try:
+                results["capture"] = capture.cost(*what, scripted, functools.partial(psql, sql="select 1"), say)
+            except (ServerError, SystemExit) as error:
+                results["capture"] = str(error)
         for bouncer in bouncers.values():
             bouncer.stop()  # they keep server connections that sessions need now
             running.remove(bouncer)
