@@ -126,9 +126,12 @@ async fn every_step(steps: &[&str], planned: bool) -> Result<()> {
         "steps-unplanned"
     })
     .await?;
+    // To repeat one: HELIOS_STEP=replay, or replay:done.
+    let only = std::env::var("HELIOS_STEP").ok();
     let all = steps
         .iter()
-        .flat_map(|step| [(*step).to_owned(), format!("{step}:done")]);
+        .flat_map(|step| [(*step).to_owned(), format!("{step}:done")])
+        .filter(|step| only.as_ref().is_none_or(|only| only == step));
     let mut outcome = Ok(());
     for (id, step) in (1..).zip(all) {
         outcome = one_step(&stage, id, &step, planned).await;
