@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use helios_api::v1alpha1::{names, valid::ValidCluster};
-use helios_control::Material;
+use helios_control::{Live, Material};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::PostParams;
@@ -17,7 +17,7 @@ use crate::certificates::{self, Pair};
 #[derive(Debug)]
 pub(crate) struct Secrets {
     /// The operator's own certificate for this cluster.
-    pub(crate) operator: Material,
+    pub(crate) operator: Live,
     /// Password of the application's role.
     pub(crate) app_password: String,
 }
@@ -51,11 +51,11 @@ pub(crate) async fn ensure(
         .issued(&ca, &own, &[names::OPERATOR_IDENTITY.to_owned()])
         .await?;
     Ok(Secrets {
-        operator: Material::from_pem(
+        operator: Live::new(&Material::from_pem(
             ca.certificate.as_bytes(),
             own.certificate.as_bytes(),
             own.key.as_bytes(),
-        )?,
+        )?)?,
         app_password: vault.app().await?,
     })
 }
