@@ -63,11 +63,13 @@ impl FileSet {
             return false;
         }
         let taken = take(&contents);
-        self.seen = Some(contents);
+        let before = self.seen.replace(contents);
         match taken {
             Ok(()) => {
                 self.complaint = None;
-                tracing::info!(files = self.names(), "certificates were renewed");
+                if before.is_some() {
+                    tracing::info!(files = self.names(), "certificates were renewed");
+                }
                 true
             }
             Err(error) => {

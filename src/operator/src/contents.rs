@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 
 use helios_api::v1alpha1::names;
+use helios_control::{Live, Material};
 
 use crate::OperatorError;
 use crate::certificates::{self, Pair, Span};
@@ -23,6 +24,9 @@ const FORMER: &str = "former.crt";
 const CERTIFICATE: &str = "tls.crt";
 const KEY: &str = "tls.key";
 
+/// How long a certificate is valid that is only shown once, in seconds.
+const TRIAL: i64 = 600;
+
 /// Texts by key.
 pub(crate) type Contents = BTreeMap<String, String>;
 
@@ -34,6 +38,8 @@ pub(crate) struct AuthorityKeys {
     pub(crate) ours: bool,
     pub(crate) asked: bool,
     pub(crate) stuck: bool,
+    /// Whether the one that is to take its place was seen to be believed.
+    pub(crate) believed: Option<bool>,
 }
 
 /// A holder's Secret.
@@ -78,6 +84,7 @@ impl AuthorityKeys {
             next: next.map(|valid| Next {
                 valid,
                 trusted: self.contents.get(TRUSTED).and_then(|at| at.parse().ok()),
+                believed: self.believed,
             }),
             former: former
                 .iter()
@@ -121,6 +128,23 @@ impl AuthorityKeys {
             .unwrap_or_default()
     }
 
+    /// A certificate of the next one, to be shown to those who are asked whether they believe it.
+    pub(crate) fn trial(&self, name: &str, now: i64) -> Result<Live, OperatorError> {
+        let next = self.pair(NEXT, NEXT_KEY);
+        let next = next.ok_or_else(|| OperatorError::Secret {
+            secret: self.secret.clone(),
+            key: NEXT.to_owned(),
+        })?;
+        let valid = Span::of(now, TRIAL);
+        let pair = certificates::issue(&next, names::SERVICE_USER, &[name.to_owned()], valid)?;
+        let material = Material::from_pem(
+            self.bundle().as_bytes(),
+            pair.certificate.as_bytes(),
+            pair.key.as_bytes(),
+        )?;
+        Ok(Live::new(&material)?)
+    }
+
     /// What a step of the authority makes of it; `None`: the step is none of its.
     pub(crate) fn after(&self, step: Step, now: i64) -> Result<Option<Contents>, OperatorError> {
         let mut contents = self.contents.clone();
@@ -149,7 +173,7 @@ impl AuthorityKeys {
                 contents.remove(TRUSTED);
                 set_former(&mut contents, &former);
             }
-            Step::Issue(..) | Step::Tell(_) => return Ok(None),
+            Step::Ask | Step::Issue(..) | Step::Tell(_) => return Ok(None),
         }
         Ok(Some(contents))
     }
@@ -263,6 +287,7 @@ mod tests {
             ours: true,
             asked: false,
             stuck: false,
+            believed: None,
         };
         let holder = HolderKeys {
             secret: "pg-1-tls".to_owned(),
@@ -288,6 +313,7 @@ mod tests {
                         Step::Issue(..) => {
                             holder.contents = Some(holder.issued(authority, TERMS, now).unwrap());
                         }
+                        Step::Ask => authority.believed = Some(true),
                         Step::Tell(_) => holder.contents = Some(holder.told(authority)),
                         _ => {
                             let after = authority.after(step, now).unwrap();
@@ -324,7 +350,7 @@ mod tests {
         let steps = settle(&mut authority, &mut holder, later);
         assert_eq!(
             steps,
-            [Step::Promote, Step::Issue(0, Replaced)],
+            [Step::Ask, Step::Promote, Step::Issue(0, Replaced)],
             "and the bundle's order has changed with it"
         );
         assert_eq!(authority.contents[CA], next);

@@ -2,7 +2,7 @@
 //!
 //! Pure: what the Secrets hold, the spec and the clock go in, the next step comes out. Invariants:
 //! nothing is issued by an authority before everybody has been told to believe it, for
-//! [`TRUST_FIRST`]; one that others may rest on is believed until it has ended; and what a program
+//! [`TRUST_FIRST`], and every program that runs was seen to; one that others may rest on is believed until it has ended; and what a program
 //! does not read again is left alone for as long as it is valid anyway.
 
 use helios_api::v1alpha1::Certificates;
@@ -63,6 +63,8 @@ pub(crate) struct Next {
     pub(crate) valid: Span,
     /// Since when everybody has been told to believe it.
     pub(crate) trusted: Option<i64>,
+    /// Whether every program that runs was seen to believe it; `None`: none was asked in this round.
+    pub(crate) believed: Option<bool>,
 }
 
 /// Whoever holds a certificate: an instance, the proxies, the operator.
@@ -139,6 +141,8 @@ pub(crate) enum Step {
     Announce(Why),
     /// Everybody has been told to: from now on the time counts.
     Trusted,
+    /// Every program that runs is asked whether it believes the new authority.
+    Ask,
     /// The new authority issues from now on.
     Promote,
     /// A holder's certificate is made anew.
@@ -202,8 +206,17 @@ fn of_authority(authority: &Authority, holders: &[Holder], now: i64) -> Option<S
             };
             let waited = now >= since.saturating_add(TRUST_FIRST);
             let may = everybody || authority.valid.until - now <= LAST_DAYS;
-            // Nobody believes one that has ended: there is nothing to wait for.
-            (told && (ended || (waited && may))).then_some(Step::Promote)
+            if !told {
+                return None;
+            }
+            match next.believed {
+                // Nobody believes one that has ended: there is nothing to wait for.
+                _ if ended => Some(Step::Promote),
+                _ if !(waited && may) => None,
+                None => Some(Step::Ask),
+                Some(true) => Some(Step::Promote),
+                Some(false) => None,
+            }
         }
         None if !authority.issues => Some(Step::Announce(Why::Broken)),
         None if authority.asked => Some(Step::Announce(Why::Asked)),
@@ -281,7 +294,8 @@ fn rest(terms: Terms, authority: &Authority, holders: &[Holder], now: i64) -> De
             ends.push(valid.until);
         }
     }
-    let stuck = authority.stuck || holders.iter().any(|holder| holder.stuck);
+    let doubted = authority.next.and_then(|next| next.believed) == Some(false);
+    let stuck = doubted || authority.stuck || holders.iter().any(|holder| holder.stuck);
     times.extend(stuck.then_some(now.saturating_add(RETRY)));
     let later = times.into_iter().filter(|at| *at > now).min();
     Decision::Rest {

@@ -37,11 +37,20 @@ fn announced(valid: Span, trusted: Option<i64>) -> Authority {
     let next = Next {
         valid: span(2, 3650),
         trusted,
+        believed: None,
     };
     Authority {
         next: Some(next),
         ..authority(valid)
     }
+}
+
+/// The same when all programs were asked.
+fn believes(mut authority: Authority, believed: bool) -> Authority {
+    if let Some(next) = &mut authority.next {
+        next.believed = Some(believed);
+    }
+    authority
 }
 
 fn leaf(valid: Span) -> Holder {
@@ -177,7 +186,7 @@ fn what_brings_no_time_is_not_done() {
 }
 
 #[test]
-fn an_authority_is_replaced_in_four_steps() {
+fn an_authority_is_replaced_in_steps() {
     let less = Holder {
         believes: Believes::Less,
         ..fresh()
@@ -193,6 +202,7 @@ fn an_authority_is_replaced_in_four_steps() {
     let near_end = span(2434, 3650);
     let all = || vec![fresh(), fresh()];
     let told = |days: i64| announced(near_end, Some(NOW - days * DAY));
+    let seen = |believed| believes(told(1), believed);
     for (what, authority, holders, expected) in [
         ("young", authority(span(2400, 3650)), all(), None),
         (
@@ -214,7 +224,9 @@ fn an_authority_is_replaced_in_four_steps() {
             Some(Step::Trusted),
         ),
         ("not for long enough", told(0), all(), None),
-        ("for a day", told(1), all(), Some(Step::Promote)),
+        ("for a day", told(1), all(), Some(Step::Ask)),
+        ("all believe it", seen(true), all(), Some(Step::Promote)),
+        ("one does not", seen(false), all(), None),
         (
             "for a day, but one has been told less since",
             told(1),
@@ -263,6 +275,7 @@ fn an_authority_is_replaced_for_other_reasons_too() {
         next: Some(Next {
             valid: span(3000, 3650),
             trusted: None,
+            believed: None,
         }),
         ..authority(span(3640, 3650))
     };
@@ -314,7 +327,7 @@ fn an_old_cluster_comes_along_when_its_programs_do() {
     let all_new = [fresh(), fresh()];
     let step = Some(Step::Announce(Why::TooLong));
     decides("all are new", &authority(OLD), &all_new, step);
-    decides("for a day", &announced, &all_new, Some(Step::Promote));
+    decides("for a day", &announced, &all_new, Some(Step::Ask));
     // Those that are new get short certificates of the old authority until then.
     let first = [leaf(OLD), old_program];
     let step = Some(Step::Issue(0, Why::TooLong));
@@ -340,6 +353,9 @@ fn it_looks_again_when_the_next_thing_is_due() {
     assert_eq!(rest(&former, &[fresh()]), (5, 90));
     let waits = announced(span(2500, 3650), Some(NOW - 3600));
     assert_eq!(rest(&waits, &[fresh()]), (DAY - 3600, 90));
+    let doubted = announced(span(2500, 3650), Some(NOW - DAY));
+    let doubted = believes(doubted, false);
+    assert_eq!(rest(&doubted, &[fresh()]), (60, 90));
     let stuck = Holder {
         stuck: true,
         ..leaf(span(80, 90))
@@ -382,14 +398,17 @@ fn carry_out(step: Step, authority: &mut Authority, holders: &mut [Holder], now:
             authority.next = Some(Next {
                 valid: Span::of(now, AUTHORITY_LIFE),
                 trusted: None,
+                believed: None,
             });
         }
         Step::Trusted => {
             assert!(holders.iter().all(|h| h.believes == Believes::Same));
             authority.next.as_mut().unwrap().trusted = Some(now);
         }
+        Step::Ask => authority.next.as_mut().unwrap().believed = Some(true),
         Step::Promote => {
             let next = authority.next.take().unwrap();
+            assert_eq!(next.believed, Some(true));
             assert!(now >= next.trusted.unwrap() + TRUST_FIRST);
             authority.former.push(authority.valid.until);
             authority.valid = next.valid;

@@ -5,6 +5,7 @@
 //! from being done.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -21,7 +22,7 @@ use crate::OperatorError;
 use crate::conductor::Verdict;
 use crate::reconcile::World;
 use crate::renewal::DAY;
-use crate::secret::{self, Renewed, Secrets, Wanted};
+use crate::secret::{self, Peer, Renewed, Secrets, Wanted};
 
 /// How long the Pods may take to be known, after a start.
 const PODS_LIMIT: Duration = Duration::from_secs(5);
@@ -50,6 +51,7 @@ pub(crate) async fn keep(
     let mut wanted = Wanted {
         now,
         unchanging: unchanging(valid, pods.as_deref()),
+        peers: peers(pods.as_deref().unwrap_or_default()),
         ..Wanted::default()
     };
     let refused = ask.and_then(|text| asked(text, &mut wanted));
@@ -123,6 +125,27 @@ fn unchanging(cluster: &ValidCluster, pods: Option<&[Arc<Pod>]>) -> BTreeSet<Str
     old.filter_map(holder).collect()
 }
 
+/// Programs that serve and read their files again. One that does not serve reads them when it
+/// starts, or is waited for by whoever needs it.
+fn peers(pods: &[Arc<Pod>]) -> Vec<Peer> {
+    let peer = |pod: &Arc<Pod>| {
+        let status = pod.status.as_ref()?;
+        let mut conditions = status.conditions.iter().flatten();
+        let ready = conditions.any(|c| c.type_ == "Ready" && c.status == "True");
+        let name = match pod.labels().get(names::COMPONENT).map(String::as_str) {
+            Some("proxy") => names::PROXY_IDENTITY.to_owned(),
+            _ => pod.labels().get(names::INSTANCE)?.clone(),
+        };
+        let ip = status.pod_ip.as_ref()?.parse().ok()?;
+        (ready && pod.annotations().contains_key(names::RELOADS)).then(|| Peer {
+            address: SocketAddr::new(ip, names::CONTROL_PORT),
+            name,
+            pod: pod.name_any(),
+        })
+    };
+    pods.iter().filter_map(peer).collect()
+}
+
 fn events(renewed: &Renewed, refused: Option<String>) -> Vec<Event> {
     let event = |type_, reason: &str, notes: &[String]| Event {
         type_,
@@ -154,6 +177,15 @@ fn verdict(renewed: &Renewed, unchanging: &BTreeSet<String>, now: i64) -> Verdic
         return Verdict::bad(
             kind,
             "CannotRenew",
+            &format!("the first ends on {end}; {why}"),
+        );
+    }
+    if !renewed.doubting.is_empty() {
+        let who = renewed.doubting.join(", ");
+        let why = format!("no certificates of the new authority yet, not believed by {who}");
+        return Verdict::bad(
+            kind,
+            "NotBelieved",
             &format!("the first ends on {end}; {why}"),
         );
     }

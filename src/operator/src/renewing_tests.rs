@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
+use helios_control::{ControlClient, Live, Material};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use kube::runtime::{reflector, watcher};
@@ -403,21 +404,80 @@ async fn what_somebody_else_has_made_is_not_touched() {
     assert!(kept.verdict.message.contains("pg-proxy-tls"));
 }
 
-/// A control port with what an instance's Secret holds, believing the authority that issues now.
-async fn instance(server: &Server) -> std::net::SocketAddr {
-    let pair = server.pair("pg-1-tls");
-    let material = helios_control::Material::from_pem(
-        server.text("pg-ca", "ca.crt").as_bytes(),
+fn material(authorities: &str, pair: &Pair) -> Material {
+    let material = Material::from_pem(
+        authorities.as_bytes(),
         pair.certificate.as_bytes(),
         pair.key.as_bytes(),
     );
-    let live = helios_control::Live::new(&material.unwrap()).unwrap();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    material.unwrap()
+}
+
+/// A control port.
+async fn port(at: &str, live: &Live) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind(at).await.unwrap();
     let address = listener.local_addr().unwrap();
     let router = axum::Router::new().route("/", axum::routing::get(|| async { "here" }));
     let stop = tokio_util::sync::CancellationToken::new();
-    helios_control::serve(listener, router, &live, names::OPERATOR_IDENTITY, stop);
+    helios_control::serve(listener, router, live, names::OPERATOR_IDENTITY, stop);
     address
+}
+
+/// A control port with what an instance's Secret holds, believing the authority that issues now.
+async fn instance(server: &Server) -> SocketAddr {
+    let pair = server.pair("pg-1-tls");
+    let live = Live::new(&material(&server.text("pg-ca", "ca.crt"), &pair)).unwrap();
+    port("127.0.0.1:0", &live).await
+}
+
+/// All Secrets have named it for a day; but a program that serves has not heard of it.
+#[tokio::test]
+async fn an_authority_issues_only_when_every_program_was_seen_to_believe_it() {
+    let server = Server::with(days_ago(2500, 3650), days_ago(10, 90)).await;
+    server.keep(None, &[]).await;
+    let keys = ["ca.crt", "ca.key", "next.crt", "next.key"];
+    let texts = keys.map(|key| server.text("pg-ca", key));
+    let mut data: Vec<_> = keys
+        .iter()
+        .copied()
+        .zip(texts.iter().map(|t| &**t))
+        .collect();
+    let yesterday = (now() - DAY).to_string();
+    data.push(("next.trusted-since", &yesterday));
+    server.set("pg-ca", &data);
+
+    // Where nothing else listens on that port.
+    let ip = format!("127.{}.8.43", std::process::id() % 250 + 1);
+    let first = server.text("pg-ca", "ca.crt");
+    let live = Live::new(&material(&first, &server.pair("pg-1-tls"))).unwrap();
+    port(&format!("{ip}:{}", names::CONTROL_PORT), &live).await;
+    let mut serves = pod("pg-1", true);
+    let status = json!({"podIP": ip, "conditions": [{"type": "Ready", "status": "True"}]});
+    serves.status = serde_json::from_value(status).unwrap();
+    let pods = [serves, pod("pg-2", true)];
+    let (kept, lines) = server.keep(None, &pods).await;
+    asked_for(&lines, &[]);
+    assert_eq!(
+        (kept.verdict.good, kept.verdict.reason),
+        (false, "NotBelieved")
+    );
+    assert!(
+        kept.verdict.message.contains("pg-1-0"),
+        "{:?}",
+        kept.verdict
+    );
+    assert!(kept.again <= Duration::from_secs(60));
+
+    // It reads its files.
+    let all = server.text("pg-1-tls", "ca.crt");
+    live.replace(&material(&all, &server.pair("pg-1-tls")))
+        .unwrap();
+    let (_, lines) = server.keep(None, &pods).await;
+    let mut expected = vec![write("pg-ca")];
+    expected.extend(HOLDERS.map(write));
+    expected.push(EVENT.to_owned());
+    asked_for(&lines, &expected);
+    assert_ne!(server.text("pg-ca", "ca.crt"), first);
 }
 
 #[tokio::test]
@@ -426,7 +486,7 @@ async fn clients_of_the_operator_go_on_with_new_certificates() {
     let (first, _) = server.keep(None, &[]).await;
     let asks = async |address| {
         let certificates = &first.secrets.operator;
-        let client = helios_control::ControlClient::new(address, "pg-1", certificates).unwrap();
+        let client = ControlClient::new(address, "pg-1", certificates).unwrap();
         let limit = Duration::from_secs(10);
         let asked = client.call(hyper::Method::GET, "/", Vec::new(), limit);
         asked.await.is_ok()

@@ -5,9 +5,12 @@
 //! never there without its key. One that somebody else has made is not written at all.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
 
 use helios_api::v1alpha1::{names, valid::ValidCluster};
-use helios_control::{Live, Material};
+use helios_control::{ControlClient, Live, Material};
+use hyper::Method;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::PostParams;
@@ -20,6 +23,8 @@ use crate::renewal::{Decision, Leaf, Step, Terms, Why, decide};
 
 /// More steps than these are not taken in one round: each is taken once at the most.
 const MOST_STEPS: usize = 64;
+/// How long a program may take to let the operator in.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the operator itself needs of them.
 #[derive(Debug)]
@@ -54,10 +59,23 @@ pub(crate) struct Wanted {
     pub(crate) now: i64,
     /// Holders, as their Secrets name them, whose programs read their files once.
     pub(crate) unchanging: BTreeSet<String>,
+    /// Programs that run and read their files again.
+    pub(crate) peers: Vec<Peer>,
     /// Every certificate is asked for anew.
     pub(crate) all: bool,
     /// A new authority is asked for.
     pub(crate) authority: bool,
+}
+
+/// A program that runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Peer {
+    /// Its control port.
+    pub(crate) address: SocketAddr,
+    /// What its certificate carries.
+    pub(crate) name: String,
+    /// Its Pod.
+    pub(crate) pod: String,
 }
 
 /// What has become of them.
@@ -67,6 +85,8 @@ pub(crate) struct Renewed {
     pub(crate) done: Vec<String>,
     /// What could not be.
     pub(crate) failed: Vec<String>,
+    /// Pods whose programs do not believe a new authority.
+    pub(crate) doubting: Vec<String>,
     /// Secrets of somebody else's, with the end of their certificates.
     pub(crate) others: Vec<(String, i64)>,
     /// When to look again, and when the first certificate ends.
@@ -154,6 +174,7 @@ impl Vault<'_> {
             contents,
             asked: false,
             stuck: false,
+            believed: None,
         };
         // One that is on its way is as new as one can be.
         authority.asked = wanted.authority && authority.facts()?.next.is_none();
@@ -184,6 +205,11 @@ impl Vault<'_> {
             let facts = keys.holders.iter().map(|h| h.facts(&keys.authority));
             let facts: Vec<_> = facts.collect();
             match decide(terms, &authority, &facts, wanted.now) {
+                Decision::Do(Step::Ask) => {
+                    let trial = keys.authority.trial(names::OPERATOR_IDENTITY, wanted.now)?;
+                    renewed.doubting = doubting(&trial, &wanted.peers).await?;
+                    keys.authority.believed = Some(renewed.doubting.is_empty());
+                }
                 Decision::Do(step) => {
                     self.take(step, keys, (terms, wanted.now), &mut renewed)
                         .await?;
@@ -351,6 +377,25 @@ impl Vault<'_> {
         let password = contents.get("password").cloned();
         password.ok_or_else(|| lacks(&name, "password"))
     }
+}
+
+/// The Pods of those who do not let somebody in with this certificate, or do not answer.
+async fn doubting(trial: &Live, peers: &[Peer]) -> Result<Vec<String>, OperatorError> {
+    let clients = peers.iter().map(|peer| {
+        let client = ControlClient::new(peer.address, &peer.name, trial)?;
+        Ok::<_, OperatorError>((client, peer.pod.clone()))
+    });
+    let clients = clients.collect::<Result<Vec<_>, _>>()?;
+    let asked = clients.iter().map(async |(client, pod)| {
+        let asked = client.call(Method::GET, "/v1/state", Vec::new(), ASK_LIMIT);
+        // Whatever it says: it has let us in.
+        asked.await.err().map(|error| {
+            tracing::info!(pod, %error, "a new authority is not believed");
+            pod.clone()
+        })
+    });
+    let all = futures_util::future::join_all(asked).await;
+    Ok(all.into_iter().flatten().collect())
 }
 
 fn said_of_authority(step: Step) -> Option<String> {
