@@ -26,6 +26,8 @@ mod reconcile;
 mod renewal;
 mod renewing;
 mod secret;
+#[cfg(test)]
+mod shelf;
 mod volumes;
 
 use std::net::SocketAddr;

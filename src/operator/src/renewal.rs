@@ -253,7 +253,8 @@ fn renewed(terms: Terms, authority: &Authority, holder: &Holder, now: i64) -> Op
     if !current {
         return Some(Why::Replaced);
     }
-    if holder.asked {
+    // A program that keeps its own would be left with one that ends sooner, should its server reload.
+    if holder.asked && holder.reloads {
         return Some(Why::Asked);
     }
     if near(valid, terms.before, now) {

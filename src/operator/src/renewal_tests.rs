@@ -104,6 +104,10 @@ fn a_certificate_is_renewed_when_its_end_is_near() {
         asked: true,
         ..fresh()
     };
+    let asked_in_vain = Holder {
+        asked: true,
+        ..old_program(OLD)
+    };
     let stuck = Holder {
         stuck: true,
         ..leaf(span(89, 90))
@@ -121,6 +125,7 @@ fn a_certificate_is_renewed_when_its_end_is_near() {
             issue(Why::Replaced),
         ),
         ("asked for", asked, issue(Why::Asked)),
+        ("asked for, and not read again", asked_in_vain, None),
         ("valid for too long", leaf(OLD), issue(Why::TooLong)),
         ("too long, and not read again", old_program(OLD), None),
         (

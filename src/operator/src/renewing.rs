@@ -75,7 +75,7 @@ pub(crate) async fn keep(
 }
 
 /// Seconds since the Unix epoch.
-fn now() -> i64 {
+pub(crate) fn now() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     i64::try_from(since.unwrap_or_default().as_secs()).unwrap_or(i64::MAX)
 }
