@@ -7,6 +7,7 @@
 )]
 
 mod bootstrap;
+mod certificates;
 mod charts;
 mod faults;
 mod life;

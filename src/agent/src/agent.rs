@@ -197,7 +197,10 @@ impl<'a> Loop<'a> {
                     }
                 }
                 job = self.inbox.recv() => return job,
-                () = tokio::time::sleep(LOOK_INTERVAL) => self.instance.hush(),
+                () = tokio::time::sleep(LOOK_INTERVAL) => {
+                    self.instance.hush();
+                    self.instance.renew_certificates();
+                }
             }
         }
     }

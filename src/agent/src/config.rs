@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use helios_api::agent::AgentError;
 use helios_api::{Host, InstanceName};
-use helios_control::{Material, PostgresTls, TlsFiles};
+use helios_control::{Live, Material, PostgresTls, TlsFiles};
 use serde::{Deserialize, Serialize};
 
 use crate::AgentFailure;
@@ -130,8 +130,10 @@ impl Network {
         let failed = |e: helios_control::TlsError| AgentError::Failed {
             reason: e.to_string(),
         };
+        // Read at each use: they may have been renewed.
         let material = Material::load(&self.tls).map_err(failed)?;
-        PostgresTls::new(other.as_str(), &material).map_err(failed)
+        let certificates = Live::new(&material).map_err(failed)?;
+        PostgresTls::new(other.as_str(), &certificates).map_err(failed)
     }
 }
 

@@ -9,6 +9,7 @@ use helios_api::{Epoch, Lsn, Timeline};
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
+use crate::certificates::Certificates;
 use crate::durable::{Pending, Store};
 use crate::error::{failed, refused};
 use crate::files::{self, Directory};
@@ -39,6 +40,8 @@ pub(crate) struct Instance {
     pub(crate) stopped_at: Option<Epoch>,
     /// Processes that a fence has stopped may not have gone yet: when they are killed at the latest.
     pub(crate) dying: Option<Instant>,
+    /// PostgreSQL's own certificate files.
+    pub(crate) certificates: Certificates,
     /// Major version of `bin_dir`.
     pub(crate) major: String,
     runs: u64,
@@ -64,6 +67,7 @@ impl Instance {
         }
         let major = major_version(&config).await?;
         let mut instance = Self {
+            certificates: Certificates::of(&config),
             config: Arc::new(config),
             store,
             hub,
@@ -330,6 +334,7 @@ impl Instance {
         logs::check(&self.config)?;
         process::remove_stale_locks(&self.config.data_dir, &self.config.postgres_socket())?;
         let kept = files::configure(&self.config, &self.floor().await?)?;
+        self.certificates.start();
         let run = self.next_run();
         let told = (&self.hub, &self.lease);
         self.postmaster = Some(Postmaster::spawn(&self.config, told, run)?);

@@ -10,6 +10,7 @@
 
 mod agent;
 mod bootstrap;
+mod certificates;
 pub mod client;
 mod config;
 mod copy;

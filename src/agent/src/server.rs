@@ -13,7 +13,7 @@ use axum::{Json, Router};
 use helios_api::agent::{AgentError, AgentReply, AgentRequest, AgentState, InstanceState};
 use helios_api::lease::LeaseRequest;
 use helios_api::v1alpha1::names;
-use helios_control::Material;
+use helios_control::{LOOK_EVERY, Live};
 use serde::Deserialize;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{mpsc, oneshot};
@@ -99,17 +99,17 @@ pub(crate) async fn serve_network(
             .await
             .map_err(|e| AgentFailure::Config(format!("could not listen on {address}: {e}")))
     };
-    let material = Material::load(&network.tls).map_err(|e| AgentFailure::Config(e.to_string()))?;
+    let certificates = Live::follow(&network.tls, LOOK_EVERY, stop.clone())
+        .map_err(|e| AgentFailure::Config(e.to_string()))?;
     let control = listen(network.control).await?;
     let probes = listen(network.probes).await?;
     helios_control::serve(
         control,
         router,
-        &material,
+        &certificates,
         names::OPERATOR_IDENTITY,
         stop.clone(),
-    )
-    .map_err(|e| AgentFailure::Config(e.to_string()))?;
+    );
     let answers = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))

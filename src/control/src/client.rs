@@ -1,17 +1,15 @@
 //! Calls a control port.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::body::Bytes;
 use hyper::{Method, StatusCode};
-use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
-use crate::{Material, TlsError, http};
+use crate::{Live, TlsError, http};
 
 /// How long connecting and the handshake may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
@@ -21,7 +19,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 pub struct ControlClient {
     address: SocketAddr,
     name: ServerName<'static>,
-    config: Arc<ClientConfig>,
+    certificates: Live,
 }
 
 /// Why there is no answer.
@@ -46,16 +44,17 @@ pub enum CallError {
 }
 
 impl ControlClient {
-    /// A client of the control port at `address`, whose certificate has to carry `name`.
+    /// A client of the control port at `address`, whose certificate has to carry `name`. Each call
+    /// goes by the certificates that are in use then.
     ///
     /// # Errors
-    /// The certificates do not fit together, or `name` is none.
-    pub fn new(address: SocketAddr, name: &str, material: &Material) -> Result<Self, TlsError> {
+    /// `name` is none.
+    pub fn new(address: SocketAddr, name: &str, certificates: &Live) -> Result<Self, TlsError> {
         Ok(Self {
             address,
             name: ServerName::try_from(name.to_owned())
                 .map_err(|_| TlsError::Name(name.to_owned()))?,
-            config: material.client()?,
+            certificates: certificates.clone(),
         })
     }
 
@@ -83,7 +82,7 @@ impl ControlClient {
                 let stream = TcpStream::connect(address).await?;
                 // A command is one small write; waiting for more of it costs 40 ms.
                 stream.set_nodelay(true)?;
-                let connector = TlsConnector::from(Arc::clone(&self.config));
+                let connector = TlsConnector::from(self.certificates.client());
                 connector.connect(self.name.clone(), stream).await
             };
             let stream = tokio::time::timeout(CONNECT_LIMIT, connect)

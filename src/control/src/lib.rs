@@ -1,5 +1,5 @@
 //! How the control API travels: HTTP/JSON, one request a connection, over mutual TLS between Pods;
-//! and the same certificates towards PostgreSQL.
+//! and the same certificates towards PostgreSQL, replaced while they are used.
 //!
 //! May do I/O on the connections it is given or asked to open, and read certificate files. Knows
 //! nothing of what is said. Invariant: a listener of [`serve`] hands nothing to its router before
@@ -7,13 +7,17 @@
 
 mod client;
 mod error;
+mod files;
 pub mod http;
+mod live;
 mod material;
 mod postgres;
 mod serve;
 
 pub use client::{CallError, ControlClient};
-pub use error::TlsError;
+pub use error::{Part, TlsError};
+pub use files::{FileSet, LOOK_EVERY};
+pub use live::Live;
 pub use material::{Material, TlsFiles};
 pub use postgres::PostgresTls;
 pub use serve::serve;

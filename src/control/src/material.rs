@@ -1,6 +1,6 @@
 //! A certificate with its key, and the authority that both sides believe.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustls::crypto::ring;
@@ -10,7 +10,8 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 
-use crate::TlsError;
+use crate::error::{Part, TlsError};
+use crate::files::FileSet;
 
 /// Where they lie, as PEM files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +23,25 @@ pub struct TlsFiles {
     pub certificate: PathBuf,
     /// Its key.
     pub key: PathBuf,
+}
+
+impl TlsFiles {
+    /// All of them, in the order of [`Material::of_files`].
+    #[must_use]
+    pub fn paths(&self) -> Vec<PathBuf> {
+        [Part::Authority, Part::Certificate, Part::Key]
+            .map(|part| self.of(part))
+            .into()
+    }
+
+    fn of(&self, part: Part) -> PathBuf {
+        match part {
+            Part::Authority => &self.ca,
+            Part::Certificate => &self.certificate,
+            Part::Key => &self.key,
+        }
+        .clone()
+    }
 }
 
 /// Certificates that have been read.
@@ -38,11 +58,33 @@ impl Material {
     /// # Errors
     /// A file cannot be read, or does not hold what it should.
     pub fn load(files: &TlsFiles) -> Result<Self, TlsError> {
-        Self::from_pem(
-            &read(&files.ca)?,
-            &read(&files.certificate)?,
-            &read(&files.key)?,
-        )
+        Self::of_files(files, &FileSet::new(files.paths()).read()?)
+    }
+
+    /// What the files held, in the order of [`TlsFiles::paths`].
+    ///
+    /// # Errors
+    /// One does not hold what it should, or certificate and key do not belong together; the error
+    /// names the file.
+    pub fn of_files(files: &TlsFiles, contents: &[Vec<u8>]) -> Result<Self, TlsError> {
+        let [ca, certificate, key] = contents else {
+            return Err(TlsError::Material("these are not three files".to_owned()));
+        };
+        let material = Self::from_pem(ca, certificate, key).map_err(|error| {
+            let (path, why) = match error {
+                TlsError::Part { part, why } => (files.of(part), why),
+                other => return other,
+            };
+            TlsError::File { path, why }
+        })?;
+        match material.client() {
+            Ok(_) => Ok(material),
+            Err(error) => Err(TlsError::Pair {
+                certificate: files.certificate.clone(),
+                key: files.key.clone(),
+                why: error.to_string(),
+            }),
+        }
     }
 
     /// Reads them from memory.
@@ -50,17 +92,17 @@ impl Material {
     /// # Errors
     /// A text does not hold what it should.
     pub fn from_pem(ca: &[u8], certificate: &[u8], key: &[u8]) -> Result<Self, TlsError> {
-        let wrong = |what: &str, why: String| TlsError::Material(format!("{what}: {why}"));
+        let wrong = |part, why: String| TlsError::Part { part, why };
         let mut roots = RootCertStore::empty();
-        for root in certificates("authority", ca)? {
+        for root in certificates(Part::Authority, ca)? {
             roots
                 .add(root)
-                .map_err(|e| wrong("authority", e.to_string()))?;
+                .map_err(|e| wrong(Part::Authority, e.to_string()))?;
         }
         Ok(Self {
             roots: Arc::new(roots),
-            chain: certificates("certificate", certificate)?,
-            key: PrivateKeyDer::from_pem_slice(key).map_err(|e| wrong("key", e.to_string()))?,
+            chain: certificates(Part::Certificate, certificate)?,
+            key: PrivateKeyDer::from_pem_slice(key).map_err(|e| wrong(Part::Key, e.to_string()))?,
         })
     }
 
@@ -94,20 +136,13 @@ impl Material {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
-    std::fs::read(path).map_err(|e| TlsError::File {
-        path: path.to_owned(),
-        why: e.to_string(),
-    })
-}
-
-fn certificates(what: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let wrong = |why: String| TlsError::Material(format!("{what}: {why}"));
+fn certificates(part: Part, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let wrong = |why: String| TlsError::Part { part, why };
     let found: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
         .map_err(|e| wrong(e.to_string()))?;
     if found.is_empty() {
-        return Err(wrong("there is none".to_owned()));
+        return Err(wrong("it holds no certificate".to_owned()));
     }
     Ok(found)
 }

@@ -6,21 +6,19 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsConnect, TlsStream};
 use tokio_rustls::TlsConnector;
 
-use crate::{Material, TlsError};
+use crate::{Live, TlsError};
 
 /// Makes connections of one server.
 #[derive(Debug, Clone)]
 pub struct PostgresTls {
-    config: Arc<ClientConfig>,
+    certificates: Live,
     name: ServerName<'static>,
 }
 
@@ -28,10 +26,10 @@ impl PostgresTls {
     /// For the server whose certificate has to carry `name`.
     ///
     /// # Errors
-    /// The certificates do not fit together, or `name` is none.
-    pub fn new(name: &str, material: &Material) -> Result<Self, TlsError> {
+    /// `name` is none.
+    pub fn new(name: &str, certificates: &Live) -> Result<Self, TlsError> {
         Ok(Self {
-            config: material.client()?,
+            certificates: certificates.clone(),
             name: ServerName::try_from(name.to_owned())
                 .map_err(|_| TlsError::Name(name.to_owned()))?,
         })
@@ -61,7 +59,7 @@ where
 
     fn connect(self, stream: S) -> Self::Future {
         Box::pin(async move {
-            let connector = TlsConnector::from(self.config);
+            let connector = TlsConnector::from(self.certificates.client());
             connector.connect(self.name, stream).await.map(Secure)
         })
     }

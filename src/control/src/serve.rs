@@ -6,7 +6,6 @@ use std::time::Duration;
 use axum::Router;
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
-use rustls::ServerConfig;
 use rustls_pki_types::CertificateDer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -14,7 +13,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-use crate::{Material, TlsError};
+use crate::Live;
 
 /// How long a handshake may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
@@ -27,30 +26,27 @@ const CONNECTIONS: usize = 64;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves `router` to peers whose certificate carries `allowed`, until cancelled. Open requests
-/// are then cut off.
-///
-/// # Errors
-/// The certificates do not fit together.
+/// are then cut off. Each connection is taken with the certificates that are in use then.
 pub fn serve(
     listener: TcpListener,
     router: Router,
-    material: &Material,
+    certificates: &Live,
     allowed: &'static str,
     stop: CancellationToken,
-) -> Result<tokio::task::JoinHandle<()>, TlsError> {
-    let config = material.server()?;
-    Ok(tokio::spawn(async move {
+) -> tokio::task::JoinHandle<()> {
+    let certificates = certificates.clone();
+    tokio::spawn(async move {
         tokio::select! {
-            () = accept(listener, router, config, allowed, stop.clone()) => {}
+            () = accept(listener, router, certificates, allowed, stop.clone()) => {}
             () = stop.cancelled() => {}
         }
-    }))
+    })
 }
 
 async fn accept(
     listener: TcpListener,
     router: Router,
-    config: Arc<ServerConfig>,
+    certificates: Live,
     allowed: &'static str,
     stop: CancellationToken,
 ) {
@@ -67,11 +63,12 @@ async fn accept(
                 continue;
             }
         };
-        let (router, config, stop) = (router.clone(), Arc::clone(&config), stop.clone());
+        let acceptor = TlsAcceptor::from(certificates.server());
+        let (router, stop) = (router.clone(), stop.clone());
         tokio::spawn(async move {
             let work = tokio::time::timeout(
                 CONNECTION_LIMIT,
-                connection(stream, router, config, allowed),
+                connection(stream, router, acceptor, allowed),
             );
             tokio::select! {
                 _ = work => {}
@@ -85,11 +82,11 @@ async fn accept(
 async fn connection(
     stream: TcpStream,
     router: Router,
-    config: Arc<ServerConfig>,
+    acceptor: TlsAcceptor,
     allowed: &'static str,
 ) {
     let _ = stream.set_nodelay(true);
-    let handshake = TlsAcceptor::from(config).accept(stream);
+    let handshake = acceptor.accept(stream);
     let stream = match tokio::time::timeout(HANDSHAKE_LIMIT, handshake).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::routing::get;
-use helios_control::{CallError, ControlClient, Material, serve};
+use helios_control::{CallError, ControlClient, Live, Material, serve};
 use hyper::{Method, StatusCode};
 use rcgen::{CertificateParams, CertifiedIssuer, KeyPair};
 use tokio::net::TcpListener;
@@ -25,29 +25,29 @@ impl Authority {
         Self(CertifiedIssuer::self_signed(params, key).unwrap())
     }
 
-    fn issue(&self, name: &str) -> Material {
+    fn issue(&self, name: &str) -> Live {
         let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.0).unwrap();
         let ca = self.0.pem();
-        Material::from_pem(
+        let material = Material::from_pem(
             ca.as_bytes(),
             certificate.pem().as_bytes(),
             key.serialize_pem().as_bytes(),
-        )
-        .unwrap()
+        );
+        Live::new(&material.unwrap()).unwrap()
     }
 }
 
-async fn server(material: &Material, stop: &CancellationToken) -> SocketAddr {
+async fn server(material: &Live, stop: &CancellationToken) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let router = Router::new().route("/v1/ping", get(|| async { "pong" }));
-    serve(listener, router, material, "operator.helios", stop.clone()).unwrap();
+    serve(listener, router, material, "operator.helios", stop.clone());
     address
 }
 
-async fn ping(address: SocketAddr, name: &str, material: &Material) -> Result<String, CallError> {
+async fn ping(address: SocketAddr, name: &str, material: &Live) -> Result<String, CallError> {
     let client = ControlClient::new(address, name, material).unwrap();
     let (status, body) = client
         .call(Method::GET, "/v1/ping", Vec::new(), LIMIT)

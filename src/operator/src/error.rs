@@ -24,7 +24,9 @@ pub enum OperatorError {
     #[error(transparent)]
     Tls(#[from] helios_control::TlsError),
     /// A Secret does not hold what it should.
-    #[error("secret \"{secret}\" holds no \"{key}\"; delete it to have it made anew")]
+    #[error(
+        "secret \"{secret}\" holds no \"{key}\" that can be used; delete it to have it made anew"
+    )]
     Secret {
         /// Its name.
         secret: String,

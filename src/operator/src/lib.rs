@@ -15,6 +15,7 @@
 mod build;
 mod certificates;
 mod conductor;
+mod contents;
 mod error;
 mod http;
 mod leader;
@@ -22,7 +23,11 @@ mod metrics;
 #[cfg(test)]
 mod mock;
 mod reconcile;
+mod renewal;
+mod renewing;
 mod secret;
+#[cfg(test)]
+mod shelf;
 mod volumes;
 
 use std::net::SocketAddr;

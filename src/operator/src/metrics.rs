@@ -38,6 +38,7 @@ struct Inner {
     instances_ready: IntGaugeVec,
     confirming: IntGaugeVec,
     lag: IntGaugeVec,
+    expiry: IntGaugeVec,
     operations: IntCounterVec,
     pause: HistogramVec,
     failures: IntCounterVec,
@@ -80,6 +81,7 @@ impl Metrics {
                 names::CLUSTER_LAG_BYTES,
                 &["namespace", "cluster", "instance"],
             )?,
+            expiry: gauges(names::CLUSTER_CERTIFICATE_EXPIRY, &of_cluster)?,
             operations: counters(
                 names::CLUSTER_OPERATIONS,
                 &["namespace", "cluster", "kind", "outcome"],
@@ -169,6 +171,12 @@ impl Metrics {
         pause.observe(seconds);
     }
 
+    /// When the first of a cluster's certificates ends, in seconds since the Unix epoch.
+    pub(crate) fn certificates(&self, (namespace, name): (&str, &str), end: i64) {
+        let gauge = self.0.expiry.with_label_values(&[namespace, name]);
+        gauge.set(end);
+    }
+
     /// A reconciliation has failed and is tried again.
     pub(crate) fn failed(&self, (namespace, name): (&str, &str)) {
         self.0.failures.with_label_values(&[namespace, name]).inc();
@@ -184,6 +192,7 @@ impl Metrics {
             &this.instances,
             &this.instances_ready,
             &this.confirming,
+            &this.expiry,
         ] {
             let _ = gauge.remove_label_values(&labels);
         }
@@ -239,6 +248,7 @@ mod tests {
         metrics.observe(pg, &status(json!(96)));
         metrics.ended(pg, ("switchover", "succeeded"), 81_000);
         metrics.failed(pg);
+        metrics.certificates(pg, 1_800_000_000);
         let text = metrics.render();
         let of = "cluster=\"pg\"";
         for line in [
@@ -257,6 +267,9 @@ mod tests {
                 "helios_cluster_pause_seconds_bucket{{{of},kind=\"switchover\",namespace=\"shop\",le=\"0.1\"}} 1"
             ),
             format!("helios_operator_reconcile_failures_total{{{of},namespace=\"shop\"}} 1"),
+            format!(
+                "helios_cluster_certificate_expiry_timestamp_seconds{{{of},namespace=\"shop\"}} 1800000000"
+            ),
         ] {
             assert!(text.lines().any(|l| l == line), "{line} not in:\n{text}");
         }

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use crate::build::{self, Built, Offers};
 use crate::conductor::{self, Handle, Input, Verdict};
 use crate::metrics::Metrics;
-use crate::{OperatorError, Options, secret, volumes};
+use crate::{OperatorError, Options, renewing, volumes};
 
 /// What exists for a cluster is compared with what should so often, if its spec has not changed:
 /// the status changes with every step of a move, and that is no time for twenty requests.
@@ -50,7 +50,8 @@ pub(crate) struct World {
     offers: Offers,
     conductors: Mutex<HashMap<Key, Handle>>,
     failures: Mutex<HashMap<Key, u32>>,
-    /// Which spec (by the object's identity and generation) was applied, and when.
+    /// Which spec (by the object's identity and generation) was applied, and until when that is
+    /// enough.
     applied: Mutex<HashMap<Key, (Spec, Instant)>>,
     /// Cancelled when this process may not go on.
     pub(crate) fatal: CancellationToken,
@@ -206,12 +207,15 @@ async fn reconcile(
     let spec = (cluster.uid(), cluster.metadata.generation);
     let fresh = lock(&world.applied)
         .get(&key)
-        .is_some_and(|(of, at)| *of == spec && at.elapsed() < AGAIN);
-    if !paused && !fresh {
+        .is_some_and(|(of, until)| *of == spec && Instant::now() < *until);
+    let asked = cluster.annotations().contains_key(names::RENEW);
+    let mut again = AGAIN;
+    if !paused && (!fresh || asked) {
         match prepare(&cluster, &world).await {
-            Ok(input) => {
+            Ok((input, due)) => {
                 hand_over(&world, &key, input);
-                lock(&world.applied).insert(key.clone(), (spec, Instant::now()));
+                again = again.min(due);
+                lock(&world.applied).insert(key.clone(), (spec, Instant::now() + again));
             }
             Err(OperatorError::Invalid(invalid)) => {
                 refuse(&cluster, &world, &key, &invalid).await?;
@@ -225,16 +229,23 @@ async fn reconcile(
         handle.request(request, fenced, paused);
     }
     lock(&world.failures).remove(&key);
-    Ok(Action::requeue(AGAIN))
+    Ok(Action::requeue(again))
 }
 
-/// The four steps up to what the conductor needs.
-async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, OperatorError> {
+/// The four steps up to what the conductor needs; and in how long something is due.
+async fn prepare(
+    cluster: &HeliosCluster,
+    world: &World,
+) -> Result<(Input, Duration), OperatorError> {
     let valid = ValidCluster::new(cluster)?;
     build::check(&valid)?;
     let mut claims =
         dereference(&valid, cluster.metadata.creation_timestamp.as_ref(), world).await?;
-    let secrets = secret::ensure(&world.client, &valid).await?;
+    let renewing::Kept {
+        secrets,
+        verdict: certificates,
+        again,
+    } = renewing::keep(cluster, &valid, world).await?;
     let objects = build::objects(&valid, &world.options.image, world.offers)?;
     for object in objects {
         let applied = apply(&world.client, &valid.namespace, &object).await;
@@ -266,8 +277,8 @@ async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, Operat
             &format!("what is known is used; {}", unknown.join("; ")),
         ),
     };
-    Ok(Input {
-        verdicts: vec![spec, budgets, volumes::verdict(&claims)],
+    let input = Input {
+        verdicts: vec![spec, budgets, volumes::verdict(&claims), certificates],
         kept: claims.kept().clone(),
         template: build::template(&valid),
         server: build::server_settings(&valid),
@@ -276,7 +287,8 @@ async fn prepare(cluster: &HeliosCluster, world: &World) -> Result<Input, Operat
         request: cluster.annotations().get(names::SWITCHOVER).cloned(),
         paused: false,
         fenced: cluster.annotations().get(names::FENCED).cloned(),
-    })
+    };
+    Ok((input, again))
 }
 
 /// Looks at what is there already and may not be changed.
@@ -390,4 +402,4 @@ impl World {
 
 #[cfg(test)]
 #[path = "reconcile_tests.rs"]
-mod tests;
+pub(crate) mod tests;

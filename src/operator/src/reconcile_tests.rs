@@ -5,7 +5,7 @@ use crate::mock::{Call, Mock, refusal};
 use k8s_openapi::ByteString;
 use serde_json::{Value, json};
 
-fn object(size: &str) -> HeliosCluster {
+pub(crate) fn object(size: &str) -> HeliosCluster {
     let spec = json!({"imageName": "postgres:17", "storage": {"size": size}});
     let mut object = HeliosCluster::new("pg", serde_json::from_value(spec).unwrap());
     object.metadata.namespace = Some("shop".to_owned());
@@ -14,6 +14,11 @@ fn object(size: &str) -> HeliosCluster {
 }
 
 fn world(client: Client) -> World {
+    world_with(client, reflector::store().0)
+}
+
+/// One that knows these Pods.
+pub(crate) fn world_with(client: Client, pods: Store<Pod>) -> World {
     let reporter = Reporter {
         controller: "test".to_owned(),
         instance: None,
@@ -30,7 +35,7 @@ fn world(client: Client) -> World {
             http: ([127, 0, 0, 1], 0).into(),
         },
         client,
-        pods: reflector::store().0,
+        pods,
         conductors: Mutex::default(),
         failures: Mutex::default(),
         applied: Mutex::default(),
@@ -39,7 +44,7 @@ fn world(client: Client) -> World {
 }
 
 /// An API server that has nothing yet: what is made is given back as it would store it.
-fn empty(call: &Call) -> (u16, Value) {
+pub(crate) fn empty(call: &Call) -> (u16, Value) {
     if call.what.starts_with("GET ") {
         return refusal(404, "not found");
     }
@@ -53,7 +58,7 @@ fn empty(call: &Call) -> (u16, Value) {
     (200, body)
 }
 
-const CORE: &str = "/api/v1/namespaces/shop";
+pub(crate) const CORE: &str = "/api/v1/namespaces/shop";
 
 fn looked(instances: &[&str]) -> Vec<String> {
     let both = |n: &&str| [n.to_string(), format!("{n}-wal")];
@@ -64,23 +69,15 @@ fn looked(instances: &[&str]) -> Vec<String> {
 }
 
 fn secrets() -> Vec<String> {
-    let names = [
-        "pg-ca",
-        "pg-1-tls",
-        "pg-2-tls",
-        "pg-proxy-tls",
-        "pg-operator-tls",
-        "pg-app",
-    ];
-    names
-        .iter()
-        .flat_map(|name| {
-            [
-                format!("GET {CORE}/secrets/{name}"),
-                format!("POST {CORE}/secrets"),
-            ]
-        })
-        .collect()
+    let holders = ["pg-1-tls", "pg-2-tls", "pg-proxy-tls", "pg-operator-tls"];
+    let read = |name: &&str| format!("GET {CORE}/secrets/{name}");
+    let made = format!("POST {CORE}/secrets");
+    // The authority is made before anybody is looked at who needs it.
+    let mut all = vec![read(&"pg-ca"), made.clone()];
+    all.extend(holders.iter().map(read));
+    all.extend(holders.iter().map(|_| made.clone()));
+    all.extend([read(&"pg-app"), made]);
+    all
 }
 
 fn applied() -> Vec<String> {
@@ -107,7 +104,7 @@ fn applied() -> Vec<String> {
 async fn a_new_cluster_takes_exactly_these_requests() {
     let mock = Mock::start(empty).await;
     let world = world(mock.client.clone());
-    let input = prepare(&object("1Gi"), &world).await.unwrap();
+    let (input, _) = prepare(&object("1Gi"), &world).await.unwrap();
     let mut expected = looked(&["pg-1", "pg-2"]);
     expected.extend(secrets());
     expected.extend(applied());
@@ -146,7 +143,7 @@ async fn a_volume_that_cannot_grow_keeps_nothing_else_from_being_applied() {
     })
     .await;
     let world = world(mock.client.clone());
-    let input = prepare(&object("2Gi"), &world).await.unwrap();
+    let (input, _) = prepare(&object("2Gi"), &world).await.unwrap();
     let patches = mock.lines().into_iter().filter(|l| l.starts_with("PATCH"));
     assert_eq!(patches.collect::<Vec<_>>(), applied());
     let volumes = input

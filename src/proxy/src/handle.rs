@@ -26,7 +26,7 @@ use crate::engine::{leaving, opening, temporary};
 use crate::listener::{BindError, Incoming, Limits, Listener};
 use crate::login::{self, Accepted, EdgeContext};
 use crate::options::ProxyOptions;
-use crate::tls::TlsError;
+use crate::tls::{ServerTls, TlsError};
 use crate::workers::Workers;
 
 mod barrier;
@@ -95,6 +95,8 @@ struct Inner {
     shared: Arc<Shared>,
     verifiers: Arc<VerifierCache>,
     limits: Arc<Limits>,
+    /// What clients are shown.
+    tls: Option<ServerTls>,
     port: u16,
     /// Where it listens, for a process that takes over from this one.
     place: giving::Place,
@@ -166,7 +168,7 @@ impl Proxy {
         );
         let edge = Arc::new(EdgeContext {
             auth: options.auth,
-            tls: options.tls,
+            tls: options.tls.clone(),
             tls_required: options.tls_required,
             verifiers: Arc::clone(&verifiers),
             limits: Arc::clone(&limits),
@@ -176,6 +178,7 @@ impl Proxy {
             shared,
             verifiers,
             limits: Arc::clone(&limits),
+            tls: options.tls,
             port,
             place,
             closed: CancellationToken::new(),
@@ -320,6 +323,16 @@ impl ProxyHandle {
                 () = stop.cancelled() => {}
             }
         });
+    }
+
+    /// Looks at the certificate files again, towards clients and towards servers: what they hold now
+    /// counts from the next connection on. What cannot be used is warned about, and what was there
+    /// before stays in use.
+    pub fn look_at_certificates(&self) {
+        if let Some(tls) = &self.0.tls {
+            tls.look();
+        }
+        self.0.shared.tls.look();
     }
 
     /// The port that clients use.

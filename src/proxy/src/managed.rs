@@ -103,6 +103,31 @@ impl Managed {
         }
     }
 
+    /// Looks at the certificate files so often until it is shut down.
+    pub fn follow_certificates(&self, every: Duration) {
+        let this = self.clone();
+        tokio::spawn(async move {
+            let looking = async {
+                loop {
+                    tokio::time::sleep(every).await;
+                    this.look_at_certificates();
+                }
+            };
+            tokio::select! {
+                () = looking => {}
+                () = this.0.stop.cancelled() => {}
+            }
+        });
+    }
+
+    /// Looks at the certificate files now: [`ProxyHandle::look_at_certificates`].
+    pub fn look_at_certificates(&self) {
+        // One that has no primary yet reads them when it gets one.
+        if let Some(handle) = self.0.handle.get() {
+            handle.look_at_certificates();
+        }
+    }
+
     /// Keeps what is served now: new work has been let in.
     fn keep(&self) {
         if let (Some(file), Some(handle)) = (self.0.kept.get(), self.0.handle.get()) {

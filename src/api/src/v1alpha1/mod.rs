@@ -11,6 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod bootstrap;
+mod certificates;
 pub mod names;
 mod placement;
 mod postgres;
@@ -20,6 +21,7 @@ pub mod unknown;
 pub mod valid;
 
 pub use bootstrap::{BaseBackup, Bootstrap, Initdb, KeyOf, SqlSource, SslMode};
+pub use certificates::Certificates;
 pub use placement::{PodMetadata, Scheduling, ServiceTemplate, ServiceType};
 pub use postgres::{DataDurability, Failover, Postgresql, Switchover, Synchronous};
 pub use proxy::{
@@ -101,6 +103,9 @@ pub struct HeliosClusterSpec {
     /// How a planned move goes.
     #[serde(default)]
     pub switchover: Switchover,
+    /// The certificates that operator, proxies and instances show each other.
+    #[serde(default)]
+    pub certificates: Certificates,
     /// On which nodes Pods of instances run.
     #[serde(default)]
     pub scheduling: Scheduling,

@@ -11,6 +11,9 @@ pub const SWITCHOVER: &str = "heliosdb.io/switchover";
 pub const FENCED: &str = "heliosdb.io/fenced";
 /// `paused`: the operator changes nothing about the cluster.
 pub const RECONCILE: &str = "heliosdb.io/reconcile";
+/// `certificates`: every certificate is renewed now; `authority`: so is what issues them. Removed
+/// once it is done.
+pub const RENEW: &str = "heliosdb.io/renew-certificates";
 
 /// Label: name of the cluster.
 pub const CLUSTER: &str = "heliosdb.io/cluster";
@@ -25,6 +28,9 @@ pub const COMPONENT: &str = "heliosdb.io/component";
 pub const TEMPLATE: &str = "heliosdb.io/template";
 /// Annotation of a Pod template: what it was built from, so that a change restarts it.
 pub const CONFIG_HASH: &str = "heliosdb.io/config-hash";
+/// Annotation of Pods: their program reads its certificates again when these are renewed. Those of
+/// an earlier operator do not.
+pub const RELOADS: &str = "heliosdb.io/reloads-certificates";
 
 /// Superuser that agents, proxies and operator log in with.
 pub const SERVICE_USER: &str = "helios";

@@ -77,6 +77,8 @@ pub enum ConditionType {
     Bootstrapped,
     /// Every volume is there, in the size that is asked for.
     VolumesReady,
+    /// Every certificate of the cluster's own authority is valid, and renewed in time.
+    CertificatesValid,
 }
 
 impl ConditionType {
@@ -93,6 +95,7 @@ impl ConditionType {
             Self::Fenced => "Fenced",
             Self::Bootstrapped => "Bootstrapped",
             Self::VolumesReady => "VolumesReady",
+            Self::CertificatesValid => "CertificatesValid",
         }
     }
 }

@@ -6,8 +6,8 @@
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use super::{
-    BaseBackup, Bootstrap, Failover, HeliosCluster, HeliosClusterSpec, Initdb, KeyOf, SqlSource,
-    SslMode, names,
+    BaseBackup, Bootstrap, Certificates, Failover, HeliosCluster, HeliosClusterSpec, Initdb, KeyOf,
+    SqlSource, SslMode, names,
 };
 use crate::InstanceName;
 
@@ -91,6 +91,7 @@ impl ValidCluster {
         }
         check_postgresql(spec)?;
         check_initdb(spec)?;
+        check_certificates(&spec.certificates)?;
         for (field, metadata) in [
             ("spec.podMetadata", &spec.pod_metadata),
             ("spec.proxy.podMetadata", &spec.proxy.pod_metadata),
@@ -154,6 +155,20 @@ fn check_postgresql(spec: &HeliosClusterSpec) -> Result<(), Invalid> {
     check_lease(failover)?;
     let drain = spec.switchover.drain_timeout_secs;
     range("spec.switchover.drainTimeoutSecs", drain, 0, 3600)
+}
+
+/// A fresh certificate must not be due again soon.
+fn check_certificates(certificates: &Certificates) -> Result<(), Invalid> {
+    let Certificates {
+        duration_days,
+        renew_before_days,
+    } = *certificates;
+    range("spec.certificates.durationDays", duration_days, 7, 730)?;
+    let most = duration_days / 2;
+    match renew_before_days {
+        Some(days) => range("spec.certificates.renewBeforeDays", days, 3, most),
+        None => Ok(()),
+    }
 }
 
 /// The lease must outlast several attempts to renew it.
@@ -372,6 +387,17 @@ mod tests {
         refused(|c| c.spec.failover.lease_ms = 0, "spec.failover.leaseMs");
         refused(|c| c.spec.failover.delay_ms = -1, "spec.failover.delayMs");
         refused(|c| c.spec.failover.renew_ms = 601, "spec.failover.renewMs");
+        let field = "spec.certificates.durationDays";
+        for days in [0, 6, 731] {
+            refused(|c| c.spec.certificates.duration_days = days, field);
+        }
+        let field = "spec.certificates.renewBeforeDays";
+        for days in [-1, 2, 46] {
+            refused(
+                |c| c.spec.certificates.renew_before_days = Some(days),
+                field,
+            );
+        }
         refused(|c| c.metadata.name = Some("x".repeat(41)), "metadata.name");
         refused(
             |c| {

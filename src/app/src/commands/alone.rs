@@ -16,6 +16,7 @@ use helios_api::{Epoch, Timeline};
 use helios_proxy::config::ProxyConfig;
 use helios_proxy::{Followed, Given, Proxy, ProxyHandle, ProxyOptions, backend, control};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::Signal;
 use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -29,11 +30,13 @@ const GRACE: Duration = Duration::from_secs(10);
 /// Pause when no connection can be taken.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Runs it until it is told to stop, or another process has taken over.
+/// Runs it until it is told to stop, or another process has taken over. With `hang_up` (SIGHUP) it
+/// looks at its certificate files again.
 pub(super) async fn run(
     args: &ProxyArgs,
     config: &ProxyConfig,
     told_to_stop: impl Future<Output = ()>,
+    mut hang_up: Signal,
 ) -> Result<(), Failure> {
     let Running {
         handle,
@@ -53,7 +56,15 @@ pub(super) async fn run(
             None => std::future::pending().await,
         }
     };
+    let looking = async {
+        while hang_up.recv().await.is_some() {
+            handle.look_at_certificates();
+        }
+        // No signal comes any more.
+        std::future::pending::<()>().await;
+    };
     let ended = tokio::select! {
+        () = looking => Ok(()),
         ended = replaced => ended,
         () = told_to_stop => {
             out::note("stopping");

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use helios_api::v1alpha1::names;
-use helios_control::{Material, TlsFiles};
+use helios_control::{LOOK_EVERY, Live, TlsFiles};
 use helios_proxy::ProxyOptions;
 use helios_proxy::config::ProxyConfig;
 use helios_proxy::managed::Managed;
@@ -37,6 +37,7 @@ pub(crate) async fn run(args: &ProxyArgs) -> Result<(), Failure> {
     let failed = |e| Failure::failed(format!("could not listen for signals: {e}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let mut hang_up = signal(SignalKind::hangup()).map_err(failed)?;
     if let (Some(control), Some(dir)) = (args.control, &args.tls_dir) {
         let managed = managed(config, control, dir).await?;
         if let Some(address) = args.inspect {
@@ -47,21 +48,24 @@ pub(crate) async fn run(args: &ProxyArgs) -> Result<(), Failure> {
         if let Some(file) = &args.topology_file {
             managed.keep_in(file.clone());
         }
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hang_up.recv() => managed.look_at_certificates(),
+            }
         }
         out::note("stopping");
         managed.shutdown(NOTICE, POD_GRACE).await;
         return Ok(());
     }
-    super::alone::run(args, &config, async {
+    let told_to_stop = async {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-    })
-    .await
+    };
+    super::alone::run(args, &config, told_to_stop, hang_up).await
 }
 
 /// A proxy that the operator commands, from now on.
@@ -70,25 +74,25 @@ async fn managed(
     control: std::net::SocketAddr,
     dir: &std::path::Path,
 ) -> Result<Managed, Failure> {
-    let failed = |e: &dyn std::fmt::Display| Failure::failed(e.to_string());
-    let material = Material::load(&TlsFiles {
-        ca: dir.join("ca.crt"),
-        certificate: dir.join("tls.crt"),
-        key: dir.join("tls.key"),
-    })
-    .map_err(|e| Failure::usage(e.to_string()))?;
     ProxyOptions::from_config(&config).map_err(|e| Failure::usage(e.to_string()))?;
     let observability = config.observability.clone();
     let managed = Managed::new(config);
+    let files = TlsFiles {
+        ca: dir.join("ca.crt"),
+        certificate: dir.join("tls.crt"),
+        key: dir.join("tls.key"),
+    };
+    let certificates = Live::follow(&files, LOOK_EVERY, managed.stopped())
+        .map_err(|e| Failure::usage(e.to_string()))?;
+    managed.follow_certificates(LOOK_EVERY);
     let orders = listen(control).await?;
     helios_control::serve(
         orders,
         managed.orders(),
-        &material,
+        &certificates,
         names::OPERATOR_IDENTITY,
         managed.stopped(),
-    )
-    .map_err(|e| failed(&e))?;
+    );
     let probes = listen((
         observability.metrics_address.as_str(),
         observability.metrics_port,

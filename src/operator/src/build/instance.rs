@@ -104,7 +104,7 @@ pub(super) fn stateful_set(cluster: &ValidCluster, name: &InstanceName, image: &
                 "metadata": {
                     "labels": with(labels, &metadata.labels),
                     "annotations": with(
-                        json!({ names::TEMPLATE: template(cluster) }),
+                        json!({ names::TEMPLATE: template(cluster), names::RELOADS: "true" }),
                         &metadata.annotations,
                     ),
                 },
@@ -132,6 +132,7 @@ pub(crate) fn template(cluster: &ValidCluster) -> String {
         proxy: _,
         failover: _,
         switchover: _,
+        certificates: _,
         scheduling,
         pod_metadata,
         service: _,

@@ -20,7 +20,7 @@ pub(super) fn deployment(cluster: &ValidCluster, image: &str) -> Result<Built, O
     let name = names::proxy(&cluster.name);
     let labels = super::labels(cluster, Some(COMPONENT));
     let hash = helios_api::fingerprint(config::proxy(cluster).as_bytes());
-    let annotations = json!({ names::CONFIG_HASH: hash });
+    let annotations = json!({ names::CONFIG_HASH: hash, names::RELOADS: "true" });
     Ok(built::<Deployment>(
         cluster,
         &name,

@@ -15,7 +15,7 @@ use helios_api::agent::{
 use helios_api::v1alpha1::names;
 use helios_api::{Endpoint, Host, InstanceName, Lsn};
 use helios_cluster::{Contact, Failure, InstanceView, Leased};
-use helios_control::{ControlClient, Material};
+use helios_control::{ControlClient, Live};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -84,7 +84,7 @@ impl Agents {
         &mut self,
         name: &InstanceName,
         place: Place,
-        material: &Material,
+        certificates: &Live,
         changed: &Arc<Notify>,
     ) -> Result<(), OperatorError> {
         let entry = self.entries.entry(name.clone()).or_insert_with(|| Entry {
@@ -114,7 +114,7 @@ impl Agents {
         };
         entry.endpoint = endpoint(ip);
         let address = SocketAddr::new(ip, names::CONTROL_PORT);
-        let client = AgentClient::over(ControlClient::new(address, name.as_str(), material)?);
+        let client = AgentClient::over(ControlClient::new(address, name.as_str(), certificates)?);
         entry.client = Some(client.clone());
         let stop = CancellationToken::new();
         entry.watch = Some(stop.clone().drop_guard());

@@ -85,9 +85,11 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    /// A new spec. What is asked for stays as it was.
+    /// A new spec. What is asked for stays as it was. New certificates count from the next
+    /// connection on, whether or not anything else has changed.
     pub(crate) fn change(&self, mut input: Input) {
         self.input.send_if_modified(|now| {
+            input.secrets = Arc::new(now.secrets.renewed(&input.secrets));
             input.request.clone_from(&now.request);
             input.paused = now.paused;
             input.fenced.clone_from(&now.fenced);

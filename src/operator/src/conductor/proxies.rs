@@ -12,7 +12,7 @@ use helios_api::control::{
 use helios_api::v1alpha1::names;
 use helios_cluster::barrier::{self, Order};
 use helios_cluster::{Failure, ProxyCommand, Reply};
-use helios_control::{ControlClient, Material};
+use helios_control::{ControlClient, Live};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
@@ -67,7 +67,7 @@ impl Proxies {
     pub(super) fn place(
         &mut self,
         there: &BTreeMap<String, IpAddr>,
-        material: &Material,
+        certificates: &Live,
         changed: &Arc<Notify>,
     ) -> Result<(), OperatorError> {
         self.entries
@@ -78,7 +78,7 @@ impl Proxies {
             }
             let address = SocketAddr::new(*ip, names::CONTROL_PORT);
             let way = Way {
-                client: ControlClient::new(address, names::PROXY_IDENTITY, material)?,
+                client: ControlClient::new(address, names::PROXY_IDENTITY, certificates)?,
                 known: Known::default(),
             };
             let stop = CancellationToken::new();

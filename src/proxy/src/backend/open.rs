@@ -56,10 +56,7 @@ pub(super) async fn open(endpoint: &Endpoint, tls: &BackendTls) -> Result<Opened
         return Err(BackendError::protocol(endpoint, "not a TCP connection"));
     };
     let name = server_name(host, tls.mode()).map_err(io)?;
-    match TlsConnector::from(config.clone())
-        .connect(name, socket)
-        .await
-    {
+    match TlsConnector::from(config).connect(name, socket).await {
         Ok(session) => {
             let chain = session.get_ref().1.peer_certificates();
             let end_point = chain

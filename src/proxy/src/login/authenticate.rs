@@ -13,7 +13,7 @@ use crate::auth::AuthMethod;
 use crate::backend::Credentials;
 use crate::framed::{Framed, ReadError};
 use crate::stream::Stream;
-use crate::tls::common_name;
+use crate::tls::{Shown, common_name};
 
 /// Longest message of an authentication.
 const MAX_MESSAGE: usize = 16 * 1024;
@@ -33,16 +33,18 @@ impl From<ReadError> for Failure {
     }
 }
 
-/// Lets the client prove that it is `user`; what is returned proves the same to a server.
+/// Lets the client prove that it is `user`; what is returned proves the same to a server. `tls`:
+/// what it was shown, if it is under TLS.
 pub(super) async fn authenticate(
     client: &mut Framed,
     user: &str,
     ctx: &EdgeContext,
+    tls: Option<&Shown>,
 ) -> Result<Credentials, LoginError> {
     let proven = match ctx.auth {
         AuthMethod::Trust => Ok(Credentials::None),
         AuthMethod::Cert => certificate(&client.stream, user).map(|()| Credentials::None),
-        AuthMethod::ScramSha256 => scram(client, user, ctx)
+        AuthMethod::ScramSha256 => scram(client, user, ctx, tls)
             .await
             .map(|keys| Credentials::Scram(Arc::new(keys))),
     };
@@ -75,14 +77,19 @@ fn certificate(stream: &Stream, user: &str) -> Result<(), Failure> {
     }
 }
 
-async fn scram(client: &mut Framed, user: &str, ctx: &EdgeContext) -> Result<ScramKeys, Failure> {
+async fn scram(
+    client: &mut Framed,
+    user: &str,
+    ctx: &EdgeContext,
+    tls: Option<&Shown>,
+) -> Result<ScramKeys, Failure> {
     let verifier = ctx.verifiers.lookup(user).await.map_err(|error| {
         tracing::warn!(user, %error, "could not read the user's password verifier");
         let why = "the password cannot be checked now: no primary server is available";
         let error = ErrorFields::fatal(SqlState::CANNOT_CONNECT_NOW, why);
         Failure::Tell(error.hint("try again in a moment"))
     })?;
-    let end_point = match (&client.stream, &ctx.tls) {
+    let end_point = match (&client.stream, tls) {
         (Stream::TlsServer(_), Some(tls)) => tls.end_point().map(<[u8]>::to_vec),
         _ => None,
     };

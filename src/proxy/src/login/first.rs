@@ -12,7 +12,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::{Deadline, LoginError};
 use crate::stream::Stream;
-use crate::tls::ServerTls;
+use crate::tls::Shown;
 
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -39,7 +39,7 @@ pub(super) enum NoPacket {
 /// can be told.
 pub(super) async fn first_packet(
     mut stream: Stream,
-    tls: Option<&ServerTls>,
+    tls: Option<&Shown>,
     deadline: Deadline,
 ) -> Result<First, LoginError> {
     if let (Some(tls), Stream::Tcp(socket)) = (tls, &stream) {
@@ -104,7 +104,7 @@ async fn read_packet(stream: &mut Stream) -> Result<Result<FirstPacket, ParseErr
     Ok(parse(&packet))
 }
 
-async fn switch_to_tls(stream: Stream, tls: &ServerTls) -> Result<Stream, LoginError> {
+async fn switch_to_tls(stream: Stream, tls: &Shown) -> Result<Stream, LoginError> {
     let Stream::Tcp(socket) = stream else {
         return Err(LoginError::Protocol("TLS inside of TLS".to_owned()));
     };
@@ -112,7 +112,7 @@ async fn switch_to_tls(stream: Stream, tls: &ServerTls) -> Result<Stream, LoginE
     Ok(Stream::TlsServer(Box::new(session)))
 }
 
-async fn direct_tls(stream: Stream, tls: &ServerTls) -> Result<Stream, LoginError> {
+async fn direct_tls(stream: Stream, tls: &Shown) -> Result<Stream, LoginError> {
     let stream = switch_to_tls(stream, tls).await?;
     if let Stream::TlsServer(session) = &stream
         && session.get_ref().1.alpn_protocol().is_none()

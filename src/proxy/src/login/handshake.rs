@@ -15,6 +15,7 @@ use crate::backend::Login;
 use crate::framed::Framed;
 use crate::listener::{Admission, Incoming};
 use crate::stream::Stream;
+use crate::tls::ServerTls;
 
 /// Newest minor version of protocol 3 that we speak.
 const NEWEST_MINOR: u16 = 2;
@@ -34,7 +35,8 @@ pub(super) async fn handshake(
         peer,
         admission,
     } = incoming;
-    let First { stream, packet } = first_packet(stream, ctx.tls.as_ref(), deadline).await?;
+    let tls = ctx.tls.as_ref().map(ServerTls::now);
+    let First { stream, packet } = first_packet(stream, tls.as_deref(), deadline).await?;
     if let Ok(FirstPacket::Cancel(key)) = packet {
         return Ok(Accepted::Cancel { key, stream });
     }
@@ -59,7 +61,7 @@ pub(super) async fn handshake(
         let options: Vec<&str> = refused_options.iter().map(String::as_str).collect();
         back::negotiate_protocol_version(&mut client.out, minor, &options);
     }
-    let proven = authenticate(&mut client, &login.user, ctx);
+    let proven = authenticate(&mut client, &login.user, ctx, tls.as_deref());
     login.credentials = match deadline.hold(proven).await {
         Ok(credentials) => credentials?,
         Err(_) => return Err(too_late(&mut client, deadline).await),

@@ -1,6 +1,8 @@
 //! TLS on both sides: what the proxy shows its clients, and how it looks at servers.
 //!
-//! Files are read once, when the configuration is made; a handshake reads none.
+//! Files are read when the configuration is made, and looked at again when somebody asks for it
+//! ([`ServerTls::look`], [`BackendTls::look`]); a handshake reads none. Invariant: what new files hold
+//! counts from the next connection on, and what cannot be used changes nothing.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,8 +15,10 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use sha2::{Digest as _, Sha256, Sha384, Sha512};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
+use renewed::{Renewed, Text};
 use verify::ServerCertificates;
 
+mod renewed;
 mod verify;
 
 /// The protocol's name in ALPN, as PostgreSQL 17 has it.
@@ -40,7 +44,10 @@ pub enum SslMode {
 /// Certificate files that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// The file cannot be read, or holds no such thing.
+    /// A file cannot be read.
+    #[error(transparent)]
+    Read(#[from] helios_control::TlsError),
+    /// The file holds no such thing.
     #[error("could not load {what} from \"{}\": {why}", path.display())]
     File {
         /// What was looked for.
@@ -67,11 +74,17 @@ pub struct CertificateFiles {
     pub key: PathBuf,
 }
 
-/// TLS towards servers.
-#[derive(Debug, Clone, Default)]
+impl CertificateFiles {
+    fn paths(&self) -> [PathBuf; 2] {
+        [self.certificate.clone(), self.key.clone()]
+    }
+}
+
+/// TLS towards servers. Clones change together.
+#[derive(Clone, Default)]
 pub struct BackendTls {
     mode: SslMode,
-    config: Option<Arc<ClientConfig>>,
+    config: Option<Arc<Renewed<ClientConfig>>>,
 }
 
 impl BackendTls {
@@ -99,23 +112,11 @@ impl BackendTls {
             (SslMode::VerifyCa | SslMode::VerifyFull | SslMode::Require, Some(path)) => Some(path),
             _ => None,
         };
-        let provider = Arc::new(ring::default_provider());
-        let roots = check_chain.map(certificates).transpose()?;
-        let check_name = mode == SslMode::VerifyFull;
-        let verifier = ServerCertificates::new(roots, check_name, provider.clone())?;
-        let builder = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(setup)?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier));
-        let mut config = match client {
-            None => builder.with_no_client_auth(),
-            Some(files) => builder
-                .with_client_auth_cert(certificates(&files.certificate)?, key(&files.key)?)
-                .map_err(setup)?,
-        };
-        config.alpn_protocols = vec![ALPN.to_vec()];
-        let config = Some(Arc::new(config));
+        let checked = check_chain.is_some();
+        let own = client.map(CertificateFiles::paths).into_iter().flatten();
+        let paths = check_chain.map(Path::to_owned).into_iter().chain(own);
+        let make = move |files: &[Text<'_>]| client_config(mode, checked, files);
+        let config = Some(Arc::new(Renewed::new(paths.collect(), make)?));
         Ok(Self { mode, config })
     }
 
@@ -125,14 +126,59 @@ impl BackendTls {
         self.mode
     }
 
-    pub(crate) fn config(&self) -> Option<&Arc<ClientConfig>> {
-        self.config.as_ref()
+    /// Looks at the files again: what they hold now counts from the next connection on. Whether it
+    /// is something else than before; what cannot be used is warned about.
+    pub fn look(&self) -> bool {
+        self.config.as_ref().is_some_and(|config| config.look())
+    }
+
+    pub(crate) fn config(&self) -> Option<Arc<ClientConfig>> {
+        self.config.as_ref().map(|config| config.now())
     }
 }
 
-/// TLS towards clients.
+impl std::fmt::Debug for BackendTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "BackendTls({:?})", self.mode)
+    }
+}
+
+/// The files are the root certificates, where the chain is `checked`, then our certificate and key,
+/// where there are any.
+fn client_config(
+    mode: SslMode,
+    checked: bool,
+    files: &[Text<'_>],
+) -> Result<ClientConfig, TlsError> {
+    let (root, own) = match files {
+        [root, own @ ..] if checked => (Some(*root), own),
+        own => (None, own),
+    };
+    let provider = Arc::new(ring::default_provider());
+    let roots = root.map(certificates).transpose()?;
+    let check_name = mode == SslMode::VerifyFull;
+    let verifier = ServerCertificates::new(roots, check_name, provider.clone())?;
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(setup)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let mut config = match own {
+        [certificate, private] => builder
+            .with_client_auth_cert(certificates(*certificate)?, key(*private)?)
+            .map_err(setup)?,
+        _ => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(config)
+}
+
+/// TLS towards clients. Clones change together.
 #[derive(Clone)]
-pub struct ServerTls {
+pub struct ServerTls(Arc<Renewed<Shown>>);
+
+/// What one client is shown: a handshake and the login behind it go by the same.
+pub(crate) struct Shown {
     config: Arc<ServerConfig>,
     end_point: Option<Vec<u8>>,
 }
@@ -144,24 +190,47 @@ impl ServerTls {
     ///
     /// A file cannot be used.
     pub fn new(files: &CertificateFiles, client_ca: Option<&Path>) -> Result<Self, TlsError> {
+        let authority = client_ca.map(Path::to_owned);
+        let paths = files.paths().into_iter().chain(authority).collect();
+        Ok(Self(Arc::new(Renewed::new(paths, Shown::new)?)))
+    }
+
+    /// Looks at the files again: what they hold now counts from the next connection on. Whether it
+    /// is something else than before; what cannot be used is warned about.
+    pub fn look(&self) -> bool {
+        self.0.look()
+    }
+
+    /// For one connection.
+    pub(crate) fn now(&self) -> Arc<Shown> {
+        self.0.now()
+    }
+}
+
+impl Shown {
+    /// The files are our certificate, its key, and the clients' authorities, where there are any.
+    fn new(files: &[Text<'_>]) -> Result<Self, TlsError> {
         let provider = Arc::new(ring::default_provider());
         let builder = ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(setup)?;
-        let builder = match client_ca {
+        let [certificate, private, authority @ ..] = files else {
+            return Err(TlsError::Setup("there is no certificate".to_owned()));
+        };
+        let builder = match authority.first() {
             None => builder.with_no_client_auth(),
-            Some(path) => builder.with_client_cert_verifier(
-                WebPkiClientVerifier::builder_with_provider(store(certificates(path)?)?, provider)
+            Some(file) => builder.with_client_cert_verifier(
+                WebPkiClientVerifier::builder_with_provider(store(certificates(*file)?)?, provider)
                     // Whether a certificate is needed is the authentication method's decision.
                     .allow_unauthenticated()
                     .build()
                     .map_err(|e| TlsError::Setup(e.to_string()))?,
             ),
         };
-        let chain = certificates(&files.certificate)?;
+        let chain = certificates(*certificate)?;
         let end_point = chain.first().and_then(|first| end_point_hash(first));
         let mut config = builder
-            .with_single_cert(chain, key(&files.key)?)
+            .with_single_cert(chain, key(*private)?)
             .map_err(setup)?;
         config.alpn_protocols = vec![ALPN.to_vec()];
         let config = Arc::new(config);
@@ -216,15 +285,13 @@ pub(crate) fn common_name(certificate: &[u8]) -> Option<String> {
     }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+fn certificates(file: Text<'_>) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let failed = |why: String| TlsError::File {
         what: "certificates",
-        path: path.to_owned(),
+        path: file.path.to_owned(),
         why,
     };
-    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)
-        .map_err(|e| failed(e.to_string()))?
-        .collect();
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(file.pem).collect();
     match found {
         Ok(list) if list.is_empty() => Err(failed("it holds no certificate".to_owned())),
         Ok(list) => Ok(list),
@@ -232,10 +299,10 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     }
 }
 
-fn key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    PrivateKeyDer::from_pem_file(path).map_err(|e| TlsError::File {
+fn key(file: Text<'_>) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_slice(file.pem).map_err(|e| TlsError::File {
         what: "private key",
-        path: path.to_owned(),
+        path: file.path.to_owned(),
         why: e.to_string(),
     })
 }

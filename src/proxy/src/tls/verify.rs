@@ -38,7 +38,7 @@ impl ServerCertificates {
                 let builder =
                     WebPkiServerVerifier::builder_with_provider(trusted, provider.clone());
                 let verifier = builder.build();
-                Ok(Chain {
+                Ok::<_, TlsError>(Chain {
                     verifier: verifier.map_err(|e| TlsError::Setup(e.to_string()))?,
                     roots,
                     check_name,

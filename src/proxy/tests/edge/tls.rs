@@ -6,7 +6,7 @@ use std::sync::Arc;
 use helios_api::{Endpoint, Host};
 use helios_proxy::auth::AuthMethod;
 use helios_proxy::backend::{BackendError, Credentials, connect};
-use helios_proxy::tls::{BackendTls, ServerTls, SslMode};
+use helios_proxy::tls::{BackendTls, CertificateFiles, ServerTls, SslMode};
 use helios_testkit::pg::as_server_user;
 use helios_testkit::{PgOptions, PgServer};
 use rustls::pki_types::CertificateDer;
@@ -267,4 +267,71 @@ async fn direct_tls_needs_alpn() {
         let got = stream.read(&mut first).await;
         assert_eq!(matches!(got, Ok(1)) && first == *b"R", works);
     }
+}
+
+/// Files that are replaced while they are used: what clients are shown, and what we show servers.
+#[tokio::test]
+async fn files_are_looked_at_again() {
+    let (first, second) = (Authority::new(), Authority::new());
+    let server = tls_server(&first).await;
+    let mut setup = Setup::new(&server);
+    let files = first.issue("proxy", &["127.0.0.1"]);
+    setup.tls = Some(ServerTls::new(&files, None).unwrap());
+    setup.backend_tls = BackendTls::new(SslMode::VerifyFull, Some(&first.root()), None).unwrap();
+    let (shown, towards) = (setup.tls.clone().unwrap(), setup.backend_tls.clone());
+    let edge = Edge::start(setup).await;
+    // With channel binding: the proof is bound to the certificate that was shown.
+    let believing = |authority: &Authority| {
+        let tls = BackendTls::new(SslMode::VerifyFull, Some(&authority.root()), None).unwrap();
+        let own = login("postgres", Credentials::Password(PASSWORD.into()));
+        let endpoint = edge.endpoint();
+        async move { connect(&endpoint, &tls, &own, LIMIT).await }
+    };
+    let mut before = believing(&first).await.unwrap();
+    assert!(believing(&second).await.is_err());
+    assert!(!shown.look(), "nothing has changed");
+
+    let replace = |by: &CertificateFiles, with_key: bool| {
+        std::fs::copy(&by.certificate, &files.certificate).unwrap();
+        if with_key {
+            std::fs::copy(&by.key, &files.key).unwrap();
+        }
+    };
+    let new = second.issue("proxy", &["127.0.0.1"]);
+    // Not its key: what was there before stays.
+    replace(&new, false);
+    assert!(!shown.look());
+    assert!(believing(&first).await.is_ok());
+    std::fs::write(&files.key, "no key").unwrap();
+    assert!(!shown.look());
+    assert!(believing(&first).await.is_ok());
+
+    replace(&new, true);
+    assert!(shown.look());
+    assert!(believing(&first).await.is_err());
+    let after = believing(&second).await.unwrap();
+    assert!(after.stream.is_tls());
+    // The session of before goes on.
+    before
+        .stream
+        .write_all(b"Q\0\0\0\x0dselect 1\0")
+        .await
+        .unwrap();
+    let mut answer = [0; 1];
+    before.stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(answer, *b"T");
+
+    // Towards the server: another root, then none at all, then the first one again.
+    let root = std::fs::read(first.root()).unwrap();
+    std::fs::copy(second.root(), first.root()).unwrap();
+    assert!(towards.look());
+    assert!(
+        believing(&second).await.is_err(),
+        "the server is not believed"
+    );
+    std::fs::write(first.root(), "").unwrap();
+    assert!(!towards.look());
+    std::fs::write(first.root(), root).unwrap();
+    assert!(towards.look());
+    assert!(believing(&second).await.is_ok());
 }

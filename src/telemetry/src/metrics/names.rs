@@ -83,6 +83,8 @@ pub const CLUSTER_INSTANCES_READY: &str = "helios_cluster_instances_ready";
 pub const CLUSTER_CONFIRMING: &str = "helios_cluster_confirming_standbys";
 /// Gauge, bytes: what a standby has not replayed yet, by `instance` too; none when it is not known.
 pub const CLUSTER_LAG_BYTES: &str = "helios_cluster_lag_bytes";
+/// Gauge, seconds since the Unix epoch: when the first of the cluster's certificates ends.
+pub const CLUSTER_CERTIFICATE_EXPIRY: &str = "helios_cluster_certificate_expiry_timestamp_seconds";
 /// Counter: operations that ended while this replica led, by `kind` (`switchover`, `failover`,
 /// `restart`) and `outcome` (`succeeded`, `aborted`, `diverted`) too.
 pub const CLUSTER_OPERATIONS: &str = "helios_cluster_operations_total";
@@ -129,6 +131,9 @@ pub fn help(name: &str) -> &'static str {
         CLUSTER_INSTANCES_READY => "instances that serve in their role",
         CLUSTER_CONFIRMING => "standbys that commits wait for and that are up",
         CLUSTER_LAG_BYTES => "bytes that a standby has not replayed yet",
+        CLUSTER_CERTIFICATE_EXPIRY => {
+            "seconds since the Unix epoch when the first certificate of the cluster ends"
+        }
         CLUSTER_OPERATIONS => "operations that ended by kind and outcome",
         CLUSTER_PAUSE_SECONDS => "seconds that sessions may have noticed of an operation",
         _ => NO_HELP,
