@@ -33,6 +33,8 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(2);
 pub(crate) struct Lease {
     api: Api<Object>,
     identity: String,
+    /// Name of the Pod, where this runs in one.
+    pod: Option<String>,
 }
 
 impl Lease {
@@ -41,6 +43,7 @@ impl Lease {
             api: Api::namespaced(client, &options.lease_namespace),
             // A restarted container has its Pod's name, but nothing of what its forerunner knew.
             identity: format!("{}-{:08x}", options.identity, rand::random::<u32>()),
+            pod: options.in_pod.then(|| options.identity.clone()),
         }
     }
 
@@ -73,13 +76,20 @@ impl Lease {
             *seen = (version, Instant::now());
         }
         let holder = lease.spec.as_ref().and_then(|s| s.holder_identity.clone());
-        let free = holder.is_none_or(|h| h.is_empty());
+        let free = holder.is_none_or(|h| h.is_empty() || self.is_forerunner(&h));
         if !free && seen.1.elapsed() < DURATION {
             return Ok(false);
         }
         lease.spec = Some(self.spec(lease.spec.as_ref()));
         // The version in the object makes this fail when anybody was faster.
         created(self.api.replace(NAME, &PostParams::default(), &lease).await)
+    }
+
+    /// Whether the holder was an earlier container of this Pod: it has ended, because a kubelet starts
+    /// the next one of a Pod only then, and need not be waited for.
+    fn is_forerunner(&self, holder: &str) -> bool {
+        let pod = holder.rsplit_once('-').map(|(pod, _)| pod);
+        pod.is_some() && pod == self.pod.as_deref()
     }
 
     /// Renews until it cannot, and returns then.
@@ -152,5 +162,57 @@ fn created(result: Result<Object, kube::Error>) -> Result<bool, kube::Error> {
         Ok(_) => Ok(true),
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mock::Mock;
+    use serde_json::json;
+
+    fn options(pod: &str, in_pod: bool) -> Options {
+        Options {
+            namespace: None,
+            lease_namespace: "helios-system".to_owned(),
+            identity: pod.to_owned(),
+            in_pod,
+            image: "helios:1".to_owned(),
+            http: ([127, 0, 0, 1], 0).into(),
+        }
+    }
+
+    /// Whether this one takes a lease that `holder` has renewed just now; and what it asked.
+    async fn takes(options: &Options, holder: &str) -> (bool, Vec<String>) {
+        let lease = json!({
+            "apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+            "metadata": {"name": NAME, "namespace": "helios-system", "resourceVersion": "7"},
+            "spec": {"holderIdentity": holder},
+        });
+        let mock = Mock::start(move |_| (200, lease.clone())).await;
+        let lease = Lease::new(mock.client.clone(), options);
+        let took = lease.try_acquire(&mut (None, Instant::now())).await;
+        (took.unwrap(), mock.lines())
+    }
+
+    #[tokio::test]
+    async fn a_restarted_container_has_its_lease_at_once_and_nobody_else_has() {
+        let (get, put) = ("GET", "PUT");
+        let path = "/apis/coordination.k8s.io/v1/namespaces/helios-system/leases/helios-operator";
+        for (pod, in_pod, holder, taken) in [
+            ("operator-a", true, "operator-a-0a1b2c3d", true),
+            ("operator-a", true, "", true),
+            ("operator-b", true, "operator-a-0a1b2c3d", false),
+            ("operator", true, "operator-a-0a1b2c3d", false),
+            ("operator-a-0a1b2c3d", true, "operator-a-0a1b2c3d", false),
+            // Anybody may be called so who does not run in a Pod.
+            ("operator-a", false, "operator-a-0a1b2c3d", false),
+        ] {
+            let (took, calls) = takes(&options(pod, in_pod), holder).await;
+            assert_eq!(took, taken, "{pod}, {in_pod}, {holder}");
+            let wanted = if taken { vec![get, put] } else { vec![get] };
+            let wanted: Vec<_> = wanted.iter().map(|verb| format!("{verb} {path}")).collect();
+            assert_eq!(calls, wanted);
+        }
     }
 }

@@ -45,6 +45,8 @@ pub struct Options {
     pub lease_namespace: String,
     /// Name of this replica.
     pub identity: String,
+    /// That name is its Pod's: no other process has it at the same time.
+    pub in_pod: bool,
     /// This program's image, which agents and proxies run from.
     pub image: String,
     /// Where probes are served.

@@ -31,6 +31,7 @@ pub(crate) fn world_with(client: Client, pods: Store<Pod>) -> World {
             namespace: None,
             lease_namespace: "helios-system".to_owned(),
             identity: "test".to_owned(),
+            in_pod: false,
             image: "helios:1".to_owned(),
             http: ([127, 0, 0, 1], 0).into(),
         },

@@ -23,6 +23,7 @@ pub(crate) async fn operator(args: &OperatorArgs) -> Result<(), Failure> {
         namespace: args.namespace.clone(),
         lease_namespace: args.lease_namespace.clone(),
         identity: args.identity.clone(),
+        in_pod: std::env::var_os("POD_NAME").is_some_and(|name| *name == *args.identity),
         image: args.image.clone(),
         http: args.http,
     };
