@@ -51,6 +51,7 @@ mod resolve;
 mod restarts;
 pub mod room;
 pub mod running;
+mod runs;
 mod sequences;
 pub mod session;
 mod set_back;

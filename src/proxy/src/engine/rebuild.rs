@@ -255,7 +255,10 @@ impl Session {
                 self.install(server, next);
                 Ok(())
             }
-            Err(e) if e.is_transient() => Err(retry(e)),
+            Err(e) if e.is_transient() => {
+                self.one_by_one |= matches!(e, ReplayError::Unseen);
+                Err(retry(e))
+            }
             Err(e) => {
                 // The backend is in an unknown state; the abort needs a fresh one.
                 self.give_up_locks(&e);
@@ -297,7 +300,8 @@ impl Session {
         let behind_barrier = self.gate.phase.replays() && *barrier.borrow_and_update();
         let mut turn = match self.values_since() {
             Some(since) if behind_barrier => {
-                Turn::take(&self.shared, at, database, &self.tracker, since).await?
+                let how = (since, self.one_by_one);
+                Turn::take(&self.shared, at, database, &self.tracker, how).await?
             }
             _ => Turn::beside(&self.shared).await,
         };
@@ -392,7 +396,7 @@ impl Session {
             self.shared.new_work(self.epoch);
         }
         (self.attempts, self.retry_at) = (0, None);
-        self.state_due = false;
+        (self.state_due, self.one_by_one) = (false, false);
         // One that is still under way is for a backend of the past.
         self.entry().cancel_under_way.store(false, Ordering::SeqCst);
         self.show_instance();

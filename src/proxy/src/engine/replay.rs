@@ -52,6 +52,10 @@ pub(super) enum ReplayError {
         /// What the server said.
         why: String,
     },
+    /// A run of statements took other values of a sequence than the client has seen: to be tried
+    /// again, one statement at a time.
+    #[error("statements took values of a sequence that nobody has seen")]
+    Unseen,
     /// The replay gave something else than the client has seen.
     #[error("replay differs in statement {statement}: {what}")]
     Different {
@@ -66,7 +70,7 @@ impl ReplayError {
     /// Whether another attempt may succeed.
     #[must_use]
     pub(super) fn is_transient(&self) -> bool {
-        matches!(self, Self::Connection(_))
+        matches!(self, Self::Connection(_) | Self::Unseen)
     }
 
     /// The same where acknowledged commits may be missing: the likeliest reason of a difference.
@@ -349,21 +353,24 @@ pub(super) async fn replay(
 ) -> Result<(), ReplayError> {
     let (lossy, options) = (how.lossy, how.options);
     let records = old.journal().records();
-    for (index, record) in records.iter().enumerate() {
-        let bytes = old.journal().record_bytes(record);
-        let at = record.at_micros;
-        let keeper = keeper.as_deref_mut().filter(|k| k.wants(index));
-        let Some(keeper) = keeper else {
-            feed_all(link, new, records, bytes, at, options).await?;
+    let mut next = 0;
+    while next < records.len() {
+        let mut keeper = keeper.as_deref_mut().filter(|k| k.wants(next));
+        let mut run = 1;
+        if let Some(keeper) = &mut keeper {
+            settle(link, new, records, next, progress, how.held).await?;
+            run = keeper.set_back(link, old, new, next).await?;
+        }
+        for record in records.iter().skip(next).take(run) {
+            let bytes = old.journal().record_bytes(record);
+            feed_all(link, new, records, bytes, record.at_micros, options).await?;
             progress.at(new.journal().records().len());
-            continue;
-        };
-        settle(link, new, records, index, progress, how.held).await?;
-        let reply = old.journal().reply(record);
-        keeper.set_back(link, new, bytes, &reply).await?;
-        feed_all(link, new, records, bytes, at, options).await?;
-        settle(link, new, records, index + 1, progress, how.held).await?;
-        keeper.set_forward().await?;
+        }
+        next += run;
+        if let Some(keeper) = keeper {
+            settle(link, new, records, next, progress, how.held).await?;
+            keeper.set_forward().await?;
+        }
     }
     settle(link, new, records, records.len(), progress, how.held).await?;
     let verified = verify(link, old, new, lossy).await;

@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 use helios_api::Endpoint;
 use helios_api::control::MoveReason;
 use helios_session::TxnStatus;
-use helios_session::sequences::candidates;
+use helios_session::sequences::{candidates, run};
 use helios_session::tracker::Tracker;
 use tokio::sync::OwnedRwLockReadGuard;
 
 use super::gate::Phase;
 use super::registry::lock;
 use super::replay::ReplayError;
+use super::runs::Records;
 use super::sequences::{Keeper, Service};
 use super::session::Session;
 use super::shared::Shared;
@@ -41,7 +42,7 @@ pub(super) enum Turn {
 impl Turn {
     /// Waits for the right to replay the transaction of `tracker`, in `database` at `endpoint`; values
     /// of sequences that were seen before `since`, in microseconds since the proxy started, come as
-    /// they come.
+    /// they come. `one_by_one`: no setting back serves several records.
     ///
     /// # Errors
     /// The proxy's own connection cannot be had at the moment.
@@ -50,17 +51,19 @@ impl Turn {
         endpoint: &Endpoint,
         database: &str,
         tracker: &Tracker,
-        since: u64,
+        (since, one_by_one): (u64, bool),
     ) -> Result<Self, ReplayError> {
         let lock = Arc::clone(&shared.replaying);
-        let records = to_set_back(tracker, since);
-        if records.is_empty() {
+        let wanted = to_set_back(tracker, since);
+        if wanted.is_empty() {
             return Ok(Self::Beside {
                 _guard: lock.read_owned().await,
             });
         }
         let alone = tokio::time::timeout(ALONE_WAIT, lock.write_owned()).await;
         let guard = alone.map_err(std::io::Error::from)?;
+        let alone = (!one_by_one).then(|| Arc::new(run::alone(tracker)));
+        let records = Records { wanted, alone };
         let keeper = Keeper::open(shared, endpoint, database, records, guard).await?;
         Ok(Self::Alone(Box::new(keeper)))
     }
