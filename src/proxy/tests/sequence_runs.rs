@@ -3,20 +3,24 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::time::Duration;
+
 use helios_proxy::engine::shared::EngineOptions;
 use helios_testkit::Bench;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-/// The server's log tells how often sequences were set back.
 async fn start(schema: &str) -> Bench {
-    let bench = Bench::start(EngineOptions::default(), schema)
-        .await
-        .unwrap();
+    start_with(EngineOptions::default(), schema).await
+}
+
+/// The server's log tells how often sequences were set back.
+async fn start_with(engine: EngineOptions, schema: &str) -> Bench {
+    let bench = Bench::start(engine, schema).await.unwrap();
     let tell = "ALTER SYSTEM SET log_min_messages = notice";
     bench.direct.batch_execute(tell).await.unwrap();
     numbers(&bench.direct, "SELECT pg_reload_conf()::int").await;
     while bench.column("SHOW log_min_messages").await.unwrap() != ["notice"] {
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
     bench
 }
@@ -318,4 +322,65 @@ async fn many_sessions_with_runs_of_their_own() {
     seen.sort_unstable();
     let rows = numbers(&bench.direct, "SELECT id FROM t ORDER BY 1").await;
     assert_eq!(rows, seen);
+}
+
+/// What is left of a replay takes longer than the barrier holds new work back, with no sequence set
+/// back: it goes on to its end, beside others who draw.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_whose_sequences_are_done_outlives_the_barrier() {
+    let engine = EngineOptions {
+        barrier_limit: Duration::from_millis(500),
+        ..EngineOptions::default()
+    };
+    let mut bench = start_with(engine, TABLE).await;
+    let (client, other) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+    client.batch_execute("BEGIN").await.unwrap();
+    let mut seen = all(&client, &[INSERT; 3]).await;
+    client.batch_execute("SELECT pg_sleep(1)").await.unwrap();
+    let unseen = "INSERT INTO t (v) VALUES (9)";
+    client.batch_execute(unseen).await.unwrap();
+    bench.switchover().await.unwrap();
+    // New work was let in, and draws while the replay sleeps.
+    let beside = all(&other, &[INSERT; 3]).await;
+    seen.extend(numbers(&client, INSERT).await);
+    client.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(seen[..3], [1, 2, 3]);
+    assert_eq!(set_backs(&bench), 1);
+    seen.extend(beside);
+    seen.extend(numbers(&bench.direct, "SELECT id FROM t WHERE v = 9").await);
+    seen.sort_unstable();
+    let rows = numbers(&bench.direct, "SELECT id FROM t ORDER BY 1").await;
+    assert_eq!(rows, seen);
+    assert_eq!(rows.len(), 8);
+}
+
+/// What is left of a replay may draw unseen, so nobody has a sequence set back meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_left_of_a_replay_draws_no_value_of_another() {
+    let mut bench = start("CREATE TABLE t (id serial, v int)").await;
+    let (a, b) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+    for client in [&a, &b] {
+        client.batch_execute("BEGIN").await.unwrap();
+    }
+    let mut seen = numbers(&a, INSERT).await;
+    seen.extend(numbers(&b, INSERT).await);
+    // Long enough for the other's unseen values to come in between.
+    b.batch_execute("SELECT pg_sleep(0.4)").await.unwrap();
+    seen.extend(all(&b, &[INSERT; 2]).await);
+    for _ in 0..4 {
+        a.batch_execute("SELECT pg_sleep(0.1)").await.unwrap();
+        a.batch_execute("INSERT INTO t (v) VALUES (9)")
+            .await
+            .unwrap();
+    }
+    assert_eq!(seen, [1, 2, 3, 4]);
+    bench.switchover().await.unwrap();
+    for client in [&a, &b] {
+        client.batch_execute("COMMIT").await.unwrap();
+    }
+    assert_eq!(set_backs(&bench), 2);
+    let rows = numbers(&bench.direct, "SELECT id FROM t ORDER BY 1").await;
+    assert_eq!(rows[..4], [1, 2, 3, 4]);
+    assert_eq!(rows.len(), 8);
+    assert!(rows.is_sorted_by(|x, y| x < y), "{rows:?}");
 }

@@ -17,6 +17,7 @@ mod cursors;
 mod ending;
 mod events;
 pub mod evidence;
+mod failing;
 mod feed;
 pub mod gate;
 mod gather;

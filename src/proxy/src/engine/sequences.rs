@@ -7,16 +7,17 @@
 //! rollback; it is done as the proxy's own user.
 //!
 //! The invariants: while a sequence is set back no other session of this proxy replays (the lock
-//! in `Shared`, which every replay holds); and what was set back is set forward again before the
-//! lock is given back, also when the replay is broken off.
+//! in `Shared`, which every replay holds as long as it may draw from one); and what was set back is
+//! set forward again before the lock is given back, also when the replay is broken off.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use helios_api::Endpoint;
 use helios_session::tracker::Tracker;
-use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use super::link::Link;
 use super::replay::{self, ReplayError};
@@ -49,6 +50,10 @@ pub(super) struct Keeper {
     endpoint: Endpoint,
     database: String,
     guard: Option<OwnedRwLockWriteGuard<Option<Service>>>,
+    /// The right to go on beside others, behind that.
+    beside: Option<OwnedRwLockReadGuard<Option<Service>>>,
+    /// Whether a sequence is set back, or may be yet.
+    sets_back: Arc<AtomicBool>,
     pub(super) records: Records,
     /// What is known of columns, by table and number.
     pub(super) columns: BTreeMap<(u32, u16), Option<Sequence>>,
@@ -82,6 +87,8 @@ impl Keeper {
             endpoint: endpoint.clone(),
             database: database.to_owned(),
             guard: Some(guard),
+            beside: None,
+            sets_back: Arc::new(AtomicBool::new(true)),
             records,
             columns: BTreeMap::new(),
             set_back: Vec::new(),
@@ -167,6 +174,48 @@ impl Keeper {
         std::mem::take(&mut self.taken).check(&stood)
     }
 
+    /// Whether a sequence is set back, or may be yet.
+    pub(super) fn sets_back(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.sets_back)
+    }
+
+    /// Gives up being alone where nothing is set back any more, nor will be from record `next` on.
+    pub(super) fn release_behind(&mut self, next: usize) {
+        let more = self.records.wanted.range(next..).next().is_some();
+        if more || self.begun || !self.set_back.is_empty() {
+            return;
+        }
+        if let Some(guard) = self.guard.take() {
+            self.records = Records::default();
+            self.sets_back.store(false, Ordering::Relaxed);
+            self.beside = Some(guard.downgrade());
+            self.close_later();
+        }
+    }
+
+    /// The replay draws from no sequence any more.
+    pub(super) fn end(&mut self) {
+        self.release_behind(usize::MAX);
+        self.beside = None;
+    }
+
+    /// Ends the connection, unless the next replay uses it soon.
+    fn close_later(&self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        let lock = Arc::clone(&self.shared.replaying);
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(KEEP_OPEN).await;
+                if let Ok(mut unused) = lock.try_write() {
+                    *unused = None;
+                    return;
+                }
+            }
+        });
+    }
+
     /// Taken out while it is used: a question that is broken off leaves no half-read answer.
     fn service(&mut self) -> Result<Service, ReplayError> {
         let service = self.guard.as_deref_mut().and_then(Option::take);
@@ -245,25 +294,21 @@ impl Drop for Keeper {
         if self.cleans && self.begun {
             return;
         }
+        if self.set_back.is_empty() && !self.begun {
+            drop(guard);
+            self.close_later();
+            return;
+        }
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             return;
         };
-        if self.set_back.is_empty() && !self.begun {
-            let lock = Arc::clone(&self.shared.replaying);
-            drop(guard);
-            runtime.spawn(async move {
-                tokio::time::sleep(KEEP_OPEN).await;
-                if let Ok(mut unused) = lock.try_write() {
-                    *unused = None;
-                }
-            });
-            return;
-        }
         let rest = Self {
             shared: Arc::clone(&self.shared),
             endpoint: self.endpoint.clone(),
             database: std::mem::take(&mut self.database),
             guard: Some(guard),
+            beside: None,
+            sets_back: Arc::clone(&self.sets_back),
             records: Records::default(),
             columns: BTreeMap::new(),
             set_back: std::mem::take(&mut self.set_back),

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use helios_api::Endpoint;
@@ -33,7 +33,8 @@ const NOTICED_WITHIN: u64 = 100_000;
 pub(super) enum Turn {
     /// Beside others: no value of a sequence was seen, or they come as they come.
     Beside {
-        _guard: OwnedRwLockReadGuard<Option<Service>>,
+        /// Until nothing draws from a sequence any more.
+        guard: Option<OwnedRwLockReadGuard<Option<Service>>>,
     },
     /// Alone, sequences are set back.
     Alone(Box<Keeper>),
@@ -57,7 +58,7 @@ impl Turn {
         let wanted = to_set_back(tracker, since);
         if wanted.is_empty() {
             return Ok(Self::Beside {
-                _guard: lock.read_owned().await,
+                guard: Some(lock.read_owned().await),
             });
         }
         let alone = tokio::time::timeout(ALONE_WAIT, lock.write_owned()).await;
@@ -70,8 +71,33 @@ impl Turn {
 
     /// Waits for the right to replay beside others; values of sequences come as they come.
     pub(super) async fn beside(shared: &Arc<Shared>) -> Self {
-        let _guard = Arc::clone(&shared.replaying).read_owned().await;
-        Self::Beside { _guard }
+        let guard = Some(Arc::clone(&shared.replaying).read_owned().await);
+        Self::Beside { guard }
+    }
+
+    /// Whether a sequence is set back, or may be yet.
+    pub(super) fn sets_back(&self) -> Arc<AtomicBool> {
+        match self {
+            Self::Beside { .. } => Arc::default(),
+            Self::Alone(keeper) => keeper.sets_back(),
+        }
+    }
+
+    /// The replay has come to record `next`, everything before it being sent: where no sequence is
+    /// set back from there on, the rest goes on beside others. It may draw from sequences all the
+    /// same, so nobody sets one back before it is over.
+    pub(super) fn at(&mut self, next: usize) {
+        if let Self::Alone(keeper) = self {
+            keeper.release_behind(next);
+        }
+    }
+
+    /// The replay draws from no sequence any more.
+    pub(super) fn end(&mut self) {
+        match self {
+            Self::Beside { guard } => *guard = None,
+            Self::Alone(keeper) => keeper.end(),
+        }
     }
 
     /// Who sets sequences back, if that is needed.
