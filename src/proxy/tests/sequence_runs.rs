@@ -246,14 +246,14 @@ async fn what_a_trigger_takes_unseen_is_not_anothers() {
     assert_eq!(numbers(&client, b).await, [1]);
     bench.switchover().await.unwrap();
     client.batch_execute("COMMIT").await.unwrap();
-    // A run that does not count, and one by one.
-    assert_eq!(set_backs(&bench), 3);
     let values = "SELECT id FROM a UNION ALL SELECT hidden FROM b ORDER BY 1";
     let mut values = numbers(&bench.direct, values).await;
     assert_eq!(values[..2], [1, 2]);
     assert_eq!(values.len(), 3);
     values.extend(numbers(&bench.direct, a).await);
     assert!(values.is_sorted_by(|x, y| x < y), "{values:?}");
+    // A run that does not count, and one by one.
+    assert_eq!(set_backs(&bench), 3);
 }
 
 /// Values of a sequence by itself follow each other, those that are not seen lie between.
@@ -383,4 +383,69 @@ async fn what_is_left_of_a_replay_draws_no_value_of_another() {
     assert_eq!(rows[..4], [1, 2, 3, 4]);
     assert_eq!(rows.len(), 8);
     assert!(rows.is_sorted_by(|x, y| x < y), "{rows:?}");
+}
+
+/// A statement draws once more, unseen, behind the value that it returns, and another session has
+/// drawn in between: what is drawn again would be that one's.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_statement_takes_unseen_is_not_anothers() {
+    let mut bench = start(
+        "CREATE TABLE t (id serial PRIMARY KEY, v int); \
+         CREATE TABLE audit (id int DEFAULT nextval('t_id_seq')); \
+         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN \
+         PERFORM pg_sleep(NEW.v); INSERT INTO audit DEFAULT VALUES; RETURN NULL; END'; \
+         CREATE TRIGGER note AFTER INSERT ON t FOR EACH ROW WHEN (NEW.v = 1) \
+         EXECUTE FUNCTION note()",
+    )
+    .await;
+    let (client, other) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+    client.batch_execute("BEGIN").await.unwrap();
+    let first = tokio::join!(numbers(&client, INSERT), async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        numbers(&other, "INSERT INTO t (v) VALUES (2) RETURNING id").await
+    });
+    assert_eq!(first, (vec![1], vec![2]));
+    bench.switchover().await.unwrap();
+    let committed = client.batch_execute("COMMIT").await;
+    let values = "SELECT id FROM t UNION ALL SELECT id FROM audit ORDER BY 1";
+    let values = numbers(&bench.direct, values).await;
+    assert!(values.is_sorted_by(|x, y| x < y), "{values:?}");
+    // An honest error: nobody knows whose the value is.
+    let told = committed.unwrap_err();
+    assert_eq!(told.code().map(|c| c.code()), Some("40001"));
+    assert_eq!(values, [2]);
+    let next = numbers(&bench.direct, "SELECT nextval('t_id_seq')").await;
+    assert!(next[0] > 3, "{next:?}");
+}
+
+/// The server's statement is ended while the sequence is set back and the session draws: nothing of
+/// that replay counts, and nobody gets a value of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_is_broken_off_leaves_no_sequence_behind() {
+    let mut bench = start("CREATE TABLE t (id serial, v int)").await;
+    let client = bench.client().await.unwrap();
+    client.batch_execute("BEGIN").await.unwrap();
+    let mut seen = all(&client, &[INSERT; 20]).await;
+    client.batch_execute("SELECT pg_sleep(0.3)").await.unwrap();
+    seen.extend(all(&client, &[INSERT; 20]).await);
+    let breaking = bench.server.connect().await.unwrap();
+    let ends = tokio::spawn(async move {
+        let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+                   WHERE query LIKE '%setval%' AND wait_event = 'advisory'";
+        for _ in 0..2 {
+            while numbers(&breaking, sql).await == [0] {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+    });
+    bench.switchover().await.unwrap();
+    ends.await.unwrap();
+    let committed = client.batch_execute("COMMIT").await;
+    let rows = numbers(&bench.direct, "SELECT id FROM t ORDER BY 1").await;
+    match committed {
+        Ok(()) => assert_eq!(rows, seen),
+        Err(_) => assert_eq!(rows, [0; 0]),
+    }
+    let next = numbers(&bench.client().await.unwrap(), INSERT).await[0];
+    assert!(next > 40, "{next}");
 }

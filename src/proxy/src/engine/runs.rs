@@ -1,8 +1,8 @@
 //! Which records one setting back of sequences serves, and what is set back for them.
 //!
 //! Columns are mapped to sequences by the catalogs, names of sequences inside the session, where its
-//! `search_path` is in force. The invariant: what a run of several records took is exactly what its
-//! client has seen, or nothing of that replay counts (`helios_session::sequences::run` says why).
+//! `search_path` is in force. The invariant: of a sequence that is set back nothing is taken but what
+//! the client has seen, or nothing of that replay counts (`helios_session::sequences::run` says why).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -29,6 +29,8 @@ pub(super) struct Records {
 /// What sequences are set back for.
 #[derive(Debug, Default)]
 pub(super) struct Taken {
+    /// The first record.
+    pub(super) from: usize,
     /// So many records.
     pub(super) records: usize,
     pub(super) wanted: Vec<Wanted>,
@@ -38,18 +40,34 @@ pub(super) struct Taken {
 type Names = BTreeMap<String, Option<Sequence>>;
 
 impl Taken {
-    /// Behind a run of several records, with where its sequences stood: each must have given the
-    /// last value that was seen, and no other behind it. One that could not be set back is not there;
-    /// of that one the comparison with what was seen tells enough.
+    /// Behind the records, with where their sequences stood: each must have given the last value that
+    /// was seen, and no other behind it, which may be somebody else's. A single record may have taken
+    /// fewer: its client chose the value. A sequence that could not be set back is not there; of that
+    /// one the comparison with what was seen tells enough.
+    ///
+    /// # Errors
+    /// [`ReplayError::Unseen`] where records may do better one by one, else
+    /// [`ReplayError::Different`].
     pub(super) fn check(&self, stood: &[Stands]) -> Result<(), ReplayError> {
-        let exact = |(number, value, called): &Stands| {
-            let wanted = self.wanted.get(*number);
-            wanted.is_none_or(|wanted| *called && *value == wanted.last)
-        };
-        match self.records > 1 && !stood.iter().all(exact) {
-            true => Err(ReplayError::Unseen),
-            false => Ok(()),
+        for (number, value, called) in stood {
+            let Some(wanted) = self.wanted.get(*number) else {
+                continue;
+            };
+            let beyond = match wanted.sequence.increment > 0 {
+                true => *value > wanted.last,
+                false => *value < wanted.last,
+            };
+            if self.records > 1 && !(*called && *value == wanted.last) {
+                return Err(ReplayError::Unseen);
+            }
+            if *called && beyond {
+                return Err(ReplayError::Different {
+                    statement: self.from + 1,
+                    what: "it took values of a sequence that nobody has seen".into(),
+                });
+            }
         }
+        Ok(())
     }
 }
 
@@ -256,4 +274,53 @@ fn sequence(row: &[Option<String>]) -> Option<Sequence> {
         increment: increment.parse().ok().filter(|i| *i != 0)?,
         name: name.clone(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is said of records whose sequence stood there behind them; the last value seen is 7.
+    fn said(records: usize, increment: i64, value: i64, called: bool) -> &'static str {
+        let sequence = Sequence {
+            oid: 1,
+            increment,
+            name: "s".into(),
+        };
+        let wanted = vec![Wanted {
+            sequence,
+            first: 7,
+            last: 7,
+        }];
+        let from = 4;
+        let taken = Taken {
+            from,
+            records,
+            wanted,
+        };
+        match taken.check(&[(0, value, called)]) {
+            Ok(()) => "fine",
+            Err(ReplayError::Unseen) => "one by one",
+            Err(ReplayError::Different { statement: 5, .. }) => "different",
+            Err(_) => "something else",
+        }
+    }
+
+    #[test]
+    fn what_was_taken() {
+        for (value, called, of_one, of_many) in [
+            (7, true, "fine", "fine"),
+            // Chosen by the client: nothing was drawn, or not as much.
+            (7, false, "fine", "one by one"),
+            (6, true, "fine", "one by one"),
+            (8, true, "different", "one by one"),
+        ] {
+            assert_eq!(said(1, 1, value, called), of_one, "{value} {called}");
+            assert_eq!(said(2, 1, value, called), of_many, "{value} {called}");
+            let mirrored = 14 - value;
+            assert_eq!(said(1, -1, mirrored, called), of_one, "{value} {called}");
+            assert_eq!(said(2, -1, mirrored, called), of_many, "{value} {called}");
+        }
+        assert!(Taken::default().check(&[(0, 5, true)]).is_ok());
+    }
 }

@@ -137,15 +137,19 @@ impl Keeper {
         service.waits = set_back::begin(link, &service.baton, &wanted, self.until, noted).await?;
         self.begun = service.waits || !self.set_back.is_empty();
         self.put_back(service);
-        self.taken = Taken { records, wanted };
+        self.taken = Taken {
+            from,
+            records,
+            wanted,
+        };
         Ok(records)
     }
 
     /// Behind the records: sets forward what was set back.
     ///
     /// # Errors
-    /// The connection's; what is left is set forward when the keeper goes. [`ReplayError::Unseen`]
-    /// when it is set forward, and more was taken than the client has seen.
+    /// The connection's; what is left is set forward when the keeper goes. When it is set forward, and
+    /// other values were taken than the client has seen, as [`Taken::check`] says.
     pub(super) async fn set_forward(&mut self) -> Result<(), ReplayError> {
         if !self.begun {
             return Ok(());

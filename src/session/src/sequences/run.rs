@@ -13,11 +13,14 @@
 //! mostly do not continue those before, which ends the run in front of it; where they do, the replay
 //! does the same once more.
 //!
-//! What it does not say. With several sequences in a run, or where a value was chosen by the client
-//! and not drawn, something unseen may have drawn in front of the first or behind the last value of
-//! one of them, and draws once more, from a sequence that is set back: a value that may be somebody
-//! else's. So who replays a run asks where each sequence stands behind it. It must be exactly the
-//! last value of the run; else nothing of that replay counts, and records go one by one.
+//! What it does not say. Something unseen may have drawn behind the last value, in the same record;
+//! with several sequences in a run also in front of the first value of one of them, or in records
+//! behind its last; and a value that was seen may have been chosen by the client, not drawn. What
+//! draws so draws once more, from a sequence that is set back: a value that may be somebody else's.
+//! So who replays a run asks where each sequence stands behind it. It must be exactly the last value
+//! of the run; else nothing of that replay counts, and records go one by one. Of a single record
+//! it must not be beyond that. (A client that chooses just the value that something unseen of its own
+//! draws at the same time is not found out.)
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
