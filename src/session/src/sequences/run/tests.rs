@@ -13,9 +13,12 @@ fn drawn(values: Values<'_>) -> Vec<Drawn<String>> {
     values.iter().map(one).collect()
 }
 
+/// Sequences by name, with the first and the last value of each.
+type Spans = Vec<(String, i64, i64)>;
+
 /// How records are cut into runs: how many records each has, and its spans. Records without values
 /// between two runs are left out, as one that sets nothing back is no run.
-fn cut(records: &[Values<'_>]) -> Vec<(usize, Vec<(String, i64, i64)>)> {
+fn cut(records: &[Values<'_>]) -> Vec<(usize, Spans)> {
     let mut out = Vec::new();
     let mut at = 0;
     while let Some(first) = records.get(at) {
