@@ -2,8 +2,8 @@
 //! becomes of this proxy.
 //!
 //! One statement of the server's does all of it (PL/pgSQL): it sets sequences back, says so with a
-//! NOTICE, waits for an advisory lock that a second connection of the proxy holds, the *baton*, says
-//! where they stand, and sets them forward. The baton is given back when the session's statements
+//! NOTICE, waits for an advisory lock that a second connection of the proxy holds, the *baton*, sets
+//! them forward, and says where they stood. The baton is given back when the session's statements
 //! have run, or when the proxy dies, because its connections end then; and the wait has a limit. The
 //! invariant: from the first `setval` on, the server needs nobody to set the sequence forward.
 
@@ -197,7 +197,8 @@ fn note(stands: Option<Stands>, wanted: &[Wanted], noted: &mut Vec<SetBack>) {
 /// The statement's text.
 fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
     use std::fmt::Write as _;
-    let (mut declared, mut back, mut forward) = (String::new(), String::new(), String::new());
+    let (mut declared, mut back) = (String::new(), String::new());
+    let (mut forward, mut stood) = (String::new(), String::new());
     let in_time = until.map_or_else(String::new, |until| {
         format!(" AND clock_timestamp() < to_timestamp({until:.6})")
     });
@@ -212,7 +213,10 @@ fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
             increment,
             name,
         } = sequence;
-        let _ = writeln!(declared, "v{n} bigint; c{n} boolean; b{n} boolean;");
+        let _ = writeln!(
+            declared,
+            "v{n} bigint; c{n} boolean; b{n} boolean; t{n} bigint; u{n} boolean;"
+        );
         let _ = writeln!(
             back,
             "BEGIN FOR i IN 1..{MAX_READS} LOOP \
@@ -226,10 +230,14 @@ fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
         let set = forward_sql(sequence, &format!("v{n}"), &format!("c{n}"), *last);
         let _ = writeln!(
             forward,
-            "BEGIN IF b{n} THEN SELECT last_value, is_called INTO v, c FROM {name}; \
-             RAISE NOTICE 'helios: {n} % %', v, c; END IF; \
-             IF v{n} IS NOT NULL THEN PERFORM {set}; END IF; \
+            "BEGIN IF v{n} IS NOT NULL THEN SELECT last_value, is_called INTO t{n}, u{n} FROM {name}; \
+             PERFORM {set}; END IF; \
              EXCEPTION WHEN OTHERS THEN failed := SQLERRM; END;"
+        );
+        // Behind all of them: a server that cannot tell anybody ends there and then.
+        let _ = writeln!(
+            stood,
+            "IF b{n} THEN RAISE NOTICE 'helios: {n} % %', t{n}, u{n}; END IF;"
         );
     }
     let wait = until.map_or_else(
@@ -242,13 +250,13 @@ fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
         },
     );
     format!(
-        "DECLARE failed text; v bigint; c boolean; {declared}BEGIN \
+        "DECLARE failed text; {declared}BEGIN \
          IF pg_try_advisory_xact_lock({CLASS}, {pid}) THEN RETURN; END IF; \
          PERFORM pg_advisory_xact_lock({CLASS}, 0);\n{back}\
          RAISE NOTICE 'helios: waits';\n\
          BEGIN PERFORM set_config('lock_timeout', ({wait})::text, true); \
          PERFORM pg_advisory_xact_lock({CLASS}, {pid}); \
-         EXCEPTION WHEN lock_not_available OR query_canceled THEN NULL; END;\n{forward}\
+         EXCEPTION WHEN lock_not_available OR query_canceled THEN NULL; END;\n{forward}{stood}\
          IF failed IS NOT NULL THEN RAISE EXCEPTION '%', failed; END IF; END"
     )
 }
