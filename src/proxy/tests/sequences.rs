@@ -304,20 +304,20 @@ async fn a_replay_that_is_broken_off_leaves_no_sequence_behind() {
     }
     // One connection of the replay is ended at a time, whichever is there.
     let breaking = bench.server.connect().await.unwrap();
+    let moved = tokio_util::sync::CancellationToken::new();
+    let stop = moved.clone();
     let ends = tokio::spawn(async move {
         let sql = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
                    WHERE pid <> pg_backend_pid() AND query LIKE '%setval%'";
         let mut ended = 0;
-        for _ in 0..400 {
+        while ended <= 3 && !stop.is_cancelled() {
             let row = breaking.query_one(sql, &[]).await.unwrap();
             ended += row.get::<_, i64>(0);
-            if ended > 3 {
-                break;
-            }
         }
         ended
     });
     bench.switchover().await.unwrap();
+    moved.cancel();
     let committed = client.batch_execute("COMMIT").await;
     assert!(ends.await.unwrap() > 0, "nothing was broken off");
     let rows = numbers(&bench.direct, "SELECT id FROM t ORDER BY 1").await;

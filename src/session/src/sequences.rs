@@ -4,7 +4,11 @@
 //! are the columns, by table and number, their values, and the one literal argument of `nextval`.
 //! A guess too many costs a question: the replay is compared with what the client saw all the same.
 
+pub mod run;
+
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use helios_wire::message::read;
 use helios_wire::{frontend, peek_header};
@@ -75,26 +79,37 @@ pub fn drawing(tracker: &Tracker) -> BTreeSet<usize> {
 struct Mentions {
     nextval: bool,
     insert: bool,
+    /// Something that may move a sequence, or have a name mean another one.
+    moves: bool,
 }
 
 impl Mentions {
     fn of(text: &[u8]) -> Self {
+        let any = |words: &[&[u8]]| words.iter().any(|word| has_word(text, word));
         Self {
             nextval: has_word(text, b"nextval"),
             insert: has_word(text, b"insert"),
+            // EXECUTE runs what stands elsewhere.
+            moves: any(&[b"setval", b"set_config", b"execute"]),
         }
     }
 
     fn add(&mut self, other: Self) {
         self.nextval |= other.nextval;
         self.insert |= other.insert;
+        self.moves |= other.moves;
     }
 }
 
+/// Whether a text has this word, in any case.
 fn has_word(text: &[u8], word: &[u8]) -> bool {
+    let Some(first) = word.first() else {
+        return false;
+    };
     let part = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_alphanumeric() || *b == b'_');
-    text.windows(word.len()).enumerate().any(|(at, found)| {
-        found.eq_ignore_ascii_case(word)
+    memchr::memchr2_iter(*first, first.to_ascii_uppercase(), text).any(|at| {
+        let found = text.get(at..at + word.len());
+        found.is_some_and(|found| found.eq_ignore_ascii_case(word))
             && !part(at.checked_sub(1).and_then(|before| text.get(before)))
             && !part(text.get(at + word.len()))
     })
@@ -121,6 +136,8 @@ fn mentions_by_record(tracker: &Tracker) -> Vec<Mentions> {
                     let name = read::bind_names(body).map_or(&b""[..], |(_, name)| name);
                     found.add(prepared.get(name).copied().unwrap_or_default());
                 }
+                // By its number, which may be that of setval.
+                frontend::FUNCTION_CALL => found.moves = true,
                 _ => {}
             }
         }
@@ -134,10 +151,45 @@ fn made_rows(reply: &Reply, index: usize) -> bool {
     matches!(outcome, Some(Outcome::Complete(tag)) if inserts(tag.as_bytes()))
 }
 
+/// Statements that are prepared where a record runs.
+trait Statements {
+    /// The statement of this name.
+    fn find(&mut self, name: &[u8]) -> Option<Statement<'_>>;
+
+    /// One was found to return these columns (a RowDescription).
+    fn learn(&mut self, _tail: &[u8], _columns: &[u8]) {}
+}
+
+/// A prepared statement.
+struct Statement<'a> {
+    /// Its Parse message behind the name: the text, and types of parameters.
+    tail: &'a [u8],
+    described: Option<Arc<[u8]>>,
+}
+
+impl Statements for &PreparedStatements {
+    fn find(&mut self, name: &[u8]) -> Option<Statement<'_>> {
+        let prepared = self.get(name)?;
+        Some(Statement {
+            tail: tail_of(prepared.parse.get(5..).unwrap_or_default()),
+            described: prepared.description.clone(),
+        })
+    }
+}
+
+/// The body of a Parse message behind the name.
+fn tail_of(parse: &[u8]) -> &[u8] {
+    parse.get(until_zero(parse).len() + 1..).unwrap_or_default()
+}
+
 /// The integers that a record returned; `now` are the statements that are prepared where it is
 /// about to run again.
 #[must_use]
-pub fn seen(record: &[u8], reply: &Reply, now: &PreparedStatements) -> Vec<Seen> {
+pub fn seen(record: &[u8], reply: &Reply, mut now: &PreparedStatements) -> Vec<Seen> {
+    seen_with(record, reply, &mut now)
+}
+
+fn seen_with(record: &[u8], reply: &Reply, now: &mut impl Statements) -> Vec<Seen> {
     let runs = runs(record, now);
     let mut last_columns = None;
     let mut out = Vec::new();
@@ -149,44 +201,54 @@ pub fn seen(record: &[u8], reply: &Reply, now: &PreparedStatements) -> Vec<Seen>
             _ => runs.get(command.index),
         };
         let described = run.and_then(|r| r.described.as_deref());
-        let Some(columns) = command.columns.or(described).or(last_columns) else {
+        let its = command.columns.or(described);
+        let Some(columns) = its.or(last_columns) else {
             continue;
         };
+        if let (Some(run), Some(its)) = (run.filter(|r| r.formats.is_some()), its) {
+            now.learn(&run.tail, its);
+        }
         let formats = run.and_then(|r| r.formats.as_deref());
         let columns = integers(columns, &command.rows, formats);
-        let nextval = run.and_then(|r| grammar::nextval_literal(&r.text));
+        // Reading the text takes longer than all the rest.
+        let text = run
+            .map(Run::text)
+            .filter(|text| has_word(text.as_bytes(), b"nextval"));
+        let nextval = text.and_then(|text| grammar::nextval_literal(&text));
         out.push(Seen { columns, nextval });
     }
     out
 }
 
 /// A statement that a record runs.
-struct Run {
-    text: String,
-    described: Option<std::sync::Arc<[u8]>>,
+struct Run<'a> {
+    /// The text, and what else its Parse message says.
+    tail: Cow<'a, [u8]>,
+    described: Option<Arc<[u8]>>,
     /// Result formats of its portal; `None` for a simple query.
     formats: Option<Vec<u16>>,
 }
 
+impl Run<'_> {
+    fn text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(until_zero(&self.tail))
+    }
+}
+
 /// The statements that a record runs, one for each Execute.
-fn runs(record: &[u8], now: &PreparedStatements) -> Vec<Run> {
-    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
-    let parse_text = |body: &[u8]| {
-        let name = until_zero(body);
-        text(until_zero(body.get(name.len() + 1..).unwrap_or_default()))
-    };
-    let mut parsed: BTreeMap<&[u8], String> = BTreeMap::new();
+fn runs<'a>(record: &'a [u8], now: &mut impl Statements) -> Vec<Run<'a>> {
+    let mut parsed: BTreeMap<&[u8], &[u8]> = BTreeMap::new();
     let mut portals: BTreeMap<&[u8], (&[u8], Vec<u16>)> = BTreeMap::new();
     let mut runs = Vec::new();
     for (tag, body) in messages(record) {
         match tag {
             frontend::QUERY => runs.push(Run {
-                text: text(until_zero(body)),
+                tail: body.into(),
                 described: None,
                 formats: None,
             }),
             frontend::PARSE => {
-                parsed.insert(until_zero(body), parse_text(body));
+                parsed.insert(until_zero(body), tail_of(body));
             }
             frontend::BIND => {
                 if let Ok(bind) = read::bind(body) {
@@ -197,15 +259,15 @@ fn runs(record: &[u8], now: &PreparedStatements) -> Vec<Run> {
             frontend::EXECUTE => {
                 let portal = portals.get(until_zero(body));
                 let (name, formats) = portal.cloned().unwrap_or_default();
-                let before = now.get(name).filter(|_| !parsed.contains_key(name));
-                let here = parsed.get(name).cloned();
+                let (tail, described) = match parsed.get(name) {
+                    Some(here) => (Cow::from(*here), None),
+                    None => now.find(name).map_or_else(Default::default, |statement| {
+                        (statement.tail.to_vec().into(), statement.described)
+                    }),
+                };
                 runs.push(Run {
-                    text: here
-                        .or_else(|| {
-                            before.map(|p| parse_text(p.parse.get(5..).unwrap_or_default()))
-                        })
-                        .unwrap_or_default(),
-                    described: before.and_then(|p| p.description.clone()),
+                    tail,
+                    described,
                     formats: Some(formats),
                 });
             }

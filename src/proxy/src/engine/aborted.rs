@@ -10,6 +10,7 @@ use helios_session::state::{Change, Prepared, Snapshot};
 use helios_wire::message::back;
 
 use super::answers::retryable;
+use super::failing;
 use super::rebuild::{Attempt, retry};
 use super::replay::{self, ReplayError};
 use super::session::{End, Server, Session};
@@ -59,7 +60,7 @@ impl Session {
         };
         let mut next = self.tracker.successor(&prepared);
         let options = &self.shared.options;
-        let failed = replay::begin_and_fail(&mut server.link, &self.tracker, &mut next, options);
+        let failed = failing::begin_and_fail(&mut server.link, &self.tracker, &mut next, options);
         failed.await.map_err(retry)?;
         self.remember_in_flight()?;
         self.state = state;
@@ -156,7 +157,7 @@ impl Session {
                 self.answer_in_flight(&fields)?;
             }
         } else {
-            replay::fail_transaction(&mut server.link)
+            failing::fail_transaction(&mut server.link)
                 .await
                 .map_err(retry)?;
             next.abandon(TxnStatus::Failed);

@@ -16,6 +16,7 @@ use helios_session::state::literal;
 
 use super::registry::{Entry, lock};
 use super::replay::ReplayError;
+use super::runs::Records;
 use super::sequences::Keeper;
 use super::session::Session;
 use super::shared::Shared;
@@ -79,8 +80,8 @@ async fn raise_in(
     entries: &[Arc<Entry>],
 ) -> Result<(), ReplayError> {
     let guard = Arc::clone(&shared.replaying).write_owned().await;
-    let any = [0].into();
-    let mut keeper = Keeper::open(shared, at, database, any, guard).await?;
+    let none = Records::default();
+    let mut keeper = Keeper::open(shared, at, database, none, guard).await?;
     let mut statements = Vec::new();
     for entry in entries {
         let seen = std::mem::take(&mut *lock(&entry.seen));

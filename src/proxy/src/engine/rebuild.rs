@@ -2,7 +2,7 @@
 //!
 //! The invariant: a COMMIT in flight is resolved from evidence before anything is run again.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -15,6 +15,7 @@ use helios_session::state::Prepared;
 use helios_telemetry::metrics::{CommitOutcome, ReplayResult};
 use helios_wire::message::back;
 use helios_wire::{ErrorFields, SqlState};
+use tokio::sync::watch;
 
 use super::answers::STATE_UNKNOWN;
 use super::evidence;
@@ -255,7 +256,10 @@ impl Session {
                 self.install(server, next);
                 Ok(())
             }
-            Err(e) if e.is_transient() => Err(retry(e)),
+            Err(e) if e.is_transient() => {
+                self.one_by_one |= matches!(e, ReplayError::Unseen);
+                Err(retry(e))
+            }
             Err(e) => {
                 // The backend is in an unknown state; the abort needs a fresh one.
                 self.give_up_locks(&e);
@@ -288,38 +292,62 @@ impl Session {
         if server.floor.is_none() {
             server.floor = Some(evidence::flush_position(&mut server.link).await?);
         }
-        let (at, database) = (
-            &self.gate.topology.primary.endpoint,
-            &self.entry().login.database,
-        );
         // Beside new work a sequence that is set back would give its values to others too.
         let mut barrier = self.shared.barrier.subscribe();
         let behind_barrier = self.gate.phase.replays() && *barrier.borrow_and_update();
         let mut turn = match self.values_since() {
-            Some(since) if behind_barrier => {
-                Turn::take(&self.shared, at, database, &self.tracker, since).await?
-            }
+            Some(since) if behind_barrier => self.turn(&mut barrier, since).await?,
             _ => Turn::beside(&self.shared).await,
         };
-        let lossy = self.gate.topology.may_have_lost(self.epoch);
-        let entry = self.entry();
-        let (link, keeper) = (&mut server.link, turn.keeper());
+        let held = AtomicBool::new(self.gate.phase.replays());
         let how = How {
-            lossy,
-            held: self.gate.phase.replays(),
+            lossy: self.gate.topology.may_have_lost(self.epoch),
+            held: &held,
             options: &self.shared.options,
         };
+        let entry = self.entry();
         let under_way = entry.replay.begin(self.tracker.journal().records().len());
-        let old = &self.tracker;
-        let replay = replay::replay(link, old, next, keeper, &under_way, how);
+        let (mut up, sets_back) = (behind_barrier, turn.sets_back());
+        let (old, link) = (&self.tracker, &mut server.link);
+        let replay = replay::replay(link, old, next, &mut turn, &under_way, how);
         tokio::select! {
             // First: a turn that came too late must set nothing back.
             biased;
-            _ = barrier.wait_for(|up| *up != behind_barrier) => {
-                Err(ReplayError::Connection(std::io::ErrorKind::TimedOut.into()))
-            }
+            _ = barrier.wait_for(|now| {
+                if up && !now && self.overstays(&sets_back) {
+                    up = false;
+                    held.store(false, Ordering::Relaxed);
+                }
+                *now != up
+            }) => Err(ReplayError::Connection(std::io::ErrorKind::TimedOut.into())),
             result = replay => result,
         }
+    }
+
+    /// The right to replay where sequences may be set back, waited for while the barrier is up: who
+    /// still waits for it then would have others wait behind him.
+    async fn turn(
+        &self,
+        barrier: &mut watch::Receiver<bool>,
+        since: u64,
+    ) -> Result<Turn, ReplayError> {
+        let at = &self.gate.topology.primary.endpoint;
+        let database = &self.entry().login.database;
+        let how = (since, self.one_by_one);
+        tokio::select! {
+            biased;
+            _ = barrier.wait_for(|up| !up) => {
+                Err(ReplayError::Connection(std::io::ErrorKind::TimedOut.into()))
+            }
+            turn = Turn::take(&self.shared, at, database, &self.tracker, how) => turn,
+        }
+    }
+
+    /// The barrier has fallen: whether the replay goes on beside the new work. It has to be over where
+    /// sequences are set back, and where other proxies may do so next: what is left may draw from
+    /// them.
+    fn overstays(&self, sets_back: &AtomicBool) -> bool {
+        !sets_back.load(Ordering::Relaxed) && lock(&self.shared.turn_until).is_none()
     }
 
     pub(super) fn prepared_at_begin(&self) -> Vec<(Vec<u8>, Prepared)> {
@@ -392,7 +420,7 @@ impl Session {
             self.shared.new_work(self.epoch);
         }
         (self.attempts, self.retry_at) = (0, None);
-        self.state_due = false;
+        (self.state_due, self.one_by_one) = (false, false);
         // One that is still under way is for a backend of the past.
         self.entry().cancel_under_way.store(false, Ordering::SeqCst);
         self.show_instance();

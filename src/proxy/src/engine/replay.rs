@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 
 use helios_session::TxnStatus;
@@ -25,8 +26,8 @@ use super::gather::gather;
 use super::kept::{self, Kept};
 use super::link::Link;
 use super::progress::UnderWay;
-use super::sequences::Keeper;
 use super::shared::EngineOptions;
+use super::turn::Turn;
 use super::verify::verify;
 
 /// Why a session could not be rebuilt.
@@ -52,6 +53,10 @@ pub(super) enum ReplayError {
         /// What the server said.
         why: String,
     },
+    /// A run of statements took other values of a sequence than the client has seen: to be tried
+    /// again, one statement at a time.
+    #[error("statements took values of a sequence that nobody has seen")]
+    Unseen,
     /// The replay gave something else than the client has seen.
     #[error("replay differs in statement {statement}: {what}")]
     Different {
@@ -66,7 +71,7 @@ impl ReplayError {
     /// Whether another attempt may succeed.
     #[must_use]
     pub(super) fn is_transient(&self) -> bool {
-        matches!(self, Self::Connection(_))
+        matches!(self, Self::Connection(_) | Self::Unseen)
     }
 
     /// The same where acknowledged commits may be missing: the likeliest reason of a difference.
@@ -330,7 +335,7 @@ pub(super) struct How<'a> {
     /// Commits that it may have read are perhaps not on this primary.
     pub lossy: bool,
     /// The session's thread has nothing to do for clients: see [`gather`].
-    pub held: bool,
+    pub held: &'a AtomicBool,
     /// The proxy's options.
     pub options: &'a EngineOptions,
 }
@@ -343,29 +348,36 @@ pub(super) async fn replay(
     link: &mut Link,
     old: &Tracker,
     new: &mut Tracker,
-    mut keeper: Option<&mut Keeper>,
+    turn: &mut Turn,
     progress: &UnderWay<'_>,
     how: How<'_>,
 ) -> Result<(), ReplayError> {
     let (lossy, options) = (how.lossy, how.options);
     let records = old.journal().records();
-    for (index, record) in records.iter().enumerate() {
-        let bytes = old.journal().record_bytes(record);
-        let at = record.at_micros;
-        let keeper = keeper.as_deref_mut().filter(|k| k.wants(index));
-        let Some(keeper) = keeper else {
-            feed_all(link, new, records, bytes, at, options).await?;
+    let mut next = 0;
+    while next < records.len() {
+        turn.at(next);
+        let mut keeper = turn.keeper().filter(|k| k.wants(next));
+        let mut run = 1;
+        if let Some(keeper) = &mut keeper {
+            settle(link, new, records, next, progress, how.held).await?;
+            run = keeper.set_back(link, old, new, next).await?;
+        }
+        for record in records.iter().skip(next).take(run) {
+            let bytes = old.journal().record_bytes(record);
+            feed_all(link, new, records, bytes, record.at_micros, options).await?;
             progress.at(new.journal().records().len());
-            continue;
-        };
-        settle(link, new, records, index, progress, how.held).await?;
-        let reply = old.journal().reply(record);
-        keeper.set_back(link, new, bytes, &reply).await?;
-        feed_all(link, new, records, bytes, at, options).await?;
-        settle(link, new, records, index + 1, progress, how.held).await?;
-        keeper.set_forward().await?;
+        }
+        next += run;
+        if let Some(keeper) = keeper {
+            settle(link, new, records, next, progress, how.held).await?;
+            keeper.set_forward().await?;
+        }
     }
+    turn.at(next);
     settle(link, new, records, records.len(), progress, how.held).await?;
+    // What is asked from here on draws from no sequence.
+    turn.end();
     let verified = verify(link, old, new, lossy).await;
     verified.map_err(|e| if lossy { e.after_loss() } else { e })
 }
@@ -377,10 +389,10 @@ async fn settle(
     records: &[Record],
     count: usize,
     progress: &UnderWay<'_>,
-    held: bool,
+    held: &AtomicBool,
 ) -> Result<(), ReplayError> {
     while new.journal().records().len() < count || !new.is_quiet() {
-        if held {
+        if held.load(Ordering::Relaxed) {
             gather(link, new);
         }
         advance(link, new, records).await?;
@@ -389,7 +401,7 @@ async fn settle(
     Ok(())
 }
 
-async fn advance(
+pub(super) async fn advance(
     link: &mut Link,
     new: &mut Tracker,
     records: &[Record],
@@ -442,47 +454,4 @@ pub(super) fn strayed(records: &[Record], new: &Tracker) -> Option<ReplayError> 
         statement: done + 1,
         what: "the transaction ended".into(),
     })
-}
-
-/// Begins the transaction of `old` again, and has it fail.
-///
-/// # Errors
-/// The connection's.
-pub(super) async fn begin_and_fail(
-    link: &mut Link,
-    old: &Tracker,
-    new: &mut Tracker,
-    options: &EngineOptions,
-) -> Result<(), ReplayError> {
-    let records = old.journal().records();
-    if let Some(begin) = records.first() {
-        let bytes = old.journal().record_bytes(begin);
-        feed_all(link, new, records, bytes, begin.at_micros, options).await?;
-        while new.journal().records().is_empty() || !new.is_quiet() {
-            advance(link, new, records).await?;
-        }
-    }
-    fail_block(link).await?;
-    new.fail();
-    Ok(())
-}
-
-/// Puts a fresh backend into a failed transaction block: what an aborted transaction leaves.
-///
-/// # Errors
-/// The connection's.
-pub(super) async fn fail_transaction(link: &mut Link) -> Result<(), ReplayError> {
-    simple(link, "BEGIN").await?;
-    fail_block(link).await
-}
-
-/// Has an open transaction block fail.
-async fn fail_block(link: &mut Link) -> Result<(), ReplayError> {
-    match simple(link, "ROLLBACK TO SAVEPOINT helios_aborted").await {
-        Err(ReplayError::State(_)) => Ok(()),
-        Err(e) => Err(e),
-        Ok(_) => Err(ReplayError::State(
-            "the transaction block did not fail".into(),
-        )),
-    }
 }

@@ -1,31 +1,30 @@
 //! Values of sequences that a client has seen come again in a replay.
 //!
-//! `nextval` gives another value on the new primary. Where a statement of the open transaction
-//! returned values of a sequence, the sequence is set back to the first of them just before the
-//! statement runs again, and forward behind every value that was given, right afterwards
-//! ([`set_back`]). `setval` acts at once and is not undone by a rollback; it is done as the proxy's
-//! own user.
+//! `nextval` gives another value on the new primary. Where statements of the open transaction
+//! returned values of a sequence, the sequence is set back to the first of them just before they run
+//! again, once for as many as follow each other ([`super::runs`]), and forward behind every value
+//! that was given, right afterwards ([`set_back`]). `setval` acts at once and is not undone by a
+//! rollback; it is done as the proxy's own user.
 //!
 //! The invariants: while a sequence is set back no other session of this proxy replays (the lock
-//! in `Shared`, which every replay holds); and what was set back is set forward again before the
-//! lock is given back, also when the replay is broken off.
+//! in `Shared`, which every replay holds as long as it may draw from one); and what was set back is
+//! set forward again before the lock is given back, also when the replay is broken off.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use helios_api::Endpoint;
-use helios_session::reply::Reply;
-use helios_session::sequences::{Seen, consecutive, seen};
 use helios_session::tracker::Tracker;
-use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use super::link::Link;
 use super::replay::{self, ReplayError};
-use super::set_back::{self, Baton, Sequence, SetBack, Wanted};
+use super::runs::{Records, Taken};
+use super::set_back::{self, Baton, Sequence, SetBack};
 use super::shared::Shared;
 use super::turn::turn_ends;
-use super::verify::regclass;
 use crate::backend::{self, BackendError, Login};
 
 /// The lock that all replays hold, with the connection that the last one used.
@@ -51,10 +50,16 @@ pub(super) struct Keeper {
     endpoint: Endpoint,
     database: String,
     guard: Option<OwnedRwLockWriteGuard<Option<Service>>>,
-    records: BTreeSet<usize>,
+    /// The right to go on beside others, behind that.
+    beside: Option<OwnedRwLockReadGuard<Option<Service>>>,
+    /// Whether a sequence is set back, or may be yet.
+    sets_back: Arc<AtomicBool>,
+    pub(super) records: Records,
     /// What is known of columns, by table and number.
-    columns: BTreeMap<(u32, u16), Option<Sequence>>,
+    pub(super) columns: BTreeMap<(u32, u16), Option<Sequence>>,
     set_back: Vec<SetBack>,
+    /// What the statement that sets back is for.
+    taken: Taken,
     /// A statement that sets back was sent, and is not known to have ended.
     begun: bool,
     /// This one only cleans up.
@@ -74,7 +79,7 @@ impl Keeper {
         shared: &Arc<Shared>,
         endpoint: &Endpoint,
         database: &str,
-        records: BTreeSet<usize>,
+        records: Records,
         guard: OwnedRwLockWriteGuard<Option<Service>>,
     ) -> Result<Self, ReplayError> {
         let mut keeper = Self {
@@ -82,9 +87,12 @@ impl Keeper {
             endpoint: endpoint.clone(),
             database: database.to_owned(),
             guard: Some(guard),
+            beside: None,
+            sets_back: Arc::new(AtomicBool::new(true)),
             records,
             columns: BTreeMap::new(),
             set_back: Vec::new(),
+            taken: Taken::default(),
             begun: false,
             cleans: false,
             until: None,
@@ -94,7 +102,7 @@ impl Keeper {
             Err(e) if e.is_transient() => return Err(std::io::Error::other(e.to_string()).into()),
             Err(e) => {
                 tracing::warn!(database, error = %e, "values of sequences cannot be kept");
-                keeper.records.clear();
+                keeper.records = Records::default();
             }
         }
         Ok(keeper)
@@ -102,35 +110,25 @@ impl Keeper {
 
     /// Whether this record may have returned values of sequences.
     pub(super) fn wants(&self, record: usize) -> bool {
-        self.records.contains(&record)
+        self.records.wanted.contains(&record)
     }
 
-    /// Before a record runs again, everything before it being answered: sets its sequences back.
+    /// Before record `from` of `old` runs again on `link`, everything before it being answered
+    /// (`new`): sets its sequences back, and those of records behind it that go with it. How many
+    /// records that serves, at least this one; everything is to be set forward behind them.
     ///
     /// # Errors
     /// The connection's.
     pub(super) async fn set_back(
         &mut self,
         link: &mut Link,
-        tracker: &Tracker,
-        record: &[u8],
-        reply: &Reply,
-    ) -> Result<(), ReplayError> {
-        let seen = seen(record, reply, tracker.prepared());
-        let values = match self.values(link, seen).await {
-            Err(ReplayError::State(why)) => {
-                tracing::debug!(why, "sequences could not be looked up");
-                return Ok(());
-            }
-            other => other?,
-        };
-        let wanted: Vec<Wanted> = values
-            .into_iter()
-            .filter(|(sequence, values)| consecutive(values, sequence.increment))
-            .filter_map(|(s, values)| Some((s, *values.first()?, *values.last()?)))
-            .collect();
+        old: &Tracker,
+        new: &Tracker,
+        from: usize,
+    ) -> Result<usize, ReplayError> {
+        let (records, wanted) = self.run(link, old, new, from).await?;
         if wanted.is_empty() {
-            return Ok(());
+            return Ok(records);
         }
         let mut service = self.service()?;
         self.begun = true;
@@ -139,13 +137,19 @@ impl Keeper {
         service.waits = set_back::begin(link, &service.baton, &wanted, self.until, noted).await?;
         self.begun = service.waits || !self.set_back.is_empty();
         self.put_back(service);
-        Ok(())
+        self.taken = Taken {
+            from,
+            records,
+            wanted,
+        };
+        Ok(records)
     }
 
-    /// Behind the record: sets forward what was set back.
+    /// Behind the records: sets forward what was set back.
     ///
     /// # Errors
-    /// The connection's; what is left is set forward when the keeper goes.
+    /// The connection's; what is left is set forward when the keeper goes. When it is set forward, and
+    /// other values were taken than the client has seen, as [`Taken::check`] says.
     pub(super) async fn set_forward(&mut self) -> Result<(), ReplayError> {
         if !self.begun {
             return Ok(());
@@ -153,9 +157,10 @@ impl Keeper {
         // Not a reason to go on with a sequence that is set back.
         let broken = |e: ReplayError| ReplayError::Connection(std::io::Error::other(e.to_string()));
         let mut service = self.service()?;
+        let mut stood = Vec::new();
         if std::mem::take(&mut service.waits) {
             service.baton.give().await?;
-            set_back::end(&mut service.link).await.map_err(broken)?;
+            stood = set_back::end(&mut service.link).await.map_err(broken)?;
             service.baton.take_back().await?;
             self.put_back(service);
             self.set_back.clear();
@@ -170,7 +175,49 @@ impl Keeper {
             }
         }
         self.begun = false;
-        Ok(())
+        std::mem::take(&mut self.taken).check(&stood)
+    }
+
+    /// Whether a sequence is set back, or may be yet.
+    pub(super) fn sets_back(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.sets_back)
+    }
+
+    /// Gives up being alone where nothing is set back any more, nor will be from record `next` on.
+    pub(super) fn release_behind(&mut self, next: usize) {
+        let more = self.records.wanted.range(next..).next().is_some();
+        if more || self.begun || !self.set_back.is_empty() {
+            return;
+        }
+        if let Some(guard) = self.guard.take() {
+            self.records = Records::default();
+            self.sets_back.store(false, Ordering::Relaxed);
+            self.beside = Some(guard.downgrade());
+            self.close_later();
+        }
+    }
+
+    /// The replay draws from no sequence any more.
+    pub(super) fn end(&mut self) {
+        self.release_behind(usize::MAX);
+        self.beside = None;
+    }
+
+    /// Ends the connection, unless the next replay uses it soon.
+    fn close_later(&self) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
+            return;
+        };
+        let lock = Arc::clone(&self.shared.replaying);
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(KEEP_OPEN).await;
+                if let Ok(mut unused) = lock.try_write() {
+                    *unused = None;
+                    return;
+                }
+            }
+        });
     }
 
     /// Taken out while it is used: a question that is broken off leaves no half-read answer.
@@ -183,88 +230,6 @@ impl Keeper {
         if let Some(slot) = self.guard.as_deref_mut() {
             *slot = Some(service);
         }
-    }
-
-    /// The values of each sequence that a record returned, in order.
-    async fn values(
-        &mut self,
-        link: &mut Link,
-        seen: Vec<Seen>,
-    ) -> Result<Vec<(Sequence, Vec<i64>)>, ReplayError> {
-        self.look_up(&seen).await?;
-        let mut found: Vec<(Sequence, Vec<i64>)> = Vec::new();
-        let mut add = |sequence: Sequence, values: Vec<i64>| match found
-            .iter_mut()
-            .find(|(s, _)| *s == sequence)
-        {
-            Some((_, all)) => all.extend(values),
-            None => found.push((sequence, values)),
-        };
-        for command in seen {
-            let mut others = Vec::new();
-            let mut own = Vec::new();
-            for column in command.columns {
-                match self.columns.get(&(column.table, column.attribute)) {
-                    Some(Some(sequence)) => {
-                        own.push(sequence.oid);
-                        add(sequence.clone(), column.values);
-                    }
-                    _ => others.push(column.values),
-                }
-            }
-            if let (Some(name), 1) = (command.nextval, others.len())
-                && let Some(sequence) = self.named(link, &name).await?
-                && !own.contains(&sequence.oid)
-            {
-                add(sequence, others.swap_remove(0));
-            }
-        }
-        Ok(found)
-    }
-
-    /// Asks the catalogs for the sequences of columns that are not known yet.
-    pub(super) async fn look_up(&mut self, seen: &[Seen]) -> Result<(), ReplayError> {
-        let columns = seen.iter().flat_map(|s| &s.columns);
-        let new: BTreeSet<(u32, u16)> = columns
-            .map(|c| (c.table, c.attribute))
-            .filter(|key| key.0 != 0 && !self.columns.contains_key(key))
-            .collect();
-        if new.is_empty() {
-            return Ok(());
-        }
-        let rows = self.ask(&columns_query(&new)).await?;
-        self.columns.extend(new.into_iter().map(|key| (key, None)));
-        for row in rows {
-            let number = |at: usize| row.get(at)?.as_deref()?.parse::<u32>().ok();
-            if let (Some(table), Some(attribute)) = (number(0), number(1))
-                && let Ok(attribute) = u16::try_from(attribute)
-                && let Some(sequence) = row.get(2..).and_then(sequence)
-            {
-                self.columns.insert((table, attribute), Some(sequence));
-            }
-        }
-        Ok(())
-    }
-
-    /// The sequence of a column that was looked up: OID, increment, name.
-    pub(super) fn sequence_of(&self, table: u32, attribute: u16) -> Option<(u32, i64, &str)> {
-        let known = self.columns.get(&(table, attribute))?.as_ref()?;
-        Some((known.oid, known.increment, &known.name))
-    }
-
-    /// The sequence of this name, as the session resolves it where it stands.
-    async fn named(
-        &mut self,
-        link: &mut Link,
-        name: &str,
-    ) -> Result<Option<Sequence>, ReplayError> {
-        let Some(oid) = regclass(link, name).await? else {
-            return Ok(None);
-        };
-        let sql =
-            format!("SELECT {SEQUENCE} FROM {SEQUENCES} WHERE s.seqrelid = {oid} AND {USABLE}");
-        let rows = self.ask(&sql).await?;
-        Ok(rows.first().and_then(|row| sequence(row)))
     }
 
     pub(super) async fn ask(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
@@ -333,28 +298,25 @@ impl Drop for Keeper {
         if self.cleans && self.begun {
             return;
         }
+        if self.set_back.is_empty() && !self.begun {
+            drop(guard);
+            self.close_later();
+            return;
+        }
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             return;
         };
-        if self.set_back.is_empty() && !self.begun {
-            let lock = Arc::clone(&self.shared.replaying);
-            drop(guard);
-            runtime.spawn(async move {
-                tokio::time::sleep(KEEP_OPEN).await;
-                if let Ok(mut unused) = lock.try_write() {
-                    *unused = None;
-                }
-            });
-            return;
-        }
         let rest = Self {
             shared: Arc::clone(&self.shared),
             endpoint: self.endpoint.clone(),
             database: std::mem::take(&mut self.database),
             guard: Some(guard),
-            records: BTreeSet::new(),
+            beside: None,
+            sets_back: Arc::clone(&self.sets_back),
+            records: Records::default(),
             columns: BTreeMap::new(),
             set_back: std::mem::take(&mut self.set_back),
+            taken: Taken::default(),
             begun: self.begun,
             cleans: true,
             until: self.until,
@@ -378,44 +340,4 @@ fn login(service: &Login, database: &str) -> Login {
         login.params.push((name.to_owned(), value.to_owned()));
     }
     login
-}
-
-const SEQUENCE: &str = "s.seqrelid, s.seqincrement, \
-    pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname)";
-
-const SEQUENCES: &str = "pg_catalog.pg_sequence s \
-    JOIN pg_catalog.pg_class c ON c.oid = s.seqrelid \
-    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace";
-
-/// A session's cache of values knows nothing of `setval`; a cycle has no highest value.
-const USABLE: &str = "s.seqcache = 1 AND NOT s.seqcycle AND c.relpersistence <> 't'";
-
-/// Table, column number and sequence of columns; a default's sequence comes last and counts.
-fn columns_query(columns: &BTreeSet<(u32, u16)>) -> String {
-    let keys: Vec<String> = columns.iter().map(|(t, a)| format!("({t}, {a})")).collect();
-    let keys = keys.join(", ");
-    format!(
-        "SELECT k.t, k.a, {SEQUENCE} FROM (VALUES {keys}) AS k(t, a) \
-         JOIN (SELECT refobjid AS t, refobjsubid AS a, objid AS sequence, 1 AS rank \
-         FROM pg_catalog.pg_depend WHERE deptype IN ('a', 'i') \
-         AND classid = 'pg_catalog.pg_class'::pg_catalog.regclass \
-         AND refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass \
-         UNION ALL SELECT f.adrelid, f.adnum, d.refobjid, 2 FROM pg_catalog.pg_attrdef f \
-         JOIN pg_catalog.pg_depend d ON d.objid = f.oid \
-         AND d.classid = 'pg_catalog.pg_attrdef'::pg_catalog.regclass \
-         AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass) x \
-         ON x.t = k.t::pg_catalog.oid AND x.a = k.a \
-         JOIN ({SEQUENCES}) ON s.seqrelid = x.sequence WHERE {USABLE} ORDER BY x.rank"
-    )
-}
-
-fn sequence(row: &[Option<String>]) -> Option<Sequence> {
-    let [Some(oid), Some(increment), Some(name)] = row else {
-        return None;
-    };
-    Some(Sequence {
-        oid: oid.parse().ok()?,
-        increment: increment.parse().ok().filter(|i| *i != 0)?,
-        name: name.clone(),
-    })
 }

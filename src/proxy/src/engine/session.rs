@@ -195,6 +195,9 @@ pub struct Session {
     pub(super) timeline: Timeline,
     /// The rebuilt session waits for the phase *send*.
     pub(super) rebuilt: bool,
+    /// Its replay sets sequences back for one record at a time: a run of several took other values
+    /// than were seen.
+    pub(super) one_by_one: bool,
     /// It has found the primary by itself, which has started anew in its epoch, before the gate
     /// closed for those who have not: its transaction goes on to its end.
     pub(super) stays: bool,

@@ -1,12 +1,13 @@
-//! Setting a sequence back for one statement, so that it stands where it should again whatever
+//! Setting a sequence back for a run of statements, so that it stands where it should again whatever
 //! becomes of this proxy.
 //!
 //! One statement of the server's does all of it (PL/pgSQL): it sets sequences back, says so with a
-//! NOTICE, waits for an advisory lock that a second connection of the proxy holds, the *baton*, and
-//! sets them forward. The baton is given back when the session's statement has run, or when the
-//! proxy dies, because its connections end then; and the wait has a limit. The invariant: from the
-//! first `setval` on, the server needs nobody to set the sequence forward.
+//! NOTICE, waits for an advisory lock that a second connection of the proxy holds, the *baton*, sets
+//! them forward, and says where they stood. The baton is given back when the session's statements
+//! have run, or when the proxy dies, because its connections end then; and the wait has a limit. The
+//! invariant: from the first `setval` on, the server needs nobody to set the sequence forward.
 
+use helios_session::sequences::run::Span;
 use helios_session::state::literal;
 
 use super::link::Link;
@@ -45,7 +46,10 @@ pub(super) struct SetBack {
 }
 
 /// One that is to be set back: the first and the last value that the client saw.
-pub(super) type Wanted = (Sequence, i64, i64);
+pub(super) type Wanted = Span<Sequence>;
+
+/// Where a sequence stands: its number among those that were wanted, `last_value`, `is_called`.
+pub(super) type Stands = (usize, i64, bool);
 
 /// The connection whose lock the server's statement waits for.
 #[derive(Debug)]
@@ -117,18 +121,11 @@ pub(super) async fn begin(
     loop {
         let (tag, frame) = next_frame(link).await?;
         match tag {
-            helios_wire::backend::NOTICE_RESPONSE => {
-                let Ok(fields) =
-                    helios_wire::ErrorFields::parse(frame.get(5..).unwrap_or_default())
-                else {
-                    continue;
-                };
-                match fields.message.strip_prefix("helios: ") {
-                    Some("waits") => return Ok(true),
-                    Some(told) => note(told, wanted, noted),
-                    None => {}
-                }
-            }
+            helios_wire::backend::NOTICE_RESPONSE => match told(&frame).as_deref() {
+                Some("waits") => return Ok(true),
+                Some(told) => note(stands(told), wanted, noted),
+                None => {}
+            },
             helios_wire::backend::ERROR_RESPONSE => {
                 let why = describe_error(frame.get(5..).unwrap_or_default());
                 tracing::debug!(why, "sequences could not be set back");
@@ -139,20 +136,24 @@ pub(super) async fn begin(
     }
 }
 
-/// Waits for the end of the statement, behind the baton.
+/// Waits for the end of the statement, behind the baton; where those sequences stood that were set
+/// back, before they were set forward.
 ///
 /// # Errors
 /// The connection's; [`ReplayError::State`] when a sequence could not be set forward.
-pub(super) async fn end(link: &mut Link) -> Result<(), ReplayError> {
-    let mut error = None;
+pub(super) async fn end(link: &mut Link) -> Result<Vec<Stands>, ReplayError> {
+    let (mut stood, mut error) = (Vec::new(), None);
     loop {
         let (tag, frame) = next_frame(link).await?;
         match tag {
+            helios_wire::backend::NOTICE_RESPONSE => {
+                stood.extend(told(&frame).as_deref().and_then(stands));
+            }
             helios_wire::backend::ERROR_RESPONSE => {
                 error = Some(describe_error(frame.get(5..).unwrap_or_default()));
             }
             helios_wire::backend::READY_FOR_QUERY => {
-                return error.map_or(Ok(()), |why| Err(ReplayError::State(why)));
+                return error.map_or(Ok(stood), |why| Err(ReplayError::State(why)));
             }
             _ => {}
         }
@@ -164,21 +165,30 @@ pub(super) fn wait_for_others() -> String {
     format!("SELECT pg_catalog.pg_advisory_xact_lock({CLASS}, 0)")
 }
 
-/// "number last_value is_called", told just before the sequence of this number is set back.
-fn note(told: &str, wanted: &[Wanted], noted: &mut Vec<SetBack>) {
+/// What the statement tells by a NOTICE.
+fn told(frame: &[u8]) -> Option<String> {
+    let fields = helios_wire::ErrorFields::parse(frame.get(5..).unwrap_or_default()).ok()?;
+    fields.message.strip_prefix("helios: ").map(str::to_owned)
+}
+
+/// "number last_value is_called".
+fn stands(told: &str) -> Option<Stands> {
     let mut words = told.split(' ');
     let mut next = || words.next();
-    let (Some(number), Some(value), Some(called)) = (next(), next(), next()) else {
+    let (number, value, called) = (next()?, next()?, next()?);
+    Some((number.parse().ok()?, value.parse().ok()?, called == "t"))
+}
+
+/// Told just before the sequence of this number is set back.
+fn note(stands: Option<Stands>, wanted: &[Wanted], noted: &mut Vec<SetBack>) {
+    let Some((number, value, called)) = stands else {
         return;
     };
-    let number: Option<usize> = number.parse().ok();
-    if let (Some((sequence, _, last)), Ok(value)) =
-        (number.and_then(|n| wanted.get(n)), value.parse())
-    {
+    if let Some(Span { sequence, last, .. }) = wanted.get(number) {
         noted.retain(|one| one.sequence != *sequence);
         noted.push(SetBack {
             sequence: sequence.clone(),
-            stood: (value, called == "t"),
+            stood: (value, called),
             last: *last,
         });
     }
@@ -187,17 +197,26 @@ fn note(told: &str, wanted: &[Wanted], noted: &mut Vec<SetBack>) {
 /// The statement's text.
 fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
     use std::fmt::Write as _;
-    let (mut declared, mut back, mut forward) = (String::new(), String::new(), String::new());
+    let (mut declared, mut back) = (String::new(), String::new());
+    let (mut forward, mut stood) = (String::new(), String::new());
     let in_time = until.map_or_else(String::new, |until| {
         format!(" AND clock_timestamp() < to_timestamp({until:.6})")
     });
-    for (n, (sequence, first, last)) in wanted.iter().enumerate() {
+    for (n, wanted) in wanted.iter().enumerate() {
+        let Span {
+            sequence,
+            first,
+            last,
+        } = wanted;
         let Sequence {
             oid,
             increment,
             name,
         } = sequence;
-        let _ = writeln!(declared, "v{n} bigint; c{n} boolean;");
+        let _ = writeln!(
+            declared,
+            "v{n} bigint; c{n} boolean; b{n} boolean; t{n} bigint; u{n} boolean;"
+        );
         let _ = writeln!(
             back,
             "BEGIN FOR i IN 1..{MAX_READS} LOOP \
@@ -206,13 +225,19 @@ fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
              RAISE NOTICE 'helios: {n} % %', v{n}, c{n}; \
              PERFORM setval({oid}::oid::regclass, {first}, false) FROM {name} \
              WHERE last_value = v{n} AND is_called = c{n}{in_time}; \
-             EXIT WHEN FOUND; END LOOP; EXCEPTION WHEN OTHERS THEN NULL; END;"
+             b{n} := FOUND; EXIT WHEN FOUND; END LOOP; EXCEPTION WHEN OTHERS THEN NULL; END;"
         );
         let set = forward_sql(sequence, &format!("v{n}"), &format!("c{n}"), *last);
         let _ = writeln!(
             forward,
-            "BEGIN IF v{n} IS NOT NULL THEN PERFORM {set}; END IF; \
+            "BEGIN IF v{n} IS NOT NULL THEN SELECT last_value, is_called INTO t{n}, u{n} FROM {name}; \
+             PERFORM {set}; END IF; \
              EXCEPTION WHEN OTHERS THEN failed := SQLERRM; END;"
+        );
+        // Behind all of them: a server that cannot tell anybody ends there and then.
+        let _ = writeln!(
+            stood,
+            "IF b{n} THEN RAISE NOTICE 'helios: {n} % %', t{n}, u{n}; END IF;"
         );
     }
     let wait = until.map_or_else(
@@ -231,7 +256,7 @@ fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
          RAISE NOTICE 'helios: waits';\n\
          BEGIN PERFORM set_config('lock_timeout', ({wait})::text, true); \
          PERFORM pg_advisory_xact_lock({CLASS}, {pid}); \
-         EXCEPTION WHEN lock_not_available OR query_canceled THEN NULL; END;\n{forward}\
+         EXCEPTION WHEN lock_not_available OR query_canceled THEN NULL; END;\n{forward}{stood}\
          IF failed IS NOT NULL THEN RAISE EXCEPTION '%', failed; END IF; END"
     )
 }

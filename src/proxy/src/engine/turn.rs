@@ -4,19 +4,20 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use helios_api::Endpoint;
 use helios_api::control::MoveReason;
 use helios_session::TxnStatus;
-use helios_session::sequences::candidates;
+use helios_session::sequences::{candidates, run};
 use helios_session::tracker::Tracker;
 use tokio::sync::OwnedRwLockReadGuard;
 
 use super::gate::Phase;
 use super::registry::lock;
 use super::replay::ReplayError;
+use super::runs::Records;
 use super::sequences::{Keeper, Service};
 use super::session::Session;
 use super::shared::Shared;
@@ -32,7 +33,8 @@ const NOTICED_WITHIN: u64 = 100_000;
 pub(super) enum Turn {
     /// Beside others: no value of a sequence was seen, or they come as they come.
     Beside {
-        _guard: OwnedRwLockReadGuard<Option<Service>>,
+        /// Until nothing draws from a sequence any more.
+        guard: Option<OwnedRwLockReadGuard<Option<Service>>>,
     },
     /// Alone, sequences are set back.
     Alone(Box<Keeper>),
@@ -41,7 +43,7 @@ pub(super) enum Turn {
 impl Turn {
     /// Waits for the right to replay the transaction of `tracker`, in `database` at `endpoint`; values
     /// of sequences that were seen before `since`, in microseconds since the proxy started, come as
-    /// they come.
+    /// they come. `one_by_one`: no setting back serves several records.
     ///
     /// # Errors
     /// The proxy's own connection cannot be had at the moment.
@@ -50,25 +52,52 @@ impl Turn {
         endpoint: &Endpoint,
         database: &str,
         tracker: &Tracker,
-        since: u64,
+        (since, one_by_one): (u64, bool),
     ) -> Result<Self, ReplayError> {
         let lock = Arc::clone(&shared.replaying);
-        let records = to_set_back(tracker, since);
-        if records.is_empty() {
+        let wanted = to_set_back(tracker, since);
+        if wanted.is_empty() {
             return Ok(Self::Beside {
-                _guard: lock.read_owned().await,
+                guard: Some(lock.read_owned().await),
             });
         }
         let alone = tokio::time::timeout(ALONE_WAIT, lock.write_owned()).await;
         let guard = alone.map_err(std::io::Error::from)?;
+        let alone = (!one_by_one).then(|| Arc::new(run::alone(tracker)));
+        let records = Records { wanted, alone };
         let keeper = Keeper::open(shared, endpoint, database, records, guard).await?;
         Ok(Self::Alone(Box::new(keeper)))
     }
 
     /// Waits for the right to replay beside others; values of sequences come as they come.
     pub(super) async fn beside(shared: &Arc<Shared>) -> Self {
-        let _guard = Arc::clone(&shared.replaying).read_owned().await;
-        Self::Beside { _guard }
+        let guard = Some(Arc::clone(&shared.replaying).read_owned().await);
+        Self::Beside { guard }
+    }
+
+    /// Whether a sequence is set back, or may be yet.
+    pub(super) fn sets_back(&self) -> Arc<AtomicBool> {
+        match self {
+            Self::Beside { .. } => Arc::default(),
+            Self::Alone(keeper) => keeper.sets_back(),
+        }
+    }
+
+    /// The replay has come to record `next`, everything before it being sent: where no sequence is
+    /// set back from there on, the rest goes on beside others. It may draw from sequences all the
+    /// same, so nobody sets one back before it is over.
+    pub(super) fn at(&mut self, next: usize) {
+        if let Self::Alone(keeper) = self {
+            keeper.release_behind(next);
+        }
+    }
+
+    /// The replay draws from no sequence any more.
+    pub(super) fn end(&mut self) {
+        match self {
+            Self::Beside { guard } => *guard = None,
+            Self::Alone(keeper) => keeper.end(),
+        }
     }
 
     /// Who sets sequences back, if that is needed.
