@@ -159,8 +159,11 @@ impl Session {
     fn leave_old_server(&mut self) -> Result<(), End> {
         let waker = std::task::Waker::noop();
         let mut cx = std::task::Context::from_waker(waker);
+        let mut whole = false;
         while let Some(server) = &mut self.server {
             let ready = server.link.poll_read(&mut cx);
+            // One whose process was killed has ended or is reset, and shows it here.
+            whole = ready.is_pending();
             let ended = server.link.ended || !matches!(ready, std::task::Poll::Ready(Ok(())));
             if let Err(super::session::Event::End(end)) = self.pump() {
                 return Err(end);
@@ -171,7 +174,7 @@ impl Session {
         }
         self.end_what_failed();
         if let Some(server) = self.server.take() {
-            if !server.link.ended {
+            if whole {
                 self.shared.outlived(server.epoch);
             }
             if !self.tracker.is_between() {
