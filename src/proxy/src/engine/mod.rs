@@ -31,6 +31,7 @@ pub mod latency;
 mod later;
 pub(crate) mod leaving;
 pub mod link;
+mod lost;
 mod making;
 pub mod monitor;
 mod moving;

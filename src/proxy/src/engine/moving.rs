@@ -6,7 +6,6 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::BytesMut;
 use helios_api::control::Topology;
 use helios_session::TxnStatus;
 use helios_session::decide::{Plan, Situation, decide};
@@ -23,63 +22,12 @@ use super::rebuild::Attempt;
 use super::registry::lock;
 use super::replay;
 use super::session::{End, Server, Session};
-use super::shared::Shared;
 use crate::backend::{self, BackendError};
-
-/// A fatal error that a server sent before it closed the connection.
-#[derive(Debug)]
-pub(super) struct LastWords {
-    frame: BytesMut,
-    /// Start of the postmaster that was known then: a restart in place has another one.
-    postmaster: Option<String>,
-}
-
-impl LastWords {
-    pub(super) fn new(frame: &[u8], shared: &Shared) -> Self {
-        Self {
-            frame: frame.into(),
-            postmaster: lock(&shared.postmaster_start).clone(),
-        }
-    }
-}
-
-/// A backend that is gone.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Lost {
-    /// Since then.
-    pub since: Instant,
-    /// It went away by itself: the server may have started anew without a change of the epoch.
-    pub alone: bool,
-}
-
-impl Lost {
-    fn now() -> Self {
-        Self {
-            since: Instant::now(),
-            alone: false,
-        }
-    }
-}
 
 /// How long a planned move waits for a statement that a COMMIT in flight stands behind.
 const CUT_PIPELINE: Duration = Duration::from_millis(60);
 
 impl Session {
-    /// The backend's connection ended.
-    pub(super) fn server_lost(&mut self) {
-        self.end_what_failed();
-        self.server = None;
-        self.stays = false;
-        self.entry().uncut.store(false, Ordering::Relaxed);
-        self.heard &= self.tracker.is_quiet();
-        self.held();
-        let alone = self.gate.phase == Phase::Open;
-        self.note_lost().alone |= alone;
-        self.retry_at = None;
-        self.attempts = 0;
-        tracing::debug!(session = %self.entry().id, phase = ?self.gate.phase, "backend lost");
-    }
-
     /// The gate has changed.
     pub(super) async fn gate_changed(
         &mut self,
@@ -232,23 +180,6 @@ impl Session {
     /// then waits for a lock of a frozen session would wait for as long as the drain may take.
     pub(super) fn cut_waits(&self) -> bool {
         self.gate.phase == Phase::Cut && self.server.is_some() && !self.tracker.is_between()
-    }
-
-    fn note_lost(&mut self) -> &mut Lost {
-        self.entry().lost.store(true, Ordering::Relaxed);
-        self.lost.get_or_insert_with(Lost::now)
-    }
-
-    pub(super) fn forget_lost(&mut self) {
-        self.lost = None;
-        self.entry().lost.store(false, Ordering::Relaxed);
-    }
-
-    /// The session's connection broke while the connections of others to the old primary went on: its
-    /// locks were others' from then on. They have them again behind the move, so it goes last: beside
-    /// new work, as it would have without the move.
-    pub(super) fn is_left_behind(&self) -> bool {
-        self.lost.is_some() && self.shared.was_outlived(self.epoch)
     }
 
     fn held_for(&self, time: Duration) -> bool {

@@ -14,7 +14,7 @@ use helios_wire::{ErrorFields, SqlState, backend, frontend, peek_header};
 use super::gate::Phase;
 use super::later::Awaits;
 use super::link::{HIGH_WATER, WHOLE};
-use super::moving::LastWords;
+use super::lost::LastWords;
 use super::own;
 use super::replay::{is_fatal, is_unconfirmed_commit};
 use super::session::{End, Event, Rerun, Session};

@@ -25,7 +25,7 @@ use super::begin::{Beginning, Permits};
 use super::events::{Moving, Noted};
 use super::gate::{Ending, GateState, Member, Phase};
 use super::link::Link;
-use super::moving::{LastWords, Lost};
+use super::lost::{LastWords, Lost};
 use super::opening::{IN_HOT_STANDBY, follow, is_primary, open_first};
 use super::registry::{Entry, Registered, lock};
 use super::room::Room;

@@ -25,7 +25,7 @@ use super::asking::{Asking, Failure};
 use super::gate::{GateState, Phase};
 use super::kept::{Has, Kept, MAKERS, keep};
 use super::later::{Later, jitter};
-use super::moving::LastWords;
+use super::lost::LastWords;
 use super::rebuild::Attempt;
 use super::registry::{Entry, lock};
 use super::replay::ReplayError;
