@@ -147,10 +147,17 @@ async fn who_finds_a_primary_started_again_waits_for_the_others() {
         client.batch_execute("COMMIT").await
     });
     // It is there beside this test's own connection, and does nothing.
-    let there = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'postgres'";
+    let there = "SELECT count(*) FROM pg_stat_activity \
+                 WHERE usename = 'postgres' AND backend_type = 'client backend'";
     let deadline = Instant::now() + PATIENCE;
-    while bench.column(there).await.unwrap() != ["2"] {
-        assert!(Instant::now() < deadline, "nobody looks for the server");
+    loop {
+        let count = bench.column(there).await.unwrap();
+        if count == ["2"] {
+            break;
+        }
+        let seen = || format!("{count:?} are there; {:?}", bench.proxy.sessions());
+        assert!(Instant::now() < deadline, "{}", seen());
+        assert!(!asks.is_finished(), "{}", seen());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     tokio::time::sleep(Duration::from_millis(300)).await;
