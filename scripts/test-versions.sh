@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A short round of the tests that depend on PostgreSQL's version, for every version that can be had:
-# agents (promotion, fence, rewind, clone), a cluster with failovers, replay through the proxy, and
-# the catalogs that temporary tables are made again from.
+# agents (promotion, fence, rewind, clone), a cluster with failovers, replay through the proxy, the
+# catalogs that temporary tables are made again from, and the evidence of commits.
 #
 #   scripts/test-versions.sh [VERSION...]     default: all that scripts/postgres.sh knows
 #
@@ -13,7 +13,9 @@ tests='package(helios-agent) & (test(rewound) | test(cloned) | test(fence_tells)
         | test(halted))
     | package(helios-local) & (test(twice_in_a_row) | test(moves_crashes))
     | package(helios-proxy) & (test(open_transaction_moves) | test(settings_role)
-        | test(restarted_server) | test(a_difference) | binary(temporary))'
+        | test(restarted_server) | test(a_difference) | binary(temporary))
+    | package(helios-e2e) & (binary(autocommit) | binary(constructs) | binary(counted)
+        | binary(endings) | binary(pipelines) | binary(restarts))'
 versions=("$@")
 [ "${#versions[@]}" -gt 0 ] || mapfile -t versions < <(scripts/postgres.sh --list)
 

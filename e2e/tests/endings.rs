@@ -417,6 +417,20 @@ async fn the_log_is_recycled_under_a_long_statement() -> std::result::Result<(),
     Ok(Box::pin(recycled()).await?)
 }
 
+/// Who waits for the advisory lock.
+const WAITS: &str = "select pid from pg_stat_activity where wait_event = 'advisory'";
+
+/// The old backend would commit when it gets its lock: it is ended first.
+async fn ended(bench: &Bench, old: &[String]) -> Result<()> {
+    assert_eq!(old.len(), 1, "{old:?} wait");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while bench.column(WAITS).await? == old {
+        assert!(Instant::now() < deadline, "the old backend is not ended");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
+
 async fn recycled() -> Result<()> {
     let asked = "select count(*) from pg_stat_activity where usename = 'helios' \
                  and query like '%pg_logical_emit_message(true%'";
@@ -456,7 +470,9 @@ async fn recycled() -> Result<()> {
             assert!(rounds < 20, "the log is not recycled");
         }
         if let Some(between) = bench.between.as_ref().filter(|_| !behind_commit) {
+            let old = bench.column(WAITS).await?;
             between.close(Class::Session);
+            ended(&bench, &old).await?;
         }
         bench
             .direct
