@@ -30,8 +30,10 @@ impl Session {
             self.tracker.hold_commit();
             return Form::ExtendedHeld;
         }
-        if lead.form == Form::Extended && self.is_countable_query(lead.plain, have) {
-            self.tracker.keep_simple();
+        if lead.form == Form::Extended
+            && self.is_countable_query(lead.plain, have)
+            && self.tracker.keep_simple()
+        {
             return Form::AsIs;
         }
         lead.form

@@ -362,7 +362,7 @@ impl Session {
             }
             ServerStep::OwnReady => Ok(Verdict::Drop),
             ServerStep::MarkRefused => {
-                tracing::debug!(session = %self.entry().id, "mark refused");
+                self.tell_refused_mark(at, len);
                 Ok(Verdict::Leave)
             }
             ServerStep::Unsolicited => {
@@ -426,6 +426,15 @@ impl Session {
             && !self.cancelled_by_client
             && &helios_session::reply::sqlstate(frame) == b"57014"
             && self.tracker.status() == TxnStatus::Idle
+    }
+
+    fn tell_refused_mark(&self, at: usize, len: usize) {
+        let frame = self
+            .server
+            .as_ref()
+            .and_then(|s| s.link.input.get(at + 5..at + len));
+        let error = frame.map(super::replay::describe_error);
+        tracing::debug!(session = %self.entry().id, ?error, "mark refused");
     }
 
     /// An exchange of the client's is answered.

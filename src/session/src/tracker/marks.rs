@@ -218,11 +218,18 @@ impl Tracker {
     }
 
     /// The simple query that [`Before::Lead`] was answered for stays one: its answer, which comes
-    /// behind the commit, can be counted.
-    pub fn keep_simple(&mut self) {
+    /// behind the commit, can be counted. `false`: it does not, because the server would leave it
+    /// uncommitted. From version 18 on a query behind a mark is in an implicit transaction block,
+    /// which only a Sync ends when the query is a single statement (`exec_simple_query` in
+    /// `src/backend/tcop/postgres.c` ends the blocks of several statements).
+    pub fn keep_simple(&mut self) -> bool {
+        if !self.marks_calls {
+            return false;
+        }
         if let Some(lead) = self.lead.as_mut() {
             lead.form = Form::AsIs;
         }
+        true
     }
 
     /// ReadyForQuery would end the exchange in front.
@@ -327,7 +334,10 @@ mod tests {
             t = t.on(&parameters.into());
             assert_eq!(t.marks_calls, want, "{version}");
         }
+        // A single statement would not be committed behind a mark, on these and on an unknown one.
+        assert!(!t.keep_simple());
         t.marks_calls = true;
+        assert!(t.keep_simple());
         let calls = Some((Form::Extended, Speaks::Calls(None)));
         assert_eq!(told(send(&mut t, "call p()")), calls);
         answer(&mut t, b"312C12nC3Z");
