@@ -126,22 +126,27 @@ async fn a_proxy_tells_of_a_slow_primary() {
     }
 }
 
+/// A server that crashed and is there again while a client's transaction has one row; nobody has told
+/// the proxy.
+async fn crashed_in_a_transaction(restart_patience: Duration) -> (Bench, Client) {
+    let options = EngineOptions {
+        restart_patience,
+        ..EngineOptions::default()
+    };
+    let mut bench = bench(options).await;
+    let client = bench.client().await.unwrap();
+    let begin = "BEGIN; INSERT INTO t VALUES (7)";
+    client.batch_execute(begin).await.unwrap();
+    bench.crash().await.unwrap();
+    (bench, client)
+}
+
 /// Where somebody leads the proxy, a session that finds its primary started again goes on when all
 /// do, behind the barrier: one that went on by itself would take locks that replays of others need,
 /// and wait for theirs (seed 20261290 of the experiments).
 #[tokio::test(flavor = "multi_thread")]
 async fn who_finds_a_primary_started_again_waits_for_the_others() {
-    let options = EngineOptions {
-        restart_patience: 10 * PATIENCE,
-        ..EngineOptions::default()
-    };
-    let mut bench = bench(options).await;
-    let client = bench.client().await.unwrap();
-    client
-        .batch_execute("BEGIN; INSERT INTO t VALUES (7)")
-        .await
-        .unwrap();
-    bench.crash().await.unwrap();
+    let (mut bench, client) = crashed_in_a_transaction(10 * PATIENCE).await;
     let asks = tokio::spawn(async move {
         client.batch_execute("INSERT INTO t VALUES (8)").await?;
         client.batch_execute("COMMIT").await
@@ -173,17 +178,7 @@ async fn who_finds_a_primary_started_again_waits_for_the_others() {
 /// Who is not told goes on by himself.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_waits_for_ever_to_be_told_of_a_restart() {
-    let options = EngineOptions {
-        restart_patience: Duration::from_millis(200),
-        ..EngineOptions::default()
-    };
-    let mut bench = bench(options).await;
-    let client = bench.client().await.unwrap();
-    client
-        .batch_execute("BEGIN; INSERT INTO t VALUES (7)")
-        .await
-        .unwrap();
-    bench.crash().await.unwrap();
+    let (bench, client) = crashed_in_a_transaction(Duration::from_millis(200)).await;
     client.batch_execute("COMMIT").await.unwrap();
     assert_eq!(bench.column("SELECT v FROM t").await.unwrap(), ["7"]);
 }

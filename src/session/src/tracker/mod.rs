@@ -203,7 +203,8 @@ pub struct Tracker {
     /// What goes in front of the client's next frame.
     lead: Option<Lead>,
     marks_refused: bool,
-    /// The server lets a CALL commit behind a mark.
+    /// What is behind a mark is in no implicit transaction block: a CALL may commit there, and a simple
+    /// query does.
     marks_calls: bool,
     /// The session holds state that cannot be moved.
     holds: bool,
