@@ -145,6 +145,9 @@ async fn every_step(steps: &[&str], planned: bool) -> Result<()> {
     stage.end(Duration::from_secs(40)).await
 }
 
+/// By when the kubelet has told that a container was restarted.
+const TOLD: Duration = Duration::from_secs(20);
+
 async fn one_step(stage: &Stage, id: i64, step: &str, planned: bool) -> Result<()> {
     die_at(step).await?;
     let (primary, _) = stage.roles().await?;
@@ -156,7 +159,13 @@ async fn one_step(stage: &Stage, id: i64, step: &str, planned: bool) -> Result<(
         stage.container(&primary).await?.kill_postmaster()?;
     }
     let moved = settled(&stage.space, id).await?;
-    let died = deaths().await? - before;
+    // The kubelet tells of a restart later than the restarted operator needs to go on.
+    let told = Instant::now() + TOLD;
+    let mut died = deaths().await? - before;
+    while died == 0 && Instant::now() < told {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        died = deaths().await? - before;
+    }
     println!("{step}: {died} died; {}", last_operation(&moved));
     assert_eq!(died, 1, "{step}");
     Ok(())

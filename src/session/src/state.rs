@@ -164,6 +164,10 @@ pub enum Change {
     AllDeallocated,
 }
 
+/// The temporary domain that marks of calls are set by on servers from version 18 on
+/// ([`crate::tracker`]); no part of the session's state.
+pub const DOMAIN: &str = "_helios_mark";
+
 /// The question whose rows [`Snapshot::add_row`] takes: kind, name, value, all text.
 ///
 /// Names and operators are qualified, because the session's own `search_path` is in force.
@@ -184,7 +188,10 @@ AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
 UNION ALL (SELECT 'x', 'temporary object', pg_catalog.pg_describe_object(classid, objid, 0) \
 FROM pg_catalog.pg_depend WHERE refclassid OPERATOR(pg_catalog.=) \
 'pg_catalog.pg_namespace'::pg_catalog.regclass \
-AND refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)";
+AND refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() \
+AND NOT EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid OPERATOR(pg_catalog.=) objid \
+AND classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_type'::pg_catalog.regclass \
+AND typname OPERATOR(pg_catalog.=) '_helios_mark') LIMIT 1)";
 
 /// [`SNAPSHOT_QUERY`], with the custom settings that the session may have set.
 #[must_use]

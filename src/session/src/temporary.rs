@@ -54,7 +54,8 @@ static SECTIONS: LazyLock<BTreeMap<&'static str, &'static str>> = LazyLock::new(
 /// in the statistics once they are flushed, which [`FLUSH_QUERY`] sees to (`pgstat_report_stat` in
 /// `src/backend/utils/activity/pgstat.c`). The fourth tells cursors apart.
 const FINGERPRINT: &str = "\
-SELECT concat((SELECT concat(count(*), ' ', sum(objid::int8)) FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND refobjid = pg_my_temp_schema()), string_agg(concat_ws(' ', c.oid, c.xmin, c.relfilenode, s.xmin, \
+SELECT concat((SELECT concat(count(*), ' ', sum(objid::int8)) FROM pg_depend WHERE refclassid = 'pg_namespace'::regclass AND refobjid = pg_my_temp_schema() \
+AND NOT EXISTS (SELECT FROM pg_type t WHERE classid = 'pg_type'::regclass AND t.oid = objid AND typname = '_helios_mark')), string_agg(concat_ws(' ', c.oid, c.xmin, c.relfilenode, s.xmin, \
 (SELECT concat(count(*), ' ', sum(a.xmin::text::int8)) FROM pg_attribute a WHERE a.attrelid = c.oid), \
 (SELECT concat(count(*), ' ', sum(x.xmin::text::int8), ' ', sum(i.xmin::text::int8)) FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = c.oid), \
 (SELECT concat(count(*), ' ', sum(k.xmin::text::int8)) FROM pg_constraint k WHERE k.conrelid = c.oid), \
@@ -88,7 +89,7 @@ FROM pg_depend d LEFT JOIN pg_proc p ON d.classid = 'pg_proc'::regclass AND p.oi
 LEFT JOIN pg_type t ON d.classid = 'pg_type'::regclass AND t.oid = d.objid \
 LEFT JOIN pg_statistic_ext s ON d.classid = 'pg_statistic_ext'::regclass AND s.oid = d.objid \
 WHERE d.classid <> 'pg_class'::regclass AND d.refclassid = 'pg_namespace'::regclass \
-AND d.refobjid = pg_my_temp_schema()";
+AND d.refobjid = pg_my_temp_schema() AND t.typname IS DISTINCT FROM '_helios_mark'";
 
 /// Has the backend report its statistics when the transaction of this query has ended.
 pub const FLUSH_QUERY: &str = "SELECT pg_catalog.pg_stat_force_next_flush()";

@@ -21,6 +21,7 @@ UNION ALL SELECT 'i', i.indexrelid::text, '' FROM pg_depend d JOIN pg_index i ON
 WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = pg_my_temp_schema() AND d.classid = 'pg_class'::regclass
 UNION ALL SELECT CASE d.classid WHEN 'pg_type'::regclass THEN 'T' WHEN 'pg_proc'::regclass THEN 'F' WHEN 'pg_statistic_ext'::regclass THEN 'E' ELSE '?' END, d.objid::text, ''
 FROM pg_depend d WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = pg_my_temp_schema() AND d.classid <> 'pg_class'::regclass
+AND NOT EXISTS (SELECT FROM pg_type t WHERE d.classid = 'pg_type'::regclass AND t.oid = d.objid AND t.typname = '_helios_mark')
 
 -- ## relations
 WITH c AS (SELECT c.*, 'pg_temp.' || quote_ident(relname) AS q FROM pg_class c WHERE oid = ANY ({relations} || {indexes})),

@@ -24,7 +24,12 @@ impl Session {
                 let running = &self.registered.entry.running;
                 running.begin(lead.mark.gtid, server.pid);
             }
-            own::mark(&mut server.link.output, lead.mark.gtid, lead.prepare);
+            let set = if lead.bound {
+                own::bound_mark
+            } else {
+                own::mark
+            };
+            set(&mut server.link.output, lead.mark.gtid, lead.prepare);
         }
         if lead.form == Form::Extended && self.skip.is_some() {
             self.tracker.hold_commit();

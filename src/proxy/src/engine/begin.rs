@@ -77,6 +77,7 @@ impl Session {
             resend: None,
             resend_left: 0,
             rebuilt: false,
+            domain_due: false,
             one_by_one: false,
             stays: false,
             cancel_waits: false,

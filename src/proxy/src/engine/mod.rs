@@ -14,6 +14,7 @@ mod begin;
 pub mod bell;
 pub mod counting;
 mod cursors;
+mod domain;
 mod ending;
 mod events;
 pub mod evidence;

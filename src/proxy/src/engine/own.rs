@@ -5,7 +5,7 @@
 
 use bytes::BytesMut;
 use helios_session::evidence::Gtid;
-use helios_session::state::{literal, snapshot_query};
+use helios_session::state::{DOMAIN, literal, snapshot_query};
 use helios_session::tracker::Ask;
 use helios_wire::message::BuildError;
 use helios_wire::message::front::{self, Format, Target};
@@ -50,6 +50,35 @@ pub(super) fn mark(out: &mut BytesMut, gtid: Gtid, prepare: bool) {
     }
     let built = front::bind(out, MARK, MARK, &[Format::Binary], &[Some(&id)], &[])
         .and_then(|()| front::execute(out, MARK, 0));
+    debug_assert!(built.is_ok(), "constant messages can be built");
+}
+
+/// The statement and the unnamed portal of [`bound_mark`]; the portal is replaced by the client's.
+const BOUND_MARK: &[u8] = b"_helios_mark_call";
+
+/// Makes the domain of [`bound_mark`], as one implicit transaction. Nobody waits for a disk or a
+/// standby: it does not outlive the backend.
+pub(super) fn make_domain() -> String {
+    format!(
+        "SET TRANSACTION READ WRITE; SET LOCAL synchronous_commit = off; \
+         SET LOCAL client_min_messages = error; DROP DOMAIN IF EXISTS pg_temp.{DOMAIN}; \
+         CREATE DOMAIN pg_temp.{DOMAIN} AS pg_catalog.bytea CHECK \
+         (pg_catalog.pg_logical_emit_message(true, 'helios', VALUE) IS NOT NULL)"
+    )
+}
+
+/// Appends a mark that is set by the value of a parameter: a Bind begins the transaction, and no
+/// Execute makes an implicit transaction block of it (`exec_bind_message` in
+/// `src/backend/tcop/postgres.c`; the check runs in `domain_recv`).
+pub(super) fn bound_mark(out: &mut BytesMut, gtid: Gtid, prepare: bool) {
+    let id = gtid.0.to_be_bytes();
+    if prepare {
+        let sql = format!("SELECT WHERE $1::pg_temp.{DOMAIN} IS NULL");
+        let built = front::close(out, Target::Statement, BOUND_MARK)
+            .and_then(|()| front::parse(out, BOUND_MARK, sql.as_bytes(), &[]));
+        debug_assert!(built.is_ok(), "constant messages can be built");
+    }
+    let built = front::bind(out, b"", BOUND_MARK, &[Format::Binary], &[Some(&id)], &[]);
     debug_assert!(built.is_ok(), "constant messages can be built");
 }
 

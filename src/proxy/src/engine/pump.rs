@@ -105,6 +105,10 @@ impl Session {
                 Before::Flush if self.skip.is_some() => return self.hold_sync(),
                 Before::Flush => self.flush_uncountable(),
                 Before::AskGid => self.ask_gid(),
+                Before::MakeDomain => {
+                    self.domain_due = true;
+                    return Err(Event::Timer);
+                }
                 Before::Wait => return Ok(()),
                 Before::Ask(ask) => {
                     if let Some(server) = self.server.as_mut() {

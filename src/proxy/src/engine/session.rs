@@ -208,6 +208,8 @@ pub struct Session {
     pub(super) cancelled_by_client: bool,
     /// The rest of a large client message is thrown away.
     pub(super) dropping_rest: bool,
+    /// The client's next message waits for the domain of its mark.
+    pub(super) domain_due: bool,
     /// The state changed and has not been asked for yet.
     pub(super) state_due: bool,
     /// The transaction must be aborted, for this reason.

@@ -73,6 +73,10 @@ impl Session {
             self.keep_temporary(gate).await;
             return Ok(());
         }
+        if std::mem::take(&mut self.domain_due) {
+            self.make_domain(gate).await;
+            return Ok(());
+        }
         if self.server.is_none() && self.gate.phase == Phase::Open && self.wants_server() {
             if self.retry_at.is_some_and(|at| at > Instant::now()) {
                 return Ok(());

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::calls::CallMarks;
 use super::client::look_at_parse;
 use super::{Named, Tracker};
 use crate::evidence::GtidSource;
@@ -21,7 +22,7 @@ pub struct Carried {
     calls: Calls,
     asks_last_values: bool,
     marks_refused: bool,
-    marks_calls: bool,
+    call_marks: CallMarks,
     holds: bool,
 }
 
@@ -62,10 +63,11 @@ impl Tracker {
             gtids: _,
             lead,
             marks_refused,
-            marks_calls,
+            call_marks,
             holds,
-            // It is prepared anew, behind a Close.
+            // They are prepared anew, behind a Close.
             marking: _,
+            call_marking: _,
             gid,
             changes,
         } = self;
@@ -98,7 +100,7 @@ impl Tracker {
             calls: *calls,
             asks_last_values: *asks_last_values,
             marks_refused: *marks_refused,
-            marks_calls: *marks_calls,
+            call_marks: *call_marks,
             holds: *holds,
         })
     }
@@ -113,7 +115,7 @@ impl Tracker {
             calls,
             asks_last_values,
             marks_refused,
-            marks_calls,
+            call_marks,
             holds,
         } = carried;
         let mut tracker = Self::new(mode).with_ids(gtids);
@@ -126,7 +128,7 @@ impl Tracker {
         tracker.calls = calls;
         tracker.asks_last_values = asks_last_values;
         tracker.marks_refused = marks_refused;
-        tracker.marks_calls = marks_calls;
+        tracker.call_marks = call_marks;
         tracker.holds = holds;
         Some(tracker)
     }

@@ -3,17 +3,16 @@
 //! The invariant: a mark goes in front of the first statement of an implicit transaction that may
 //! write, and of nothing that PostgreSQL refuses to run behind another statement.
 
-use std::collections::BTreeMap;
-
 use helios_api::Lsn;
 use helios_wire::{backend, frontend};
 
+use super::calls::CallMarks;
 use super::texts::until_zero;
 use super::{Before, Form, Lead, ServerStep, Tracker};
 use crate::evidence::Mark;
 use crate::expect::{Expect, Owner};
 use crate::journal::Exchange;
-use crate::keyword::{Hint, Unit, drops_statements, names_parameter, unit};
+use crate::keyword::{Hint, Unit, contains_any, drops_statements, names_parameter, unit};
 use crate::reply::sqlstate;
 use crate::script::{Script, Speaks, script};
 
@@ -47,6 +46,10 @@ impl Tracker {
         let Some((form, speaks, script)) = self.marked_form(tag, frame) else {
             return Before::Go;
         };
+        let bound = speaks == Speaks::Calls(None) && self.call_marks.binds();
+        if bound && self.call_marks.lacks_domain() {
+            return self.make_domain(tag);
+        }
         let lead = Lead {
             speaks,
             script,
@@ -56,17 +59,28 @@ impl Tracker {
             },
             form,
             plain: self.plain_key_of(tag, frame, form),
-            prepare: self.marking != Marking::Prepared,
+            prepare: *self.marking_of(bound) != Marking::Prepared,
+            bound,
         };
         self.lead = Some(lead);
         if lead.prepare {
-            self.marking = Marking::Sent;
+            *self.marking_of(bound) = Marking::Sent;
             self.expect.push(Expect::Close, Owner::Mark);
             self.expect.push(Expect::Parse, Owner::Mark);
         }
         self.expect.push(Expect::Bind, Owner::Mark);
-        self.expect.push(Expect::Execute, Owner::Mark);
+        if !bound {
+            self.expect.push(Expect::Execute, Owner::Mark);
+        }
         Before::Lead(lead)
+    }
+
+    fn marking_of(&mut self, bound: bool) -> &mut Marking {
+        if bound {
+            &mut self.call_marking
+        } else {
+            &mut self.marking
+        }
     }
 
     /// A reply to what belongs to a mark.
@@ -75,8 +89,12 @@ impl Tracker {
             self.mark_refused(frame);
             return ServerStep::MarkRefused;
         }
-        if tag == backend::PARSE_COMPLETE && self.marking == Marking::Sent {
-            self.marking = Marking::Prepared;
+        if tag == backend::PARSE_COMPLETE {
+            let bound = self.front_is_bound();
+            let marking = self.marking_of(bound);
+            if *marking == Marking::Sent {
+                *marking = Marking::Prepared;
+            }
         }
         ServerStep::Own(to)
     }
@@ -91,7 +109,19 @@ impl Tracker {
     ) {
         if hint == Some(Hint::Session) || (several && drops_statements(frame)) {
             self.marking = Marking::Unknown;
+            self.call_marking = Marking::Unknown;
+            // The text of what is bound was in an earlier message.
+            if frame.first() != Some(&frontend::QUERY) || contains_any(frame, &[b"discard"]) {
+                self.domain_may_be_gone();
+            }
         }
+    }
+
+    /// The mark of the exchange in front is set by its Bind.
+    fn front_is_bound(&self) -> bool {
+        let front = self.journal.in_flight().front();
+        self.call_marks.binds()
+            && front.is_some_and(|e| e.mark.is_some() && matches!(e.speaks, Speaks::Calls(_)))
     }
 
     /// What is marked is answered but for its Sync, and being committed; nothing of the reply, nor
@@ -149,7 +179,7 @@ impl Tracker {
                 match unit {
                     Unit::Writes => Some((Form::Extended, Speaks::All, None)),
                     Unit::Copies => Some((Form::ExtendedCopy, Speaks::All, None)),
-                    Unit::Calls if self.marks_calls => Some((Form::Extended, calls, None)),
+                    Unit::Calls if self.call_marks.can() => Some((Form::Extended, calls, None)),
                     Unit::Calls | Unit::Reads | Unit::Other => None,
                 }
             }
@@ -158,26 +188,12 @@ impl Tracker {
                 let name = until_zero(body.get(portal.len() + 1..).unwrap_or_default());
                 match self.statement(name)?.unit {
                     Unit::Writes | Unit::Copies => Some((Form::AsIs, Speaks::All, None)),
-                    Unit::Calls if self.marks_calls => Some((Form::AsIs, calls, None)),
+                    Unit::Calls if self.call_marks.can() => Some((Form::AsIs, calls, None)),
                     Unit::Calls | Unit::Reads | Unit::Other => None,
                 }
             }
             _ => None,
         }
-    }
-
-    /// On a server with these parameters. From version 18 on everything behind a mark is in an
-    /// implicit transaction block (`start_xact_command` in `src/backend/tcop/postgres.c`), in which
-    /// procedures may not commit.
-    #[must_use]
-    pub fn on(mut self, parameters: &BTreeMap<String, String>) -> Self {
-        let version = parameters.get("server_version");
-        let digits = |v: &String| {
-            let end = v.find(|c: char| !c.is_ascii_digit()).unwrap_or(v.len());
-            v.get(..end).and_then(|v| v.parse::<u32>().ok())
-        };
-        self.marks_calls = version.and_then(digits).is_some_and(|major| major < 18);
-        self
     }
 
     /// The texts in an exchange that may end transactions while they run.
@@ -223,7 +239,7 @@ impl Tracker {
     /// which only a Sync ends when the query is a single statement (`exec_simple_query` in
     /// `src/backend/tcop/postgres.c` ends the blocks of several statements).
     pub fn keep_simple(&mut self) -> bool {
-        if !self.marks_calls {
+        if self.call_marks != CallMarks::Executed {
             return false;
         }
         if let Some(lead) = self.lead.as_mut() {
@@ -257,7 +273,12 @@ impl Tracker {
     fn mark_refused(&mut self, frame: &[u8]) {
         let state = sqlstate(frame);
         let away = state.starts_with(b"57P") || state.starts_with(b"08");
-        self.marks_refused |= &state != UNDEFINED_STATEMENT && !away;
+        let refused = &state != UNDEFINED_STATEMENT && !away;
+        if refused && self.front_is_bound() {
+            self.bound_mark_refused();
+        } else {
+            self.marks_refused |= refused;
+        }
         if let Some(front) = self.journal.in_flight_mut().front_mut() {
             front.undone = true;
         }
@@ -332,11 +353,11 @@ mod tests {
         ] {
             let parameters = [("server_version".to_owned(), version.to_owned())];
             t = t.on(&parameters.into());
-            assert_eq!(t.marks_calls, want, "{version}");
+            assert_eq!(t.call_marks == CallMarks::Executed, want, "{version}");
         }
         // A single statement would not be committed behind a mark, on these and on an unknown one.
         assert!(!t.keep_simple());
-        t.marks_calls = true;
+        t.call_marks = CallMarks::Executed;
         assert!(t.keep_simple());
         let calls = Some((Form::Extended, Speaks::Calls(None)));
         assert_eq!(told(send(&mut t, "call p()")), calls);
@@ -355,6 +376,74 @@ mod tests {
         assert_eq!(t.in_flight()[0].speaks, Speaks::First);
         answer(&mut t, b"2CCCCZ");
         assert!(t.is_between() && t.is_quiet());
+    }
+
+    fn on_18() -> Tracker {
+        let parameters = [("server_version".to_owned(), "18.1".to_owned())];
+        Tracker::new(ReplayMode::Transaction).on(&parameters.into())
+    }
+
+    #[test]
+    fn from_18_on_calls_are_marked_by_the_value_of_a_domain() {
+        let mut t = on_18();
+        let call = query("call p()");
+        let before = |t: &mut Tracker| t.before(frontend::QUERY, &call, Some(Lsn(1)));
+        assert!(send(&mut t, "insert into t values (1)").is_some());
+        assert_eq!(
+            before(&mut t),
+            Before::Wait,
+            "what is under way comes first"
+        );
+        answer(&mut t, b"312C12nC3Z");
+        assert_eq!(before(&mut t), Before::MakeDomain);
+        t.domain_made(true);
+        let lead = send(&mut t, "call p()").unwrap();
+        assert_eq!(lead.form, Form::Extended);
+        assert!(lead.bound && lead.prepare);
+        answer(&mut t, b"31212nC3Z");
+        assert!(t.is_between() && t.is_quiet());
+        // The statement of the other marks is prepared for itself.
+        let other = send(&mut t, "insert into t values (1)").unwrap();
+        assert!(!other.bound && !other.prepare);
+        answer(&mut t, b"2C12nC3Z");
+        let lead = send(&mut t, "call p()").unwrap();
+        assert!(lead.bound && !lead.prepare);
+        answer(&mut t, b"212nC3Z");
+        send(&mut t, "set a = 1");
+        answer(&mut t, b"CZ");
+        assert!(send(&mut t, "call p()").unwrap().prepare);
+        answer(&mut t, b"31212nC3Z");
+        send(&mut t, "discard temp");
+        answer(&mut t, b"CZ");
+        assert_eq!(before(&mut t), Before::MakeDomain);
+        t.domain_made(false);
+        assert_eq!(
+            before(&mut t),
+            Before::Go,
+            "the outcome of this one is not known"
+        );
+        assert!(send(&mut t, "insert into t values (1)").is_some());
+    }
+
+    #[test]
+    fn a_bound_mark_is_refused_twice_at_most() {
+        let mut t = on_18();
+        for tries in [true, false] {
+            let frame = query("call p()");
+            let before = t.before(frontend::QUERY, &frame, Some(Lsn(1)));
+            assert_eq!(before, Before::MakeDomain);
+            t.domain_made(true);
+            assert!(send(&mut t, "call p()").unwrap().bound);
+            let frame = b"E\0\0\0\x0cC42704\0\0";
+            let step = t.server_frame(b'E', frame).unwrap();
+            assert_eq!(step, ServerStep::MarkRefused);
+            let parameters = [("server_version".to_owned(), "18.1".to_owned())];
+            t = t.successor(&[]).on(&parameters.into());
+            assert_eq!(t.call_marks.lacks_domain(), tries);
+        }
+        assert_eq!(send(&mut t, "call p()"), None);
+        answer(&mut t, b"CZ");
+        assert!(send(&mut t, "insert into t values (1)").is_some());
     }
 
     #[test]

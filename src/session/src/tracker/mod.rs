@@ -19,6 +19,7 @@ use crate::state::{Change, Prepared, PreparedStatements};
 use crate::temporary::OnCommit;
 use crate::{ReplayMode, TxnStatus};
 
+mod calls;
 mod carried;
 mod client;
 mod endings;
@@ -30,6 +31,7 @@ mod steps;
 mod temporary;
 mod texts;
 
+use calls::CallMarks;
 pub use carried::Carried;
 use marks::Marking;
 pub use plain::Runs;
@@ -92,9 +94,8 @@ pub struct Tracker {
     /// What goes in front of the client's next frame.
     lead: Option<Lead>,
     marks_refused: bool,
-    /// What is behind a mark is in no implicit transaction block: a CALL may commit there, and a simple
-    /// query does.
-    marks_calls: bool,
+    call_marks: CallMarks,
+    call_marking: Marking,
     /// The session holds state that cannot be moved.
     holds: bool,
     marking: Marking,
@@ -130,7 +131,8 @@ impl Tracker {
             gtids: GtidSource::default(),
             lead: None,
             marks_refused: false,
-            marks_calls: false,
+            call_marks: CallMarks::default(),
+            call_marking: Marking::default(),
             holds: false,
             marking: Marking::default(),
             gid: None,
@@ -153,6 +155,9 @@ impl Tracker {
         if !self.projected_open && self.mode.replays() {
             if self.asks_gid(tag, frame) {
                 return Before::AskGid;
+            }
+            if self.prepares_call(tag, frame) {
+                return self.make_domain(tag);
             }
             return floor.map_or(Before::Go, |floor| self.lead(tag, frame, floor));
         }
@@ -265,7 +270,7 @@ impl Tracker {
         next.asks_last_values = self.asks_last_values;
         next.gtids = self.gtids;
         next.marks_refused = self.marks_refused;
-        next.marks_calls = self.marks_calls;
+        next.call_marks = self.call_marks.afresh();
         next.holds = self.holds;
         next
     }

@@ -25,6 +25,8 @@ pub struct Lead {
     pub form: Form,
     /// The mark's statement has to be prepared first.
     pub prepare: bool,
+    /// The mark is set by its Bind, as the value of a domain, and nothing is executed.
+    pub bound: bool,
     /// What the mark speaks for.
     pub speaks: Speaks,
     /// The frame holds several statements.
@@ -63,6 +65,9 @@ pub enum Before {
     AskGid,
     /// After this question has been sent and answered.
     Ask(Ask),
+    /// After the backend was given the domain that its mark needs, outside of any exchange; then
+    /// [`super::Tracker::domain_made`].
+    MakeDomain,
     /// After the questions under way have been answered.
     Wait,
 }
