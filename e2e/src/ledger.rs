@@ -18,6 +18,10 @@ use crate::Result;
 /// How long a writer waits inside its transaction: long enough for most moves to hit some.
 const THINK: Duration = Duration::from_millis(8);
 
+/// Transactions that take so long are remembered one by one: on an idle machine only those that a
+/// move stands in the way of.
+pub const LONG: Duration = Duration::from_millis(100);
+
 /// What one writer saw.
 #[derive(Debug, Default)]
 pub struct Seen {
@@ -31,6 +35,8 @@ pub struct Seen {
     pub lost: Vec<String>,
     /// The longest transaction.
     pub slowest: Duration,
+    /// Transactions that took [`LONG`] or more.
+    pub long: Vec<Duration>,
 }
 
 /// What writers were told, and the table holds.
@@ -40,10 +46,30 @@ pub struct Settled {
     pub count: usize,
     /// The longest of them.
     pub slowest: Duration,
+    /// Those that took [`LONG`] or more, the longest first.
+    pub long: Vec<Duration>,
     /// Transactions whose COMMIT was cut off, and how many of them are there.
     pub unknown: (usize, usize),
     /// Connections that were lost, in words.
     pub lost: Vec<String>,
+}
+
+impl Settled {
+    /// The quantiles of so many waits, one for each writer and event: the longest transactions that
+    /// there were, in words.
+    #[must_use]
+    pub fn waits(&self, events: usize) -> String {
+        let waits = self.long.get(..events).unwrap_or(&self.long);
+        let at = |part: usize| waits.get(events * part / 100).copied().unwrap_or(LONG);
+        format!(
+            "{} transactions; of {events} waits p50 {:?}, p95 {:?}, p99 {:?}, max {:?}",
+            self.count,
+            at(50),
+            at(5),
+            at(1),
+            self.slowest
+        )
+    }
 }
 
 /// Writers at work.
@@ -118,6 +144,7 @@ impl Ledger {
         let mut problems = Vec::new();
         let (mut told, mut unknown) = (BTreeSet::new(), BTreeSet::new());
         let (mut slowest, mut lost) = (Duration::ZERO, Vec::new());
+        let mut long = Vec::new();
         let writers = self.first..;
         let count = self.writers.len();
         for (writer, task) in writers.zip(self.writers) {
@@ -128,7 +155,9 @@ impl Ledger {
             told.extend(seen.committed.into_iter().map(|n| (writer, n)));
             unknown.extend(seen.unknown.into_iter().map(|n| (writer, n)));
             slowest = slowest.max(seen.slowest);
+            long.extend(seen.long);
         }
+        long.sort_unstable_by(|a, b| b.cmp(a));
         let client = connect(&self.config).await?;
         let last = self.first + i32::try_from(count)?;
         let rows = client
@@ -161,6 +190,7 @@ impl Ledger {
         Ok(Settled {
             count: told.len(),
             slowest,
+            long,
             unknown: (unknown.len(), there),
             lost,
         })
@@ -179,7 +209,11 @@ async fn write(
         number += 1;
         let began = Instant::now();
         let result = transaction(&mut client, writer, number).await;
-        seen.slowest = seen.slowest.max(began.elapsed());
+        let took = began.elapsed();
+        seen.slowest = seen.slowest.max(took);
+        if took >= LONG {
+            seen.long.push(took);
+        }
         let Err((at_commit, error)) = result else {
             seen.committed.push(number);
             continue;
