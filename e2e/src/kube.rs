@@ -5,7 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 use tokio::time::Instant;
 
@@ -55,7 +55,8 @@ impl Namespace {
         Ok(serde_json::from_str(&text)?)
     }
 
-    /// Reads an object until it is as wanted.
+    /// Watches an object until it is as wanted. One `kubectl` waits for changes: to start one for
+    /// each look would take a good part of a small machine from what is being tested.
     pub async fn until(
         &self,
         what: &str,
@@ -64,29 +65,54 @@ impl Namespace {
         wanted: impl Fn(&Value) -> bool,
     ) -> Result<Value> {
         let deadline = Instant::now() + limit;
-        loop {
-            let last = self.get(what, name).await;
-            if let Ok(object) = &last
-                && wanted(object)
-            {
-                return Ok(object.clone());
+        let mut last = Value::Null;
+        while Instant::now() < deadline {
+            let watch = self.watch(what, name, &mut last, &wanted);
+            match tokio::time::timeout_at(deadline, watch).await {
+                Ok(Ok(true)) => return Ok(last),
+                // It is not there yet, or the API server is away.
+                Ok(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                Err(_) => break,
             }
-            if Instant::now() >= deadline {
-                let seen = last.map(|o| {
-                    let mut status = o["status"].clone();
-                    if let Some(fields) = status.as_object_mut() {
-                        fields.remove("state");
-                    }
-                    status.to_string()
-                });
-                return Err(format!(
-                    "{what} {name} is not as wanted after {limit:?}: {}",
-                    seen.unwrap_or_else(|e| e.to_string())
-                )
-                .into());
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
         }
+        let mut status = last["status"].take();
+        if let Some(fields) = status.as_object_mut() {
+            fields.remove("state");
+        }
+        Err(format!("{what} {name} is not as wanted after {limit:?}: {status}").into())
+    }
+
+    /// Reads an object and its changes until it is as wanted, `true`, or no more can be read.
+    async fn watch(
+        &self,
+        what: &str,
+        name: &str,
+        last: &mut Value,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<bool> {
+        let namespace = &self.name;
+        let mut child = Command::new("kubectl")
+            .args(["--namespace", namespace, "get", what, name])
+            .args(["--output", "json", "--watch"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()?;
+        let mut output = child.stdout.take().ok_or("no output")?;
+        let mut text = Vec::new();
+        while output.read_buf(&mut text).await? > 0 {
+            let mut objects = serde_json::Deserializer::from_slice(&text).into_iter::<Value>();
+            // The rest of one that is not whole follows.
+            while let Some(Ok(object)) = objects.next() {
+                *last = object;
+                if wanted(last) {
+                    return Ok(true);
+                }
+            }
+            text.drain(..objects.byte_offset());
+        }
+        Ok(false)
     }
 
     /// A value of a Secret.

@@ -146,6 +146,10 @@ async fn switchovers() -> Result<()> {
     for number in 1..=last {
         let (_, expected) = there_and_back(number);
         let to = if number % 2 == 0 { expected } else { "auto" };
+        // Else it is refused.
+        space
+            .until("hc", "pg", MOVED, |o| confirms(o, expected))
+            .await?;
         let request = format!("heliosdb.io/switchover={to}");
         space.kubectl(&["annotate", "hc/pg", &request]).await?;
         let moved = settled(&space, number).await?;
@@ -162,9 +166,11 @@ async fn switchovers() -> Result<()> {
     }
     faults::accounted(ledger, last, MOVED).await?;
     // The Service in front of the primary follows its role.
-    let endpoints = space.get("endpoints", "pg-primary").await?;
-    let target = text(&endpoints, "/subsets/0/addresses/0/targetRef/name");
-    assert_eq!(target, "pg-2-0");
+    let follows =
+        |endpoints: &Value| text(endpoints, "/subsets/0/addresses/0/targetRef/name") == "pg-2-0";
+    space
+        .until("endpoints", "pg-primary", ROUTED, follows)
+        .await?;
     space.delete().await
 }
 
