@@ -26,7 +26,7 @@ async fn start_with(engine: EngineOptions, schema: &str) -> Bench {
 }
 
 fn set_backs(bench: &Bench) -> usize {
-    bench.server.log().matches("NOTICE:  helios: waits").count()
+    bench.server.log().matches("NOTICE:  helios: sets").count()
 }
 
 /// The first column of all rows of a simple query, as numbers.

@@ -334,6 +334,58 @@ async fn a_replay_that_is_broken_off_leaves_no_sequence_behind() {
     assert!(next > 60, "{next}");
 }
 
+/// The proxy goes away while the server sets the second of two sequences back: the server sets both
+/// forward by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_that_dies_in_between_leaves_no_sequence_behind() {
+    let mut bench = start("CREATE TABLE t (a serial, b serial, v int)").await;
+    bench.interpose().unwrap();
+    let client = bench.client().await.unwrap();
+    client.batch_execute("BEGIN").await.unwrap();
+    for _ in 0..5 {
+        let insert = "INSERT INTO t (v) VALUES (1) RETURNING a, b";
+        client.query_one(insert, &[]).await.unwrap();
+    }
+    bench.drain().await.unwrap();
+    let watch = bench.server.connect().await.unwrap();
+    // Nobody can set the second from when the old backend is gone.
+    let blocker = bench.server.connect().await.unwrap();
+    let blocks = tokio::spawn(async move {
+        let sql = "BEGIN; ALTER SEQUENCE t_b_seq CACHE 1";
+        blocker.batch_execute(sql).await.map(|()| blocker)
+    });
+    let half = async {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'DO LANGUAGE%' \
+                   AND wait_event_type = 'Lock' AND wait_event = 'relation'";
+        while numbers(&watch, sql).await != [1] {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        moved = bench.resume() => panic!("the move has ended: {moved:?}"),
+        reached = tokio::time::timeout(Duration::from_secs(20), half) => reached.unwrap(),
+    }
+    let called = "SELECT last_value FROM t_a_seq";
+    assert_eq!(numbers(&watch, called).await, [1], "it is not set back");
+    let between = bench.between.as_ref().unwrap();
+    between.set(|rules| rules.refuse = vec![Class::Service, Class::Session]);
+    between.close(Class::Service);
+    between.close(Class::Session);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let blocker = blocks.await.unwrap().unwrap();
+    blocker.batch_execute("ROLLBACK").await.unwrap();
+    let both = "SELECT last_value FROM t_a_seq UNION ALL SELECT last_value FROM t_b_seq";
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while numbers(&watch, both).await != [5, 5] {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "a sequence stays set back: {:?}",
+            numbers(&watch, both).await
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sequence_that_the_transaction_has_locked_does_not_stop_the_move() {
     let mut bench = start("CREATE TABLE t (id serial PRIMARY KEY, v int)").await;

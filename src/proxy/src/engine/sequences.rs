@@ -134,7 +134,8 @@ impl Keeper {
         self.begun = true;
         let (link, noted) = (&mut service.link, &mut self.set_back);
         // An error takes the connections with it: the server sets forward then.
-        service.waits = set_back::begin(link, &service.baton, &wanted, self.until, noted).await?;
+        service.waits =
+            set_back::begin(link, &mut service.baton, &wanted, self.until, noted).await?;
         self.begun = service.waits || !self.set_back.is_empty();
         self.put_back(service);
         self.taken = Taken {

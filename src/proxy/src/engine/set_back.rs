@@ -1,11 +1,16 @@
 //! Setting a sequence back for a run of statements, so that it stands where it should again whatever
 //! becomes of this proxy.
 //!
-//! One statement of the server's does all of it (PL/pgSQL): it sets sequences back, says so with a
-//! NOTICE, waits for an advisory lock that a second connection of the proxy holds, the *baton*, sets
-//! them forward, and says where they stood. The baton is given back when the session's statements
-//! have run, or when the proxy dies, because its connections end then; and the wait has a limit. The
-//! invariant: from the first `setval` on, the server needs nobody to set the sequence forward.
+//! One statement of the server's does all of it (PL/pgSQL): it tells where sequences stand with
+//! NOTICEs, sets them back, waits for an advisory lock that a second connection of the proxy holds,
+//! the *baton*, sets them forward, and says where they stood. That it waits is seen by that second
+//! connection. The baton is given back when the session's statements have run, or when the proxy
+//! dies, because its connections end then; and the wait has a limit. The invariant: from the first
+//! `setval` on, the server needs nobody to set the sequence forward, and says nothing before it has:
+//! a backend that cannot tell its client something ends there and then (`ProcessInterrupts` in
+//! `src/backend/tcop/postgres.c`).
+
+use std::time::Duration;
 
 use helios_session::sequences::run::Span;
 use helios_session::state::literal;
@@ -25,6 +30,12 @@ const MAX_READS: u32 = 5;
 
 /// How long a sequence stays set back at most, in milliseconds.
 const MAX_WAIT_MS: u32 = 4_000;
+
+/// So often the server is asked without a pause whether its statement waits.
+const ASKED_AT_ONCE: u32 = 8;
+
+/// The pause between further questions.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// A sequence whose values can be set: not cached by sessions, not cyclic, not temporary.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,6 +100,19 @@ impl Baton {
         simple(&mut self.link, &sql).await.map(|_| ())
     }
 
+    /// Whether that backend waits for it.
+    ///
+    /// # Errors
+    /// The connection's.
+    async fn is_awaited_by(&mut self, pid: i32) -> Result<bool, ReplayError> {
+        let own = self.pid;
+        let sql =
+            format!("SELECT {own} OPERATOR(pg_catalog.=) ANY (pg_catalog.pg_blocking_pids({pid}))");
+        let rows = simple(&mut self.link, &sql).await?;
+        let first = rows.first().and_then(|row| row.first()?.as_deref());
+        Ok(first == Some("t"))
+    }
+
     /// Takes it again, for the next statement.
     ///
     /// # Errors
@@ -106,7 +130,7 @@ impl Baton {
 /// The connection's.
 pub(super) async fn begin(
     link: &mut Link,
-    baton: &Baton,
+    baton: &mut Baton,
     wanted: &[Wanted],
     until: Option<f64>,
     noted: &mut Vec<SetBack>,
@@ -118,11 +142,27 @@ pub(super) async fn begin(
     let too_long = |e: helios_wire::message::BuildError| ReplayError::State(e.to_string());
     helios_wire::message::front::query(&mut link.output, text.as_bytes()).map_err(too_long)?;
     link.flush().await?;
+    let mut setting: Option<i32> = None;
+    let mut asked = 0;
     loop {
-        let (tag, frame) = next_frame(link).await?;
+        let (tag, frame) = if let Some(pid) = setting {
+            match tokio::time::timeout(Duration::ZERO, next_frame(link)).await {
+                Ok(frame) => frame?,
+                Err(_) if baton.is_awaited_by(pid).await? => return Ok(true),
+                Err(_) => {
+                    asked += 1;
+                    if asked > ASKED_AT_ONCE {
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                    continue;
+                }
+            }
+        } else {
+            next_frame(link).await?
+        };
         match tag {
             helios_wire::backend::NOTICE_RESPONSE => match told(&frame).as_deref() {
-                Some("waits") => return Ok(true),
+                Some(told) if told.starts_with("sets ") => setting = told[5..].parse().ok(),
                 Some(told) => note(stands(told), wanted, noted),
                 None => {}
             },
@@ -179,7 +219,7 @@ fn stands(told: &str) -> Option<Stands> {
     Some((number.parse().ok()?, value.parse().ok()?, called == "t"))
 }
 
-/// Told just before the sequence of this number is set back.
+/// Told before the sequence of this number is set back.
 fn note(stands: Option<Stands>, wanted: &[Wanted], noted: &mut Vec<SetBack>) {
     let Some((number, value, called)) = stands else {
         return;
@@ -194,15 +234,23 @@ fn note(stands: Option<Stands>, wanted: &[Wanted], noted: &mut Vec<SetBack>) {
     }
 }
 
-/// The statement's text.
-fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
-    use std::fmt::Write as _;
-    let (mut declared, mut back) = (String::new(), String::new());
-    let (mut forward, mut stood) = (String::new(), String::new());
-    let in_time = until.map_or_else(String::new, |until| {
-        format!(" AND clock_timestamp() < to_timestamp({until:.6})")
-    });
-    for (n, wanted) in wanted.iter().enumerate() {
+/// What the statement says of each sequence, by place.
+#[derive(Default)]
+struct Text {
+    declared: String,
+    read: String,
+    back: String,
+    /// Whether any was set back.
+    done: String,
+    /// Whether none can be.
+    nothing: String,
+    forward: String,
+    stood: String,
+}
+
+impl Text {
+    fn add(&mut self, n: usize, wanted: &Wanted, in_time: &str) {
+        use std::fmt::Write as _;
         let Span {
             sequence,
             first,
@@ -214,32 +262,58 @@ fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
             name,
         } = sequence;
         let _ = writeln!(
-            declared,
-            "v{n} bigint; c{n} boolean; b{n} boolean; t{n} bigint; u{n} boolean;"
+            self.declared,
+            "v{n} bigint; c{n} boolean; b{n} boolean := false; t{n} bigint; u{n} boolean;"
         );
         let _ = writeln!(
-            back,
-            "BEGIN FOR i IN 1..{MAX_READS} LOOP \
-             SELECT last_value, is_called INTO v{n}, c{n} FROM {name}; \
-             IF ({last}::numeric - v{n}) / ({increment}) > {MAX_AHEAD} THEN v{n} := NULL; EXIT; END IF; \
-             RAISE NOTICE 'helios: {n} % %', v{n}, c{n}; \
-             PERFORM setval({oid}::oid::regclass, {first}, false) FROM {name} \
-             WHERE last_value = v{n} AND is_called = c{n}{in_time}; \
-             b{n} := FOUND; EXIT WHEN FOUND; END LOOP; EXCEPTION WHEN OTHERS THEN NULL; END;"
+            self.read,
+            "BEGIN SELECT last_value, is_called INTO v{n}, c{n} FROM {name}; \
+             IF ({last}::numeric - v{n}) / ({increment}) > {MAX_AHEAD} THEN v{n} := NULL; \
+             ELSE RAISE NOTICE 'helios: {n} % %', v{n}, c{n}; END IF; \
+             EXCEPTION WHEN OTHERS THEN v{n} := NULL; END;"
         );
+        let _ = writeln!(
+            self.back,
+            "BEGIN PERFORM setval({oid}::oid::regclass, {first}, false) FROM {name} \
+             WHERE last_value = v{n} AND is_called = c{n}{in_time}; \
+             b{n} := FOUND; EXCEPTION WHEN OTHERS THEN NULL; END;"
+        );
+        let _ = write!(self.done, " OR b{n}");
+        let _ = write!(self.nothing, " AND v{n} IS NULL");
         let set = forward_sql(sequence, &format!("v{n}"), &format!("c{n}"), *last);
         let _ = writeln!(
-            forward,
+            self.forward,
             "BEGIN IF v{n} IS NOT NULL THEN SELECT last_value, is_called INTO t{n}, u{n} FROM {name}; \
              PERFORM {set}; END IF; \
              EXCEPTION WHEN OTHERS THEN failed := SQLERRM; END;"
         );
         // Behind all of them: a server that cannot tell anybody ends there and then.
         let _ = writeln!(
-            stood,
+            self.stood,
             "IF b{n} THEN RAISE NOTICE 'helios: {n} % %', t{n}, u{n}; END IF;"
         );
     }
+}
+
+/// The statement's text. Sequences are read, and told of, again as long as none of them could be set
+/// back, because somebody took values in between.
+fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
+    let in_time = until.map_or_else(String::new, |until| {
+        format!(" AND clock_timestamp() < to_timestamp({until:.6})")
+    });
+    let mut text = Text::default();
+    for (n, wanted) in wanted.iter().enumerate() {
+        text.add(n, wanted, &in_time);
+    }
+    let Text {
+        declared,
+        read,
+        back,
+        done,
+        nothing,
+        forward,
+        stood,
+    } = text;
     let wait = until.map_or_else(
         || MAX_WAIT_MS.to_string(),
         |until| {
@@ -252,8 +326,11 @@ fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
     format!(
         "DECLARE failed text; {declared}BEGIN \
          IF pg_try_advisory_xact_lock({CLASS}, {pid}) THEN RETURN; END IF; \
-         PERFORM pg_advisory_xact_lock({CLASS}, 0);\n{back}\
-         RAISE NOTICE 'helios: waits';\n\
+         PERFORM pg_advisory_xact_lock({CLASS}, 0); \
+         PERFORM set_config('client_connection_check_interval', '0', true);\n\
+         FOR i IN 1..{MAX_READS} LOOP\n{read}\
+         RAISE NOTICE 'helios: sets %', pg_backend_pid();\n{back}\
+         EXIT WHEN false{done} OR (true{nothing}); END LOOP;\n\
          BEGIN PERFORM set_config('lock_timeout', ({wait})::text, true); \
          PERFORM pg_advisory_xact_lock({CLASS}, {pid}); \
          EXCEPTION WHEN lock_not_available OR query_canceled THEN NULL; END;\n{forward}{stood}\
