@@ -55,6 +55,20 @@ pub enum ClientError {
         /// What happened.
         why: String,
     },
+    /// Its machine answers, and nobody listens there.
+    #[error("no agent listens on \"{at}\"")]
+    Refused {
+        /// The agent's address.
+        at: String,
+    },
+    /// The connection ended before the answer; whether a command was carried out is unknown.
+    #[error("connection to the agent at \"{at}\" broke: {why}")]
+    Broken {
+        /// The agent's address.
+        at: String,
+        /// What happened.
+        why: String,
+    },
     /// No answer within the limit; whether the command was carried out is unknown.
     #[error("agent at \"{at}\" did not answer within {limit:?}")]
     Timeout {
@@ -210,6 +224,13 @@ impl From<CallError> for ClientError {
     fn from(error: CallError) -> Self {
         match error {
             CallError::Unreachable { address, why } => Self::Unreachable {
+                at: address.to_string(),
+                why,
+            },
+            CallError::Refused { address } => Self::Refused {
+                at: address.to_string(),
+            },
+            CallError::Broken { address, why } => Self::Broken {
                 at: address.to_string(),
                 why,
             },

@@ -102,6 +102,10 @@ pub(crate) async fn serve_network(
     let certificates = Live::follow(&network.tls, LOOK_EVERY, stop.clone())
         .map_err(|e| AgentFailure::Config(e.to_string()))?;
     let control = listen(network.control).await?;
+    // The kernel refuses connections to it only when nobody has it any more: the server's processes
+    // have it, too, so that a refusal says that none of them is left.
+    rustix::io::fcntl_setfd(&control, rustix::io::FdFlags::empty())
+        .map_err(|e| AgentFailure::Config(format!("could not hand on the control port: {e}")))?;
     let probes = listen(network.probes).await?;
     helios_control::serve(
         control,

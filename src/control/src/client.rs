@@ -1,5 +1,6 @@
 //! Calls a control port.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -28,6 +29,20 @@ pub enum CallError {
     /// Nobody there, or nobody we believe. If connecting failed, nothing was asked.
     #[error("could not reach \"{address}\": {why}")]
     Unreachable {
+        /// The address.
+        address: SocketAddr,
+        /// What happened.
+        why: String,
+    },
+    /// The machine answers, and nobody listens there.
+    #[error("nobody listens on \"{address}\"")]
+    Refused {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The connection ended before the answer; whether it was carried out is unknown.
+    #[error("connection to \"{address}\" broke: {why}")]
+    Broken {
         /// The address.
         address: SocketAddr,
         /// What happened.
@@ -77,6 +92,7 @@ impl ControlClient {
     ) -> Result<(StatusCode, Bytes), CallError> {
         let address = self.address;
         let unreachable = |why: String| CallError::Unreachable { address, why };
+        let broken = |why: String| CallError::Broken { address, why };
         let whole = async {
             let connect = async {
                 let stream = TcpStream::connect(address).await?;
@@ -88,10 +104,14 @@ impl ControlClient {
             let stream = tokio::time::timeout(CONNECT_LIMIT, connect)
                 .await
                 .map_err(|_| unreachable(format!("no connection within {CONNECT_LIMIT:?}")))?
-                .map_err(|e| unreachable(e.to_string()))?;
+                .map_err(|e| match e.kind() {
+                    ErrorKind::ConnectionRefused => CallError::Refused { address },
+                    ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof => broken(e.to_string()),
+                    _ => unreachable(e.to_string()),
+                })?;
             http::exchange(stream, method, path, body)
                 .await
-                .map_err(unreachable)
+                .map_err(broken)
         };
         tokio::time::timeout(limit, whole)
             .await

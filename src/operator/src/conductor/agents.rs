@@ -25,6 +25,43 @@ use crate::OperatorError;
 /// How often an agent that does not answer is tried.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// So many refusals in a row, [`RETRY`] apart, say that nobody has an agent's port.
+const REFUSALS: u32 = 2;
+
+/// A standby hears nothing more from its primary so long before that one's agent is silent, at most.
+const DEAF_BEFORE: Duration = Duration::from_secs(2);
+
+/// Whether an agent's control port is closed. All processes of its server have it, too, so the
+/// kernel refuses connections only when none of them is left. What answered, or ended a connection,
+/// a moment ago and is refused now has been closed; behind a timeout it may be another machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Port {
+    /// Nothing is known.
+    #[default]
+    Unknown,
+    /// It answered last.
+    Answered,
+    /// So often in a row it has refused.
+    Refuses(u32),
+}
+
+impl Port {
+    fn after(self, error: &ClientError) -> Self {
+        match (self, error) {
+            (Self::Answered, ClientError::Refused { .. }) => Self::Refuses(1),
+            (Self::Refuses(times), ClientError::Refused { .. }) => {
+                Self::Refuses(times.saturating_add(1))
+            }
+            (Self::Answered, ClientError::Broken { .. }) => self,
+            _ => Self::Unknown,
+        }
+    }
+
+    fn is_closed(self) -> bool {
+        matches!(self, Self::Refuses(REFUSALS..))
+    }
+}
+
 /// Where an instance's Pod is, as the API server says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Place {
@@ -45,6 +82,11 @@ pub(super) struct Known {
     received: (Option<Lsn>, Instant),
     /// Whether it was asked to the end once: before, its silence means nothing.
     asked: bool,
+    port: Port,
+    /// Its last word was that it is a primary.
+    leads: bool,
+    /// Since when it is a standby that hears nothing from its primary.
+    deaf_since: Option<Instant>,
 }
 
 impl Known {
@@ -56,7 +98,19 @@ impl Known {
             version: None,
             received: (None, Instant::now()),
             asked: false,
+            port: Port::default(),
+            leads: false,
+            deaf_since: None,
         }))
+    }
+}
+
+impl Known {
+    /// A primary of which no process is left: nobody has its port any more, and a standby (`deaf`:
+    /// since when each) lost its connection to it at the same time.
+    fn has_died(&self, deaf: &[Instant]) -> bool {
+        let at_once = |since: &Instant| *since + DEAF_BEFORE >= self.silent_since;
+        self.leads && self.port.is_closed() && deaf.iter().any(at_once)
     }
 }
 
@@ -142,6 +196,11 @@ impl Agents {
 
     /// All instances as they are known now.
     pub(super) fn views(&self) -> BTreeMap<InstanceName, InstanceView> {
+        let deaf: Vec<Instant> = self
+            .entries
+            .values()
+            .filter_map(|entry| lock(&entry.known).deaf_since)
+            .collect();
         let view = |entry: &Entry| {
             let known = lock(&entry.known);
             let contact = match &known.state {
@@ -149,7 +208,7 @@ impl Agents {
                 None => Contact::Silent {
                     for_ms: millis(known.silent_since.elapsed()),
                     // The first process of its container ends only with all others.
-                    proven_dead: entry.place.ended,
+                    proven_dead: entry.place.ended || known.has_died(&deaf),
                 },
             };
             InstanceView {
@@ -272,7 +331,9 @@ async fn follow(client: AgentClient, known: Arc<Mutex<Known>>, changed: Arc<Noti
                     if known.state.is_some() {
                         known.silent_since = Instant::now();
                     }
-                    known.state.take().is_some() || first
+                    let closed = known.port.is_closed();
+                    known.port = known.port.after(&error);
+                    known.state.take().is_some() || first || closed != known.port.is_closed()
                 };
                 if news {
                     tracing::info!(%error, "agent does not answer");
@@ -287,9 +348,20 @@ async fn follow(client: AgentClient, known: Arc<Mutex<Known>>, changed: Arc<Noti
 /// Takes a report, unless a newer one is known.
 pub(super) fn learn(known: &Mutex<Known>, state: AgentState, changed: &Notify) {
     let mut known = lock(known);
+    known.port = Port::Answered;
+    known.leads = matches!(state.instance, InstanceState::Primary { .. });
     let received = match &state.instance {
-        InstanceState::Standby { received, .. } => Some(*received),
-        _ => None,
+        InstanceState::Standby {
+            received, heard_ms, ..
+        } => {
+            let since = known.deaf_since.unwrap_or_else(Instant::now);
+            known.deaf_since = heard_ms.is_none().then_some(since);
+            Some(*received)
+        }
+        _ => {
+            known.deaf_since = None;
+            None
+        }
     };
     if received != known.received.0 {
         known.received = (received, Instant::now());
@@ -304,5 +376,79 @@ pub(super) fn learn(known: &Mutex<Known>, state: AgentState, changed: &Notify) {
         known.state = Some(state);
         drop(known);
         changed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(kind: &str) -> ClientError {
+        let at = "10.0.0.1:1".to_owned();
+        let why = "as it happens".to_owned();
+        match kind {
+            "refused" => ClientError::Refused { at },
+            "broken" => ClientError::Broken { at, why },
+            "unreachable" => ClientError::Unreachable { at, why },
+            _ => ClientError::Timeout {
+                at,
+                limit: Duration::from_secs(1),
+            },
+        }
+    }
+
+    fn after(answered: bool, kinds: &[&str]) -> Port {
+        let first = if answered {
+            Port::Answered
+        } else {
+            Port::Unknown
+        };
+        let next = |port: Port, kind: &&str| port.after(&error(kind));
+        kinds.iter().fold(first, next)
+    }
+
+    #[test]
+    fn a_port_is_closed_when_it_refuses_twice_behind_an_answer() {
+        for (answered, kinds, closed) in [
+            (true, &["refused", "refused"][..], true),
+            (true, &["broken", "refused", "refused", "refused"], true),
+            (true, &["refused"], false),
+            (true, &["broken", "broken"], false),
+            // Nobody knows what happened meanwhile: another machine may have the address.
+            (true, &["timeout", "refused", "refused"], false),
+            (true, &["unreachable", "refused", "refused"], false),
+            (true, &["refused", "timeout", "refused", "refused"], false),
+            (true, &["refused", "broken", "refused", "refused"], false),
+            (false, &["refused", "refused"], false),
+            (false, &["broken", "refused", "refused"], false),
+        ] {
+            assert_eq!(after(answered, kinds).is_closed(), closed, "{kinds:?}");
+        }
+    }
+
+    #[test]
+    fn a_primary_has_died_when_a_standby_lost_it_at_the_same_time() {
+        let silent_since = Instant::now() + Duration::from_secs(3600);
+        let known = |leads, port| Known {
+            state: None,
+            silent_since,
+            granted: silent_since,
+            version: None,
+            received: (None, silent_since),
+            asked: true,
+            port,
+            leads,
+            deaf_since: None,
+        };
+        let closed = Port::Refuses(REFUSALS);
+        let then = silent_since + Duration::from_millis(200);
+        let long_ago = silent_since - Duration::from_secs(60);
+        assert!(known(true, closed).has_died(&[long_ago, then]));
+        assert!(known(true, closed).has_died(&[silent_since]));
+        // The way from here alone may be closed, or nobody else looks.
+        assert!(!known(true, closed).has_died(&[long_ago]));
+        assert!(!known(true, closed).has_died(&[]));
+        assert!(!known(false, closed).has_died(&[then]));
+        assert!(!known(true, Port::Refuses(1)).has_died(&[then]));
     }
 }
