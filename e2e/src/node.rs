@@ -6,8 +6,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::Instant;
 
 use crate::Result;
 use crate::kube::Namespace;
@@ -17,6 +19,9 @@ fn folder() -> String {
     std::env::var("HELIOS_KUBERNETES_DIR").unwrap_or("/var/lib/helios-kubernetes".to_owned())
 }
 
+/// By when the kubelet has told the API server of a container that it has started.
+const TOLD: Duration = Duration::from_secs(60);
+
 /// A running container.
 #[derive(Debug, Clone)]
 pub struct Container {
@@ -24,15 +29,29 @@ pub struct Container {
 }
 
 impl Container {
-    /// The container of a Pod as it runs now.
+    /// The container of a Pod as it runs now. The API server may still tell of the one before it, so
+    /// it is asked until it tells of one that has processes.
     pub async fn of(space: &Namespace, pod: &str, name: &str) -> Result<Self> {
-        let pod = space.get("pod", pod).await?;
-        let all = pod["status"]["containerStatuses"].as_array();
-        let ours = all.and_then(|all| all.iter().find(|c| c["name"] == name));
-        let id = ours.and_then(|c| c["containerID"].as_str());
-        let id = id.and_then(|id| id.strip_prefix("containerd://"));
-        let id = id.ok_or_else(|| format!("container {name} does not run"))?;
-        Ok(Self { id: id.to_owned() })
+        let deadline = Instant::now() + TOLD;
+        loop {
+            let found = Self::told(&space.get("pod", pod).await?, name);
+            match found {
+                Some(container) if container.first().is_ok() => return Ok(container),
+                _ if Instant::now() > deadline => {
+                    return Err(format!("container {name} of {pod} does not run").into());
+                }
+                _ => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+        }
+    }
+
+    fn told(pod: &Value, name: &str) -> Option<Self> {
+        let all = pod["status"]["containerStatuses"].as_array()?;
+        let ours = all.iter().find(|c| c["name"] == name)?;
+        let id = ours["containerID"]
+            .as_str()?
+            .strip_prefix("containerd://")?;
+        Some(Self { id: id.to_owned() })
     }
 
     /// Its processes, by their numbers on the node.
