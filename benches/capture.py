@@ -45,6 +45,8 @@ class Proxy:
 listen_address = "127.0.0.1:{port}"
 [session_migration]
 {keys}
+[observability]
+metrics_port = {free_port()}
 [backends]
 service_user = "{at.user}"
 service_database = "{at.database}"
@@ -61,6 +63,10 @@ port = {at.port}
             [HELIOS, "proxy", "--config", config], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log
         )
 
+    def said(self):
+        """The last line of its log."""
+        return (pathlib.Path(self.log.name).read_text().strip().splitlines() or ["nothing"])[-1]
+
     def stop(self):
         self.process.terminate()
         self.process.wait(timeout=60)
@@ -74,7 +80,7 @@ def await_proxy(proxy, try_it, limit=20):
             return try_it(proxy.address)
         except (SystemExit, subprocess.SubprocessError):
             if time.monotonic() > deadline or proxy.process.poll() is not None:
-                raise ServerError("a proxy did not start") from None
+                raise ServerError(f"a proxy did not start: {proxy.said()}") from None
             time.sleep(0.2)
 
 
