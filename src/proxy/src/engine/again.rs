@@ -35,11 +35,8 @@ impl Session {
             self.tracker.hold_commit();
             return Form::ExtendedHeld;
         }
-        if lead.form == Form::Extended
-            && self.is_countable_query(lead.plain, have)
-            && self.tracker.keep_simple()
-        {
-            return Form::AsIs;
+        if lead.form == Form::Extended && self.is_countable_query(lead.plain, have) {
+            return self.tracker.leave_unflushed();
         }
         lead.form
     }

@@ -109,6 +109,19 @@ pub(super) fn converted(out: &mut BytesMut, sql: &[u8]) -> Result<(), BuildError
     Ok(())
 }
 
+/// Appends a statement that returns no rows in its extended form, with its Sync and without a Flush.
+///
+/// # Errors
+/// For a text that is too large.
+pub(super) fn converted_counted(out: &mut BytesMut, sql: &[u8]) -> Result<(), BuildError> {
+    front::parse(out, b"", sql, &[])?;
+    front::bind(out, b"", b"", &[], &[], &[])?;
+    front::execute(out, b"", 0)?;
+    front::close(out, Target::Statement, b"")?;
+    front::sync(out);
+    Ok(())
+}
+
 /// Appends a COPY … FROM STDIN in its extended form; Flush and Sync follow the end of its data.
 ///
 /// # Errors

@@ -210,6 +210,7 @@ impl Session {
             let built = match form {
                 Form::ExtendedCopy => own::converted_copy(out, sql),
                 Form::ExtendedHeld => own::converted(out, sql),
+                Form::ExtendedCounted => own::converted_counted(out, sql),
                 Form::Extended | Form::AsIs => own::converted(out, sql).map(|()| own::sync(out)),
             };
             built.map_err(|e| violation(e.to_string()))?;

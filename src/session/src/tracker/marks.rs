@@ -205,18 +205,20 @@ impl Tracker {
     }
 
     /// Expects the replies to a simple query in its extended form: Parse, Bind, Describe, Execute,
-    /// Close, Flush, Sync; for a COPY Parse, Bind, Execute; held back: without Sync.
+    /// Close, Flush, Sync; for a COPY Parse, Bind, Execute; counted: without Describe and Flush; held
+    /// back: without Sync.
     pub(super) fn push_converted(&mut self, form: Form) {
         let copy = form == Form::ExtendedCopy;
         let held = form == Form::ExtendedHeld;
-        for (e, always) in [
+        let described = !copy && form != Form::ExtendedCounted;
+        for (e, is_there) in [
             (Expect::Parse, true),
             (Expect::Bind, true),
-            (Expect::DescribePortal, false),
+            (Expect::DescribePortal, described),
             (Expect::Execute, true),
-            (Expect::Close, false),
+            (Expect::Close, !copy),
         ] {
-            if always || !copy {
+            if is_there {
                 self.expect.push(e, Owner::Converted);
             }
         }
@@ -233,19 +235,20 @@ impl Tracker {
         }
     }
 
-    /// The simple query that [`Before::Lead`] was answered for stays one: its answer, which comes
-    /// behind the commit, can be counted. `false`: it does not, because the server would leave it
-    /// uncommitted. From version 18 on a query behind a mark is in an implicit transaction block,
-    /// which only a Sync ends when the query is a single statement (`exec_simple_query` in
+    /// The answer of the simple query that [`Before::Lead`] was answered for may come behind the
+    /// commit, because it can be counted; the form that it is sent in. It stays simple where the
+    /// server commits it then. From version 18 on a query behind a mark is in an implicit transaction
+    /// block, which only a Sync ends when the query is a single statement (`exec_simple_query` in
     /// `src/backend/tcop/postgres.c` ends the blocks of several statements).
-    pub fn keep_simple(&mut self) -> bool {
-        if self.call_marks != CallMarks::Executed {
-            return false;
-        }
+    pub fn leave_unflushed(&mut self) -> Form {
+        let form = match self.call_marks {
+            CallMarks::Executed => Form::AsIs,
+            _ => Form::ExtendedCounted,
+        };
         if let Some(lead) = self.lead.as_mut() {
-            lead.form = Form::AsIs;
+            lead.form = form;
         }
-        true
+        form
     }
 
     /// ReadyForQuery would end the exchange in front.
@@ -356,9 +359,9 @@ mod tests {
             assert_eq!(t.call_marks == CallMarks::Executed, want, "{version}");
         }
         // A single statement would not be committed behind a mark, on these and on an unknown one.
-        assert!(!t.keep_simple());
+        assert_eq!(t.leave_unflushed(), Form::ExtendedCounted);
         t.call_marks = CallMarks::Executed;
-        assert!(t.keep_simple());
+        assert_eq!(t.leave_unflushed(), Form::AsIs);
         let calls = Some((Form::Extended, Speaks::Calls(None)));
         assert_eq!(told(send(&mut t, "call p()")), calls);
         answer(&mut t, b"312C12nC3Z");

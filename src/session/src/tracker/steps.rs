@@ -46,6 +46,9 @@ pub enum Form {
     Extended,
     /// The same for COPY … FROM STDIN: Flush and Sync follow the end of the data.
     ExtendedCopy,
+    /// As `Extended`, of a statement without rows whose answer can be counted: it is not described,
+    /// and nothing is flushed in front of the Sync.
+    ExtendedCounted,
     /// As `Extended`, but Flush and Sync follow the reply: it is looked at before the commit.
     ExtendedHeld,
 }
