@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use helios_e2e::driver::Target;
+use helios_e2e::raw::{RawClient, bind, execute, parse, sync};
 use helios_e2e::{Result, Shown};
 use helios_proxy::engine::shared::EngineOptions;
 use helios_testkit::Bench;
@@ -106,6 +108,40 @@ async fn refused() -> Result<()> {
     other.batch_execute("call two(60)").await?;
     other.batch_execute("call two(70)").await?;
     assert_eq!(rows(&bench).await?, 14);
+    Ok(())
+}
+
+/// The first call of a session is prepared by name: the unnamed statement of before stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_leaves_the_unnamed_statement() -> std::result::Result<(), Shown> {
+    Ok(unnamed().await?)
+}
+
+async fn unnamed() -> Result<()> {
+    let bench = bench().await?;
+    let mut client = RawClient::log_in(&Target::local(bench.proxy.port())).await?;
+    let prepare = [parse("", "select 7"), sync()].concat();
+    client.send(&prepare).await?;
+    client.until(b'Z').await?;
+    let call = [
+        parse("c", "call two(1)"),
+        bind("", "c", &[]),
+        execute("", 0),
+        sync(),
+    ]
+    .concat();
+    let again = [bind("", "c", &[]), execute("", 0), sync()].concat();
+    let seven = [bind("", "", &[]), execute("", 0), sync()].concat();
+    client.send(&call).await?;
+    let called = client.until(b'Z').await?;
+    assert!(called.iter().any(|m| m.tag == b'C'), "{called:?}");
+    client.send(&seven).await?;
+    let row = client.until(b'Z').await?;
+    assert!(row.iter().any(|m| m.tag == b'D'), "{row:?}");
+    bench.direct.batch_execute("truncate t").await?;
+    client.send(&again).await?;
+    let called = client.until(b'Z').await?;
+    assert!(called.iter().any(|m| m.tag == b'C'), "{called:?}");
     Ok(())
 }
 

@@ -140,7 +140,14 @@ impl Asking<'_> {
         self.answers(on).await
     }
 
-    /// The same for one statement, whose columns are described and whose rows come in binary.
+    /// Runs statements of ours in one transaction, with the session's own settings and as its role;
+    /// what they answer does not matter.
+    pub(super) async fn run_as_client(&mut self, statements: &[&str]) -> Result<(), Failure> {
+        own::statements(&mut self.link.output, statements);
+        self.answers(|_, _| Ok(())).await
+    }
+
+    /// As [`Self::run`] for one statement, whose columns are described and whose rows come in binary.
     pub(super) async fn run_in_binary(
         &mut self,
         statement: &str,

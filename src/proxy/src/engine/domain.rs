@@ -5,9 +5,10 @@
 
 use tokio::sync::watch;
 
+use super::asking::{Asking, Failure};
 use super::gate::{GateState, Phase};
+use super::lost::LastWords;
 use super::own;
-use super::replay::{self, ReplayError};
 use super::session::Session;
 
 impl Session {
@@ -19,19 +20,27 @@ impl Session {
         };
         let mut watch = gate.clone();
         let gone = watch.wait_for(|g| g.topology.epoch != epoch || g.phase >= Phase::Gather);
-        let sql = own::make_domain();
+        let mut asking = Asking {
+            link: &mut server.link,
+            client: &mut self.client.output,
+        };
+        let statements = own::make_domain();
+        let statements = statements.each_ref().map(String::as_str);
         let made = tokio::select! {
             biased;
-            made = replay::simple(&mut server.link, &sql) => Some(made),
-            _ = gone => None,
+            made = asking.run_as_client(&statements) => made,
+            _ = gone => Err(Failure::Gone(None)),
         };
         match made {
-            Some(Ok(_)) => self.tracker.domain_made(true),
-            Some(Err(ReplayError::State(error))) => {
+            Ok(()) => self.tracker.domain_made(true),
+            Err(Failure::Not(error) | Failure::Later(error)) => {
                 tracing::debug!(session = %self.entry().id, %error, "calls get no marks");
                 self.tracker.domain_made(false);
             }
-            Some(Err(_)) | None => self.server_lost(),
+            Err(Failure::Gone(words)) => {
+                self.last_words = words.map(|frame| LastWords::new(&frame, &self.shared));
+                self.server_lost();
+            }
         }
     }
 }

@@ -56,15 +56,18 @@ pub(super) fn mark(out: &mut BytesMut, gtid: Gtid, prepare: bool) {
 /// The statement and the unnamed portal of [`bound_mark`]; the portal is replaced by the client's.
 const BOUND_MARK: &[u8] = b"_helios_mark_call";
 
-/// Makes the domain of [`bound_mark`], as one implicit transaction. Nobody waits for a disk or a
-/// standby: it does not outlive the backend.
-pub(super) fn make_domain() -> String {
-    format!(
-        "SET TRANSACTION READ WRITE; SET LOCAL synchronous_commit = off; \
-         SET LOCAL client_min_messages = error; DROP DOMAIN IF EXISTS pg_temp.{DOMAIN}; \
-         CREATE DOMAIN pg_temp.{DOMAIN} AS pg_catalog.bytea CHECK \
-         (pg_catalog.pg_logical_emit_message(true, 'helios', VALUE) IS NOT NULL)"
-    )
+/// What makes the domain of [`bound_mark`], in one transaction. Nobody waits for a disk or a standby:
+/// it does not outlive the backend.
+pub(super) fn make_domain() -> [String; 4] {
+    [
+        "SET TRANSACTION READ WRITE".to_owned(),
+        "SELECT pg_catalog.set_config('synchronous_commit', 'off', true)".to_owned(),
+        format!("DROP DOMAIN IF EXISTS pg_temp.{DOMAIN}"),
+        format!(
+            "CREATE DOMAIN pg_temp.{DOMAIN} AS pg_catalog.bytea CHECK \
+             (pg_catalog.pg_logical_emit_message(true, 'helios', VALUE) IS NOT NULL)"
+        ),
+    ]
 }
 
 /// Appends a mark that is set by the value of a parameter: a Bind begins the transaction, and no
