@@ -96,29 +96,37 @@ impl Session {
             if self.temporary.is_some() && self.keeps_before(header.tag, have) {
                 return Err(Event::Timer);
             }
-            let floor = self.floor_for(header.tag);
-            let frame = &self.client.input[..have];
-            let mut form = Form::AsIs;
-            match self.tracker.before(header.tag, frame, floor) {
-                Before::Go => {}
-                Before::Lead(lead) => form = self.set_mark(lead, have),
-                Before::Flush if self.skip.is_some() => return self.hold_sync(),
-                Before::Flush => self.flush_uncountable(),
-                Before::AskGid => self.ask_gid(),
-                Before::MakeDomain => {
-                    self.domain_due = true;
-                    return Err(Event::Timer);
-                }
-                Before::Wait => return Ok(()),
-                Before::Ask(ask) => {
-                    if let Some(server) = self.server.as_mut() {
-                        own::ask(&mut server.link.output, ask);
-                    }
-                    return Ok(());
-                }
-            }
+            let Some(form) = self.before_frame(header.tag, have)? else {
+                return Ok(());
+            };
             self.client_frame(header.tag, have, len, form)?;
         }
+    }
+
+    /// Sends what goes in front of a client's message, of which so many bytes are there; the form that
+    /// it is sent in, or `None`: it waits.
+    fn before_frame(&mut self, tag: u8, have: usize) -> Result<Option<Form>, Event> {
+        let floor = self.floor_for(tag);
+        let frame = &self.client.input[..have];
+        match self.tracker.before(tag, frame, floor) {
+            Before::Go => {}
+            Before::Lead(lead) => return Ok(Some(self.set_mark(lead, have))),
+            Before::Flush if self.skip.is_some() => return self.hold_sync().map(|()| None),
+            Before::Flush => self.flush_uncountable(),
+            Before::AskGid => self.ask_gid(),
+            Before::MakeDomain => {
+                self.domain_due = true;
+                return Err(Event::Timer);
+            }
+            Before::Wait => return Ok(None),
+            Before::Ask(ask) => {
+                if let Some(server) = self.server.as_mut() {
+                    own::ask(&mut server.link.output, ask);
+                }
+                return Ok(None);
+            }
+        }
+        Ok(Some(Form::AsIs))
     }
 
     /// No whole message is there: more may come, unless the client has left.
