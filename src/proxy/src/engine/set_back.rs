@@ -161,11 +161,13 @@ pub(super) async fn begin(
             next_frame(link).await?
         };
         match tag {
-            helios_wire::backend::NOTICE_RESPONSE => match told(&frame).as_deref() {
-                Some(told) if told.starts_with("sets ") => setting = told[5..].parse().ok(),
-                Some(told) => note(stands(told), wanted, noted),
-                None => {}
-            },
+            helios_wire::backend::NOTICE_RESPONSE => {
+                let told = told(&frame).unwrap_or_default();
+                match told.strip_prefix("sets ") {
+                    Some(pid) => setting = pid.parse().ok(),
+                    None => note(stands(&told), wanted, noted),
+                }
+            }
             helios_wire::backend::ERROR_RESPONSE => {
                 let why = describe_error(frame.get(5..).unwrap_or_default());
                 tracing::debug!(why, "sequences could not be set back");

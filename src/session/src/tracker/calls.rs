@@ -10,12 +10,12 @@
 use std::collections::BTreeMap;
 
 use helios_wire::frontend;
-use helios_wire::message::read;
 use serde::{Deserialize, Serialize};
 
 use super::marks::Marking;
+use super::texts::until_zero;
 use super::{Before, Tracker};
-use crate::keyword::{Unit, unit};
+use crate::keyword::{Unit, first_word, unit};
 
 /// Refused marks of one session after which no more are set by binding.
 const MAX_REFUSED: u8 = 2;
@@ -110,13 +110,17 @@ impl Tracker {
         }
     }
 
-    /// A Parse that leads to a call whose mark needs the domain.
+    /// A Parse that leads to a call whose mark needs the domain. Of most texts no more than the first
+    /// word is looked at.
     pub(super) fn prepares_call(&self, tag: u8, frame: &[u8]) -> bool {
-        tag == frontend::PARSE
-            && !self.marks_refused
-            && self.call_marks.lacks_domain()
-            && read::parse(frame.get(5..).unwrap_or_default())
-                .is_ok_and(|parse| unit(parse.sql) == Unit::Calls)
+        if tag != frontend::PARSE || self.marks_refused || !self.call_marks.lacks_domain() {
+            return false;
+        }
+        let body = frame.get(5..).unwrap_or_default();
+        let text = body.get(until_zero(body).len() + 1..).unwrap_or_default();
+        let word = first_word(text);
+        let may_call = word.eq_ignore_ascii_case(b"call") || word.eq_ignore_ascii_case(b"do");
+        may_call && unit(until_zero(text)) == Unit::Calls
     }
 
     /// The domain that [`super::Before::MakeDomain`] asks for is there, or was refused.
