@@ -24,14 +24,19 @@ enum Fault {
     Crash,
 }
 
+fn extended(sql: &str) -> Vec<u8> {
+    let run = [parse("", sql), bind("", "", &[]), describe('P', "")];
+    [run.concat(), execute("", 0), sync()].concat()
+}
+
+fn extended_insert(row: &str) -> Vec<u8> {
+    extended(&format!("insert into t values ('{row}')"))
+}
+
 /// One request for each row, of both protocols, and what their answers are.
 fn requests() -> (Vec<u8>, [&'static str; 4]) {
     let insert = |row: &str| format!("insert into t values ('{row}')");
     let returning = |row: &str| format!("insert into t values ('{row}') returning v");
-    let extended = |sql: &str| {
-        let run = [parse("", sql), bind("", "", &[]), describe('P', "")];
-        [run.concat(), execute("", 0), sync()].concat()
-    };
     let all = [
         query(&insert(ROWS[0])),
         extended(&insert(ROWS[1])),
@@ -161,4 +166,71 @@ async fn each_is_told_its_own_outcome_when_the_connection_breaks() -> std::resul
 #[tokio::test(flavor = "multi_thread")]
 async fn each_is_told_its_own_outcome_after_a_crash() -> std::result::Result<(), Shown> {
     Ok(Box::pin(at_each_message(Fault::Crash, 5)).await?)
+}
+
+/// What is committed behind a deferred trigger, which waits for a lock that the test has: the answer
+/// is told in front of a commit that does not end.
+const WAITS: &str = "create table t (v text); \
+    create function waits() returns trigger language plpgsql as \
+    'begin perform pg_advisory_xact_lock(1); return null; end'; \
+    create constraint trigger waits after insert on t deferrable initially deferred \
+    for each row when (new.v = 'c') execute function waits()";
+
+/// A statement runs again and is compared with what the client was given, before it may commit: what
+/// the client has sent behind it is not to run in its transaction.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_compared_is_not_joined_by_what_follows() -> std::result::Result<(), Shown> {
+    Ok(Box::pin(compared()).await?)
+}
+
+async fn compared() -> Result<()> {
+    let mut bench = Bench::start(EngineOptions::default(), WAITS).await?;
+    bench.known().await?;
+    let lock = "select pg_advisory_lock(1)";
+    bench.direct.batch_execute(lock).await?;
+    let mut client = RawClient::log_in(&Target::local(bench.proxy.port())).await?;
+    // More than is kept back until the commit.
+    let seen = "insert into t values ('c') returning repeat('x', 1000000)";
+    let behind = extended_insert("d");
+    client
+        .send(&[query(seen), behind, query("select 1")].concat())
+        .await?;
+    let before = client.until(b'C').await?;
+    assert_eq!(shown(&before), "TDC");
+    bench.crash().await?;
+    let rest = [client.until(b'Z').await?, client.until(b'Z').await?];
+    let rest: Vec<_> = rest.iter().map(|answer| shown(answer)).collect();
+    assert_eq!(rest, ["Z", "12nCZ"]);
+    assert_eq!(shown(&client.until(b'Z').await?), "TDCZ");
+    let rows = "select v || count(*) over (partition by xmin::text) from t order by v";
+    assert_eq!(
+        bench.column(rows).await?,
+        ["c1", "d1"],
+        "each in its own transaction"
+    );
+    Ok(())
+}
+
+/// A COPY that is refused, and a statement that was sent behind it without waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_follows_a_refused_copy_runs() -> std::result::Result<(), Shown> {
+    Ok(Box::pin(refused_copy()).await?)
+}
+
+async fn refused_copy() -> Result<()> {
+    let bench = Bench::start(EngineOptions::default(), "create table t (v text)").await?;
+    bench.known().await?;
+    let mut client = RawClient::log_in(&Target::local(bench.proxy.port())).await?;
+    let copy = query("copy t (nothing) from stdin");
+    client
+        .send(&[copy, extended_insert("d"), query("select 1")].concat())
+        .await?;
+    let mut told = Vec::new();
+    while told.iter().filter(|t| **t == 'Z').count() < 3 {
+        let message = client.receive().await?.ok_or("the connection was closed")?;
+        told.push(char::from(message.tag));
+    }
+    assert_eq!(String::from_iter(told), "EZ12nCZTDCZ");
+    assert_eq!(bench.column("select v from t").await?, ["d"]);
+    Ok(())
 }

@@ -85,8 +85,8 @@ pub struct Exchange {
     pub copies: u32,
     /// Copies into the server whose data the client has ended.
     pub copies_ended: u32,
-    /// It is a COPY in the extended form that the proxy gave it, and its Sync has not been sent.
-    pub sync_owed: bool,
+    /// What the Sync waits for that ends the extended form which the proxy gave it.
+    pub sync_owed: SyncOwed,
     /// Outside a transaction block and without a mark: whether it is proven that it cannot have
     /// written, once that was asked.
     pub only_reads: Option<bool>,
@@ -104,6 +104,18 @@ pub struct Exchange {
     pub shown: bool,
     /// WAL position behind it, where it was asked for.
     pub wal: Option<Lsn>,
+}
+
+/// What the Sync waits for that ends the extended form of a simple query.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SyncOwed {
+    /// Nothing: it has been sent, or there is none to send.
+    #[default]
+    No,
+    /// The reply, which is looked at before the commit.
+    BehindReply,
+    /// The end of the copy data, or an error.
+    BehindData,
 }
 
 impl Exchange {

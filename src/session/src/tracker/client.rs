@@ -9,6 +9,7 @@ use super::texts::until_zero;
 use super::{Ask, ClientStep, Named, Tracker, XidKnowledge};
 use crate::ReplayMode;
 use crate::expect::{Expect, Owner};
+use crate::journal::SyncOwed;
 use crate::keyword::{Hint, Unit, hint, touches_session, unit};
 use crate::last_values;
 use crate::plain;
@@ -43,7 +44,7 @@ impl Tracker {
             last.copy_tail = last.closed;
             if tag != frontend::COPY_DATA {
                 last.copies_ended += 1;
-                step.sync_after = std::mem::take(&mut last.sync_owed);
+                step.sync_after = std::mem::take(&mut last.sync_owed) != SyncOwed::No;
             }
         }
         if step.sync_after {

@@ -11,7 +11,7 @@ use super::texts::until_zero;
 use super::{Before, Form, Lead, ServerStep, Tracker};
 use crate::evidence::Mark;
 use crate::expect::{Expect, Owner};
-use crate::journal::Exchange;
+use crate::journal::{Exchange, SyncOwed};
 use crate::keyword::{Hint, Unit, contains_any, drops_statements, names_parameter, unit};
 use crate::reply::sqlstate;
 use crate::script::{Script, Speaks, script};
@@ -258,15 +258,33 @@ impl Tracker {
         !self.expect.head_is_own() && front.is_some_and(|e| e.ready_owed <= 1)
     }
 
+    /// Whether a client's frame has to wait for the Sync of the exchange in front of it: sent before,
+    /// it would run in the same transaction. The data of a COPY goes in front of its Sync.
+    pub(super) fn waits_for_sync(&self, tag: u8) -> bool {
+        let Some(last) = self.journal.in_flight().back() else {
+            return false;
+        };
+        let data = matches!(
+            tag,
+            frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL
+        );
+        match last.sync_owed {
+            SyncOwed::No => false,
+            SyncOwed::BehindReply => true,
+            // What is sent while the server waits for data is read as part of it.
+            SyncOwed::BehindData => !data && last.copies == 0,
+        }
+    }
+
     /// Behind a reply whose Sync was held back: when the statement is over, the server waits for
     /// it. A COPY's goes behind the client's end of data, unless it is over before.
     pub(super) fn sync_when_over(&mut self, tag: u8) -> ServerStep {
         let over = matches!(tag, backend::ERROR_RESPONSE | backend::COMMAND_COMPLETE);
         let front = self.journal.in_flight_mut().front_mut();
-        let Some(front) = front.filter(|e| over && e.sync_owed) else {
+        let Some(front) = front.filter(|e| over && e.sync_owed != SyncOwed::No) else {
             return ServerStep::Forward;
         };
-        front.sync_owed = false;
+        front.sync_owed = SyncOwed::No;
         self.expect.push(Expect::Sync, Owner::Client);
         ServerStep::ForwardThenSync
     }

@@ -11,7 +11,7 @@ use helios_wire::frontend;
 
 use crate::evidence::GtidSource;
 use crate::expect::{ExpectQueue, Violation};
-use crate::journal::Journal;
+use crate::journal::{Exchange, Journal, SyncOwed};
 use crate::keyword::{Hint, Unit};
 use crate::locks::Calls;
 use crate::reply::Reply;
@@ -153,6 +153,9 @@ impl Tracker {
     /// position of the log is known (`floor`).
     pub fn before(&mut self, tag: u8, frame: &[u8], floor: Option<Lsn>) -> Before {
         if !self.projected_open && self.mode.replays() {
+            if self.waits_for_sync(tag) {
+                return Before::Wait;
+            }
             if self.asks_gid(tag, frame) {
                 return Before::AskGid;
             }
@@ -234,7 +237,7 @@ impl Tracker {
             let whole = tag == frontend::QUERY && form == Form::AsIs;
             last.statements = lead.script.map_or(usize::from(whole), |s| s.statements);
             last.touches |= lead.script.is_some_and(|s| s.session);
-            last.sync_owed = matches!(form, Form::ExtendedCopy | Form::ExtendedHeld);
+            last.sync_owed = form.sync_owed();
             if tag == frontend::QUERY {
                 // The mark speaks for it.
                 looked.unit = Some(Unit::Writes);
@@ -284,7 +287,8 @@ impl Tracker {
     /// The exchange in front was answered by the proxy: its transaction has committed.
     pub fn committed_front(&mut self) {
         let front = self.journal.in_flight().front();
-        let cycles = front.map_or(0, |e| e.ready_owed.saturating_sub(u32::from(e.sync_owed)));
+        let unsent = |e: &Exchange| u32::from(e.sync_owed != SyncOwed::No);
+        let cycles = front.map_or(0, |e| e.ready_owed.saturating_sub(unsent(e)));
         self.expect.drop_cycles(cycles);
         self.finish(TxnStatus::Idle);
     }

@@ -3,6 +3,7 @@
 use crate::TxnStatus;
 use crate::evidence::Mark;
 use crate::expect::Expect;
+use crate::journal::SyncOwed;
 use crate::script::{Script, Speaks};
 
 /// A question that the proxy asks the server on its own behalf, in the flight of a client's
@@ -51,6 +52,18 @@ pub enum Form {
     ExtendedCounted,
     /// As `Extended`, but Flush and Sync follow the reply: it is looked at before the commit.
     ExtendedHeld,
+}
+
+impl Form {
+    /// What the Sync behind a frame in this form waits for.
+    #[must_use]
+    pub fn sync_owed(self) -> SyncOwed {
+        match self {
+            Self::AsIs | Self::Extended | Self::ExtendedCounted => SyncOwed::No,
+            Self::ExtendedCopy => SyncOwed::BehindData,
+            Self::ExtendedHeld => SyncOwed::BehindReply,
+        }
+    }
 }
 
 /// Whether a client's frame may be sent.
