@@ -270,9 +270,8 @@ fn refuse(bench: &Bench, classes: Vec<Class>) {
     }
 }
 
-async fn one(bench: &mut Bench, case: &Case, crash: bool) -> Result<()> {
+async fn one(bench: &mut Bench, mut client: RawClient, case: &Case, crash: bool) -> Result<()> {
     bench.direct.batch_execute(RESET).await?;
-    let mut client = log_in(bench).await?;
     unanswered(bench, &mut client, &case.messages).await?;
     committed(bench).await?;
     if crash {
@@ -308,7 +307,8 @@ async fn every(crash: bool) -> Result<()> {
     // The first time all are flushed, and looked at meanwhile.
     for _ in 0..2 {
         for case in &cases() {
-            let done = one(&mut bench, case, crash).await;
+            let client = log_in(&bench).await?;
+            let done = one(&mut bench, client, case, crash).await;
             done.map_err(|e| format!("{}: {e}", case.id))?;
             bench.known().await?;
         }
@@ -324,6 +324,47 @@ async fn an_answer_that_a_broken_connection_took_is_counted() -> std::result::Re
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_a_crash_took_is_counted() -> std::result::Result<(), Shown> {
     Ok(Box::pin(every(true)).await?)
+}
+
+/// A session whose simple queries have paid for the domain that marks are bound with, where the
+/// server's version needs one.
+async fn seasoned(bench: &Bench) -> Result<RawClient> {
+    let mut client = log_in(bench).await?;
+    let needed = "select (current_setting('server_version_num')::int >= 180000)::int";
+    let made = "select count(*) from pg_type where typname = '_helios_mark'";
+    let needed = bench.column(needed).await?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while bench.column(made).await? != needed {
+        if Instant::now() > deadline {
+            return Err("there is no domain".into());
+        }
+        for _ in 0..50 {
+            client
+                .send(&query("insert into plain (v) values ('x')"))
+                .await?;
+            client.until(b'Z').await?;
+        }
+    }
+    Ok(client)
+}
+
+async fn bound() -> Result<()> {
+    let mut bench = start().await?;
+    for crash in [false, true] {
+        for case in cases().iter().filter(|c| c.messages.starts_with(b"Q")) {
+            let client = seasoned(&bench).await?;
+            let done = one(&mut bench, client, case, crash).await;
+            done.map_err(|e| format!("{}, {crash}: {e}", case.id))?;
+            bench.known().await?;
+        }
+    }
+    Ok(())
+}
+
+/// From PostgreSQL 18 on, behind a mark that was set by a Bind.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_behind_a_bound_mark_is_counted() -> std::result::Result<(), Shown> {
+    Ok(Box::pin(bound()).await?)
 }
 
 /// The last message of a prepared INSERT and the mark in front of it that the server gets in front

@@ -70,6 +70,8 @@ pub struct Exchange {
     pub mark: Option<Mark>,
     /// How much of it the mark speaks for.
     pub speaks: Speaks,
+    /// The mark is set by its Bind.
+    pub bound: bool,
     /// Number of statements, where it is a simple query of several with a mark in front.
     pub statements: usize,
     /// Whether it is one plain statement, and nothing else.

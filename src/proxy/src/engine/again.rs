@@ -5,7 +5,7 @@
 use std::sync::atomic::Ordering;
 
 use helios_session::script::Speaks;
-use helios_session::tracker::{Form, Lead};
+use helios_session::tracker::{Form, Lead, Learns};
 use helios_wire::backend;
 
 use super::own;
@@ -19,6 +19,14 @@ impl Session {
             .mark_floor
             .fetch_min(lead.mark.floor.0, Ordering::Relaxed);
         let alone = self.tracker.is_between();
+        let learns = match self.skip {
+            Some(_) => Learns::Compared,
+            None if lead.form == Form::Extended && self.is_countable_query(lead.plain, have) => {
+                Learns::Counted
+            }
+            None => Learns::ByFlush,
+        };
+        let lead = self.tracker.leads(lead, learns);
         if let Some(server) = self.server.as_mut() {
             if alone && lead.speaks == Speaks::All {
                 let running = &self.registered.entry.running;
@@ -30,13 +38,6 @@ impl Session {
                 own::mark
             };
             set(&mut server.link.output, lead.mark.gtid, lead.prepare);
-        }
-        if lead.form == Form::Extended && self.skip.is_some() {
-            self.tracker.hold_commit();
-            return Form::ExtendedHeld;
-        }
-        if lead.form == Form::Extended && self.is_countable_query(lead.plain, have) {
-            return self.tracker.leave_unflushed();
         }
         lead.form
     }

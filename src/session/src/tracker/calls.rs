@@ -66,6 +66,11 @@ impl CallMarks {
         matches!(self, Self::Bound { .. })
     }
 
+    /// They can be set by binding at once.
+    pub(super) fn can_bind(self) -> bool {
+        matches!(self, Self::Bound { made: true, .. })
+    }
+
     fn after_refusal(self) -> Self {
         match self {
             Self::Bound { refused, .. } if refused + 1 < MAX_REFUSED => Self::Bound {

@@ -68,6 +68,7 @@ impl Tracker {
             // They are prepared anew, behind a Close.
             marking: _,
             call_marking: _,
+            unflushed: _,
             gid,
             changes,
         } = self;

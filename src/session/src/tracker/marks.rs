@@ -8,7 +8,7 @@ use helios_wire::{backend, frontend};
 
 use super::calls::CallMarks;
 use super::texts::until_zero;
-use super::{Before, Form, Lead, ServerStep, Tracker};
+use super::{Before, Form, Lead, Learns, ServerStep, Tracker};
 use crate::evidence::Mark;
 use crate::expect::{Expect, Owner};
 use crate::journal::{Exchange, SyncOwed};
@@ -18,6 +18,10 @@ use crate::script::{Script, Speaks, script};
 
 /// SQLSTATE of a prepared statement that is not there.
 const UNDEFINED_STATEMENT: &[u8; 5] = b"26000";
+
+/// Simple queries in the extended form, about 10 microseconds each, after which the backend gets the
+/// domain of [`CallMarks::Bound`] for theirs too: it is made in about 2 ms.
+const WORTH_A_DOMAIN: u16 = 256;
 
 /// Whether the backend has the mark's statement prepared.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -47,10 +51,12 @@ impl Tracker {
             return Before::Go;
         };
         let bound = speaks == Speaks::Calls(None) && self.call_marks.binds();
-        if bound && self.call_marks.lacks_domain() {
+        let plain = self.plain_key_of(tag, frame, form);
+        let simple = tag == frontend::QUERY && plain.is_some();
+        if self.call_marks.lacks_domain() && (bound || (simple && self.is_worth_a_domain())) {
             return self.make_domain(tag);
         }
-        let lead = Lead {
+        Before::Lead(Lead {
             speaks,
             script,
             mark: Mark {
@@ -58,21 +64,34 @@ impl Tracker {
                 floor,
             },
             form,
-            plain: self.plain_key_of(tag, frame, form),
-            prepare: *self.marking_of(bound) != Marking::Prepared,
+            plain,
+            prepare: false,
             bound,
-        };
-        self.lead = Some(lead);
+        })
+    }
+
+    /// The lead that [`Before::Lead`] was answered with, as it is sent now: `learns` says how the
+    /// answer to a simple query is learned in time.
+    pub fn leads(&mut self, mut lead: Lead, learns: Learns) -> Lead {
+        if lead.form == Form::Extended {
+            match learns {
+                Learns::ByFlush => {}
+                Learns::Compared => lead.form = Form::ExtendedHeld,
+                Learns::Counted => self.leave_unflushed(&mut lead),
+            }
+        }
+        lead.prepare = *self.marking_of(lead.bound) != Marking::Prepared;
         if lead.prepare {
-            *self.marking_of(bound) = Marking::Sent;
+            *self.marking_of(lead.bound) = Marking::Sent;
             self.expect.push(Expect::Close, Owner::Mark);
             self.expect.push(Expect::Parse, Owner::Mark);
         }
         self.expect.push(Expect::Bind, Owner::Mark);
-        if !bound {
+        if !lead.bound {
             self.expect.push(Expect::Execute, Owner::Mark);
         }
-        Before::Lead(lead)
+        self.lead = Some(lead);
+        lead
     }
 
     fn marking_of(&mut self, bound: bool) -> &mut Marking {
@@ -120,8 +139,7 @@ impl Tracker {
     /// The mark of the exchange in front is set by its Bind.
     fn front_is_bound(&self) -> bool {
         let front = self.journal.in_flight().front();
-        self.call_marks.binds()
-            && front.is_some_and(|e| e.mark.is_some() && matches!(e.speaks, Speaks::Calls(_)))
+        front.is_some_and(|e| e.bound)
     }
 
     /// What is marked is answered but for its Sync, and being committed; nothing of the reply, nor
@@ -227,28 +245,24 @@ impl Tracker {
         }
     }
 
-    /// The reply of the simple query that [`Before::Lead`] was answered for is to be looked at
-    /// before its commit.
-    pub fn hold_commit(&mut self) {
-        if let Some(lead) = self.lead.as_mut().filter(|l| l.form == Form::Extended) {
-            lead.form = Form::ExtendedHeld;
+    /// The answer of a simple query may come behind the commit, because it can be counted. It stays
+    /// simple where the server commits it then. From version 18 on a query behind an executed mark is
+    /// in an implicit transaction block, which only a Sync ends when the query is a single statement
+    /// (`exec_simple_query` in `src/backend/tcop/postgres.c` ends the blocks of several statements).
+    fn leave_unflushed(&mut self, lead: &mut Lead) {
+        lead.bound = self.call_marks.can_bind();
+        if lead.bound || self.call_marks == CallMarks::Executed {
+            lead.form = Form::AsIs;
+        } else {
+            lead.form = Form::ExtendedCounted;
+            self.unflushed = self.unflushed.saturating_add(1);
         }
     }
 
-    /// The answer of the simple query that [`Before::Lead`] was answered for may come behind the
-    /// commit, because it can be counted; the form that it is sent in. It stays simple where the
-    /// server commits it then. From version 18 on a query behind a mark is in an implicit transaction
-    /// block, which only a Sync ends when the query is a single statement (`exec_simple_query` in
-    /// `src/backend/tcop/postgres.c` ends the blocks of several statements).
-    pub fn leave_unflushed(&mut self) -> Form {
-        let form = match self.call_marks {
-            CallMarks::Executed => Form::AsIs,
-            _ => Form::ExtendedCounted,
-        };
-        if let Some(lead) = self.lead.as_mut() {
-            lead.form = form;
-        }
-        form
+    /// Whether simple queries of this session have paid by now for the domain that their marks could
+    /// be bound with, and there is time to make it.
+    fn is_worth_a_domain(&self) -> bool {
+        self.unflushed >= WORTH_A_DOMAIN && self.is_between() && self.is_quiet()
     }
 
     /// ReadyForQuery would end the exchange in front.
@@ -319,14 +333,18 @@ mod tests {
     }
 
     /// What goes in front of a query, which is then sent.
-    fn send(tracker: &mut Tracker, sql: &str) -> Option<Lead> {
+    fn learned(tracker: &mut Tracker, sql: &str, learns: Learns) -> Option<Lead> {
         let frame = query(sql);
-        let before = tracker.before(frontend::QUERY, &frame, Some(Lsn(1)));
-        tracker.client_frame(frontend::QUERY, &frame, 0).unwrap();
-        match before {
-            Before::Lead(lead) => Some(lead),
+        let lead = match tracker.before(frontend::QUERY, &frame, Some(Lsn(1))) {
+            Before::Lead(lead) => Some(tracker.leads(lead, learns)),
             _ => None,
-        }
+        };
+        tracker.client_frame(frontend::QUERY, &frame, 0).unwrap();
+        lead
+    }
+
+    fn send(tracker: &mut Tracker, sql: &str) -> Option<Lead> {
+        learned(tracker, sql, Learns::ByFlush)
     }
 
     fn answer(tracker: &mut Tracker, tags: &[u8]) -> Vec<ServerStep> {
@@ -377,12 +395,19 @@ mod tests {
             assert_eq!(t.call_marks == CallMarks::Executed, want, "{version}");
         }
         // A single statement would not be committed behind a mark, on these and on an unknown one.
-        assert_eq!(t.leave_unflushed(), Form::ExtendedCounted);
+        let counted = |t: &mut Tracker| {
+            let lead = learned(t, "delete from t", Learns::Counted).unwrap();
+            let simple = lead.form == Form::AsIs;
+            let tags: &[u8] = if simple { b"2CCZ" } else { b"312C12C3Z" };
+            answer(t, tags);
+            simple
+        };
+        assert!(!counted(&mut t));
         t.call_marks = CallMarks::Executed;
-        assert_eq!(t.leave_unflushed(), Form::AsIs);
+        assert!(counted(&mut t));
         let calls = Some((Form::Extended, Speaks::Calls(None)));
         assert_eq!(told(send(&mut t, "call p()")), calls);
-        answer(&mut t, b"312C12nC3Z");
+        answer(&mut t, b"2C12nC3Z");
         let one = Some((Form::Extended, Speaks::All));
         assert_eq!(told(send(&mut t, "do $$begin; end$$")), one);
         answer(&mut t, b"2C12nC3Z");
@@ -444,6 +469,79 @@ mod tests {
             "the outcome of this one is not known"
         );
         assert!(send(&mut t, "insert into t values (1)").is_some());
+    }
+
+    #[test]
+    fn from_18_on_many_simple_statements_are_worth_a_domain() {
+        let mut t = on_18();
+        let insert = query("insert into t values (1)");
+        for n in 0..WORTH_A_DOMAIN {
+            let lead = learned(&mut t, "insert into t values (1)", Learns::Counted).unwrap();
+            assert_eq!(
+                (lead.form, lead.bound),
+                (Form::ExtendedCounted, false),
+                "{n}"
+            );
+            let prepared: &[u8] = if n == 0 { b"31" } else { b"" };
+            answer(&mut t, prepared);
+            answer(&mut t, b"2C12C3Z");
+        }
+        // Not between two that are under way: the next one can wait for it.
+        send(&mut t, "insert into t values (1) returning v");
+        assert!(matches!(
+            t.before(frontend::QUERY, &insert, Some(Lsn(1))),
+            Before::Lead(_)
+        ));
+        answer(&mut t, b"2C12TDC3Z");
+        let returns = query("insert into t values (1) returning v");
+        let before = t.before(frontend::QUERY, &returns, Some(Lsn(1)));
+        assert!(matches!(before, Before::Lead(_)), "its answer is flushed");
+        let before = t.before(frontend::QUERY, &insert, Some(Lsn(1)));
+        assert_eq!(before, Before::MakeDomain);
+        t.domain_made(true);
+        for prepared in ["31", ""] {
+            let lead = learned(&mut t, "insert into t values (1)", Learns::Counted).unwrap();
+            assert_eq!((lead.form, lead.bound), (Form::AsIs, true));
+            answer(&mut t, prepared.as_bytes());
+            answer(&mut t, b"2CZ");
+            assert!(t.is_between() && t.is_quiet());
+        }
+        // Compared before the commit, or flushed: in the extended form.
+        for learns in [Learns::Compared, Learns::ByFlush] {
+            let lead = learned(&mut t, "insert into t values (1)", learns).unwrap();
+            assert!(!lead.bound && lead.form != Form::AsIs);
+            if learns == Learns::Compared {
+                answer(&mut t, b"2C12nC3");
+                answer(&mut t, b"Z");
+            } else {
+                answer(&mut t, b"2C12nC3Z");
+            }
+        }
+        send(&mut t, "discard all");
+        answer(&mut t, b"CZ");
+        let before = t.before(frontend::QUERY, &insert, Some(Lsn(1)));
+        assert_eq!(before, Before::MakeDomain);
+        t.domain_made(false);
+        let lead = learned(&mut t, "insert into t values (1)", Learns::Counted).unwrap();
+        assert_eq!(lead.form, Form::ExtendedCounted, "the domain was refused");
+    }
+
+    #[test]
+    fn nothing_is_sent_behind_a_statement_that_is_compared() {
+        let mut t = Tracker::new(ReplayMode::Transaction);
+        learned(&mut t, "insert into t values (1)", Learns::Compared);
+        for next in [query("select 1"), b"S\0\0\0\x04".to_vec()] {
+            assert_eq!(t.before(next[0], &next, Some(Lsn(1))), Before::Wait);
+        }
+        assert_eq!(
+            answer(&mut t, b"312C12nC").last(),
+            Some(&ServerStep::ForwardThenSync)
+        );
+        let next = query("select 1");
+        assert_eq!(t.before(next[0], &next, Some(Lsn(1))), Before::Go);
+        send(&mut t, "select 1");
+        answer(&mut t, b"3ZTDCZ");
+        assert!(t.is_between() && t.is_quiet());
     }
 
     #[test]

@@ -35,7 +35,7 @@ use calls::CallMarks;
 pub use carried::Carried;
 use marks::Marking;
 pub use plain::Runs;
-pub use steps::{Alone, Ask, Before, ClientStep, Form, Lead, ServerStep};
+pub use steps::{Alone, Ask, Before, ClientStep, Form, Lead, Learns, ServerStep};
 pub use texts::until_zero;
 
 /// Most custom settings that one session is followed for.
@@ -96,6 +96,8 @@ pub struct Tracker {
     marks_refused: bool,
     call_marks: CallMarks,
     call_marking: Marking,
+    /// Simple queries of this backend that were sent in the extended form because of their marks.
+    unflushed: u16,
     /// The session holds state that cannot be moved.
     holds: bool,
     marking: Marking,
@@ -133,6 +135,7 @@ impl Tracker {
             marks_refused: false,
             call_marks: CallMarks::default(),
             call_marking: Marking::default(),
+            unflushed: 0,
             holds: false,
             marking: Marking::default(),
             gid: None,
@@ -234,6 +237,7 @@ impl Tracker {
         if let (Some(lead), Some(last)) = (lead, self.journal.in_flight_mut().back_mut()) {
             last.mark = Some(lead.mark);
             last.speaks = lead.speaks;
+            last.bound = lead.bound;
             let whole = tag == frontend::QUERY && form == Form::AsIs;
             last.statements = lead.script.map_or(usize::from(whole), |s| s.statements);
             last.touches |= lead.script.is_some_and(|s| s.session);

@@ -122,7 +122,7 @@ impl Tracker {
 mod tests {
     use super::*;
     use crate::ReplayMode;
-    use crate::tracker::Before;
+    use crate::tracker::{Before, Learns};
     use bytes::BytesMut;
     use helios_api::Lsn;
     use helios_wire::message::front::{self, Target};
@@ -136,6 +136,9 @@ mod tests {
             let (frame, tail) = rest.split_at(header.len);
             let before = tracker.before(header.tag, frame, Some(Lsn(1)));
             assert!(!matches!(before, Before::Wait), "nothing is asked");
+            if let Before::Lead(lead) = before {
+                tracker.leads(lead, Learns::ByFlush);
+            }
             tracker.client_frame(header.tag, frame, 0).unwrap();
             rest = tail;
         }

@@ -26,7 +26,8 @@ pub struct Lead {
     pub form: Form,
     /// The mark's statement has to be prepared first.
     pub prepare: bool,
-    /// The mark is set by its Bind, as the value of a domain, and nothing is executed.
+    /// The mark is set by its Bind, as the value of a domain, and nothing is executed
+    /// (`super::calls`).
     pub bound: bool,
     /// What the mark speaks for.
     pub speaks: Speaks,
@@ -66,12 +67,23 @@ impl Form {
     }
 }
 
+/// How the answer to a simple query behind a mark is learned before it is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Learns {
+    /// It is flushed in front of the commit.
+    ByFlush,
+    /// It is compared with what the client has, in front of the commit.
+    Compared,
+    /// The log can tell it ([`crate::plain`]).
+    Counted,
+}
+
 /// Whether a client's frame may be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Before {
     /// Now.
     Go,
-    /// Now, behind this mark.
+    /// Now, behind this mark, as [`super::Tracker::leads`] has it.
     Lead(Lead),
     /// Now, behind a Flush: the results are to be known before the commit begins, unless the log
     /// can tell them ([`super::Tracker::plain_key`]).
