@@ -491,3 +491,7 @@ fn operation(record: &OperationRecord) -> FinishedOperation {
         failed: count(record.resumed.failed.values().sum::<u64>()),
     }
 }
+
+#[cfg(test)]
+#[path = "report_tests.rs"]
+mod tests;

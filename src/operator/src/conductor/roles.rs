@@ -72,3 +72,61 @@ async fn label(api: Api<Pod>, wrong: Vec<(String, &'static str)>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build::tests::cluster;
+    use crate::mock::Mock;
+    use helios_api::Timeline;
+    use helios_cluster::state::Primary;
+
+    fn pod(instance: &str, role: Option<&str>) -> Arc<Pod> {
+        let mut pod = Pod::default();
+        pod.metadata.name = Some(format!("{instance}-0"));
+        let labels = pod.metadata.labels.get_or_insert_default();
+        labels.insert(names::INSTANCE.to_owned(), instance.to_owned());
+        if let Some(role) = role {
+            labels.insert(names::ROLE.to_owned(), role.to_owned());
+        }
+        Arc::new(pod)
+    }
+
+    /// What is asked of an API server for Pods with these roles, while pg-2 is primary.
+    async fn asked(pods: &[Arc<Pod>], primary: bool) -> Vec<(String, serde_json::Value)> {
+        let mock = Mock::start(|call| (200, call.body.clone())).await;
+        let spec = json!({"imageName": "postgres:17", "storage": {"size": "1Gi"}});
+        let primary = primary.then(|| Primary {
+            name: "pg-2".parse().unwrap(),
+            timeline: Timeline(1),
+        });
+        let state = ClusterState {
+            primary,
+            ..ClusterState::default()
+        };
+        let mut labels = Labels::default();
+        labels.keep(&mock.client, &cluster(spec), &state, pods);
+        if let Some(task) = labels.running {
+            task.await.unwrap();
+        }
+        let calls = mock.calls().into_iter();
+        calls.map(|call| (call.what, call.body)).collect()
+    }
+
+    #[tokio::test]
+    async fn exactly_the_pods_with_a_wrong_label_get_another() {
+        let path = "PATCH /api/v1/namespaces/shop/pods";
+        let call = |pod: &str, role: &str| {
+            let body = json!({"metadata": {"labels": {names::ROLE: role}}});
+            (format!("{path}/{pod}"), body)
+        };
+        let moved = [pod("pg-1", Some("primary")), pod("pg-2", Some("replica"))];
+        let wanted = [call("pg-1-0", "replica"), call("pg-2-0", "primary")];
+        assert_eq!(asked(&moved, true).await, wanted);
+        let new = [pod("pg-2", Some("primary")), pod("pg-3", None)];
+        assert_eq!(asked(&new, true).await, [call("pg-3-0", "replica")]);
+        let right = [pod("pg-1", Some("replica")), pod("pg-2", Some("primary"))];
+        assert_eq!(asked(&right, true).await, []);
+        assert_eq!(asked(&moved, false).await, [], "there is no primary yet");
+    }
+}
