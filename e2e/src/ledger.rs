@@ -88,6 +88,23 @@ pub async fn connect(config: &tokio_postgres::Config) -> Result<Client> {
     Ok(client)
 }
 
+/// How long Kubernetes may have a Service without addresses: a node that could not report for 40 s,
+/// because the API server was away, counts as not ready until its next report, every 10 s.
+const NO_ADDRESS: Duration = Duration::from_secs(20);
+
+/// A connection for who comes afterwards to judge, and may find nobody at the address yet.
+async fn connect_at_last(config: &tokio_postgres::Config) -> Result<Client> {
+    let deadline = Instant::now() + NO_ADDRESS;
+    loop {
+        match connect(config).await {
+            Err(_) if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            result => return result,
+        }
+    }
+}
+
 impl Ledger {
     /// Makes the table and starts the writers.
     pub async fn start(config: tokio_postgres::Config, writers: i32) -> Result<Self> {
@@ -158,7 +175,7 @@ impl Ledger {
             long.extend(seen.long);
         }
         long.sort_unstable_by(|a, b| b.cmp(a));
-        let client = connect(&self.config).await?;
+        let client = connect_at_last(&self.config).await?;
         let last = self.first + i32::try_from(count)?;
         let rows = client
             .query(

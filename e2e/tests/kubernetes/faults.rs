@@ -7,8 +7,13 @@ use super::*;
 
 /// How often each happens; `HELIOS_ROUNDS` says otherwise.
 pub(super) fn rounds() -> i64 {
+    rounds_or(2)
+}
+
+/// The same of what takes long.
+pub(super) fn rounds_or(few: i64) -> i64 {
     let asked = std::env::var("HELIOS_ROUNDS").ok();
-    asked.and_then(|text| text.parse().ok()).unwrap_or(2)
+    asked.and_then(|text| text.parse().ok()).unwrap_or(few)
 }
 
 /// Longest transaction behind the loss of a process: the goal is one second on a quiet machine,
