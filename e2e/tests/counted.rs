@@ -348,8 +348,22 @@ async fn seasoned(bench: &Bench) -> Result<RawClient> {
     Ok(client)
 }
 
+/// What is told as done is there for everybody, behind whatever mark.
+async fn is_committed(bench: &Bench, client: &mut RawClient) -> Result<()> {
+    let rows = "select count(*) from plain";
+    for _ in 0..2 {
+        bench.direct.batch_execute(RESET).await?;
+        let insert = query("insert into plain (v) values ('x')");
+        client.send(&insert).await?;
+        client.until(b'Z').await?;
+        assert_eq!(bench.column(rows).await?, ["4"]);
+    }
+    Ok(())
+}
+
 async fn bound() -> Result<()> {
     let mut bench = start().await?;
+    is_committed(&bench, &mut seasoned(&bench).await?).await?;
     for crash in [false, true] {
         for case in cases().iter().filter(|c| c.messages.starts_with(b"Q")) {
             let client = seasoned(&bench).await?;
