@@ -40,6 +40,22 @@ fn at(service: &tokio_postgres::Config, address: &str) -> tokio_postgres::Config
     config
 }
 
+/// Waits until the Service has sent clients to each of these addresses: nodes learn of a Pod that is
+/// ready a second or two later.
+async fn shared_among(service: &tokio_postgres::Config, addresses: &[&str]) -> Result<()> {
+    let deadline = Instant::now() + MOVED;
+    let mut seen = std::collections::BTreeSet::new();
+    while !addresses.iter().all(|address| seen.contains(*address)) {
+        if Instant::now() > deadline {
+            return Err(format!("of {addresses:?} only {seen:?} get clients").into());
+        }
+        let client = connect(service).await?;
+        let asked = "select host(inet_client_addr())";
+        seen.insert(client.query_one(asked, &[]).await?.get::<_, String>(0));
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a Kubernetes: make e2e"]
 async fn the_barrier_holds_across_both_proxies() -> std::result::Result<(), Shown> {
@@ -180,9 +196,10 @@ async fn killed() -> Result<()> {
     let both = |o: &Value| o["status"]["readyReplicas"] == 2;
     space.until("deployment", "pg-proxy", MOVED, both).await?;
     let proxies = pods(&space).await?;
-    let [(doomed, _), (_, spared)] = proxies.as_slice() else {
+    let [(doomed, its), (_, spared)] = proxies.as_slice() else {
         return Err(format!("two proxies are expected: {proxies:?}").into());
     };
+    shared_among(&service, &[its, spared]).await?;
     let everywhere = Ledger::start_again_and_again(service.clone(), WRITERS, 100).await?;
     let there = Ledger::start(at(&service, spared), WRITERS).await?;
     tokio::time::sleep(Duration::from_secs(2)).await;
