@@ -354,6 +354,34 @@ async fn a_replay_whose_sequences_are_done_outlives_the_barrier() {
     assert_eq!(rows.len(), 8);
 }
 
+/// One that still has values to give out when the barrier goes down cannot: it says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_gives_out_values_too_late_is_told_why() {
+    let engine = EngineOptions {
+        barrier_limit: Duration::from_millis(500),
+        ..EngineOptions::default()
+    };
+    let mut bench = start_with(engine, TABLE).await;
+    let client = bench.client().await.unwrap();
+    client.batch_execute("BEGIN").await.unwrap();
+    let first = all(&client, &[INSERT; 3]).await;
+    client.batch_execute("SELECT pg_sleep(1)").await.unwrap();
+    all(&client, &[INSERT; 3]).await;
+    bench.switchover().await.unwrap();
+    let told = client.batch_execute("SELECT 1").await.unwrap_err();
+    let told = told.as_db_error().unwrap();
+    assert_eq!(told.code().code(), "40001");
+    let detail = told.detail().unwrap_or_default();
+    assert!(
+        detail.contains("time in which sequences may be set back"),
+        "{detail}"
+    );
+    client.batch_execute("ROLLBACK").await.unwrap();
+    // Nobody gets what was given out, seen by a client or not.
+    let next = numbers(&bench.direct, INSERT).await;
+    assert!(next[0] > first[0] + 5, "{next:?}");
+}
+
 /// What is left of a replay may draw unseen, so nobody has a sequence set back meanwhile.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_left_of_a_replay_draws_no_value_of_another() {

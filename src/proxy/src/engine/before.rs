@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use helios_api::control::Topology;
+use tokio::time::Instant;
 
 use super::gate::Phase;
 use super::monitor::STARTED;
@@ -28,13 +29,15 @@ impl Session {
     /// A server that was started again, found while the gate is open: whoever goes on there now takes
     /// locks that others, which come behind the gate, held before, and waits for theirs. All are about
     /// to be told of it; then this attempt is void.
-    pub(super) async fn await_the_others(&self, server: &mut Server) -> Result<(), Attempt> {
+    /// Further attempts do not wait once more.
+    pub(super) async fn await_the_others(&mut self, server: &mut Server) -> Result<(), Attempt> {
         let patience = self.shared.options.restart_patience;
         if self.gate.phase != Phase::Open || patience.is_zero() {
             return Ok(());
         }
         if self.has_restarted(server).await? {
-            tokio::time::sleep(patience).await;
+            let until = Instant::now() + patience;
+            tokio::time::sleep_until(*self.others_until.get_or_insert(until)).await;
         }
         Ok(())
     }

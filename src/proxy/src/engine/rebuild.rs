@@ -27,6 +27,10 @@ use super::restarts::Life;
 use super::session::{End, OldBackend, Server, Session, Skip};
 use super::turn::Turn;
 
+/// What a difference comes from when an attempt before has missed its turn.
+const LATE: &str = "the replay did not end in the time in which sequences may be set back to the \
+    values that were seen";
+
 /// Why an attempt to rebuild the session did not succeed.
 pub(super) enum Attempt {
     /// It may be tried again.
@@ -263,7 +267,10 @@ impl Session {
             Err(e) => {
                 // The backend is in an unknown state; the abort needs a fresh one.
                 self.give_up_locks(&e);
-                self.forced = Some(e.to_string());
+                self.forced = Some(match self.late {
+                    true => format!("{e}; {LATE}"),
+                    false => e.to_string(),
+                });
                 self.shared
                     .metrics
                     .replay(ReplayResult::Mismatch, Duration::ZERO);
@@ -296,7 +303,11 @@ impl Session {
         let mut barrier = self.shared.barrier.subscribe();
         let behind_barrier = self.gate.phase.replays() && *barrier.borrow_and_update();
         let mut turn = match self.values_since() {
-            Some(since) if behind_barrier => self.turn(&mut barrier, since).await?,
+            Some(since) if behind_barrier => {
+                let turn = self.turn(&mut barrier, since).await;
+                self.late |= turn.is_err() && !*barrier.borrow();
+                turn?
+            }
             _ => Turn::beside(&self.shared).await,
         };
         let held = AtomicBool::new(self.gate.phase.replays());
@@ -310,7 +321,7 @@ impl Session {
         let (mut up, sets_back) = (behind_barrier, turn.sets_back());
         let (old, link) = (&self.tracker, &mut server.link);
         let replay = replay::replay(link, old, next, &mut turn, &under_way, how);
-        tokio::select! {
+        let result = tokio::select! {
             // First: a turn that came too late must set nothing back.
             biased;
             _ = barrier.wait_for(|now| {
@@ -321,7 +332,11 @@ impl Session {
                 *now != up
             }) => Err(ReplayError::Connection(std::io::ErrorKind::TimedOut.into())),
             result = replay => result,
-        }
+        };
+        drop(under_way);
+        self.late |=
+            up && result.is_err() && sets_back.load(Ordering::Relaxed) && !*barrier.borrow();
+        result
     }
 
     /// The right to replay where sequences may be set back, waited for while the barrier is up: who
@@ -420,7 +435,7 @@ impl Session {
             self.shared.new_work(self.epoch);
         }
         (self.attempts, self.retry_at) = (0, None);
-        (self.state_due, self.one_by_one) = (false, false);
+        (self.state_due, self.one_by_one, self.late) = (false, false, false);
         // One that is still under way is for a backend of the past.
         self.entry().cancel_under_way.store(false, Ordering::SeqCst);
         self.show_instance();

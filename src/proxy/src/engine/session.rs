@@ -198,6 +198,8 @@ pub struct Session {
     /// Its replay sets sequences back for one record at a time: a run of several took other values
     /// than were seen.
     pub(super) one_by_one: bool,
+    /// Its replay was broken off with sequences set back, or about to be: others were let in.
+    pub(super) late: bool,
     /// It has found the primary by itself, which has started anew in its epoch, before the gate
     /// closed for those who have not: its transaction goes on to its end.
     pub(super) stays: bool,
@@ -218,6 +220,8 @@ pub struct Session {
     pub(super) timer_at: Option<Instant>,
     /// Next attempt to find a server, not before.
     pub(super) retry_at: Option<Instant>,
+    /// Until when a restarted server is not gone on with, because all are about to be told of it.
+    pub(super) others_until: Option<Instant>,
     pub(super) last_activity: Instant,
     /// The last backend, until it is known to have ended.
     pub(super) old: Option<Box<OldBackend>>,
