@@ -134,10 +134,10 @@ async fn every_step(steps: &[&str], planned: bool) -> Result<()> {
         .iter()
         .flat_map(|step| [(*step).to_owned(), format!("{step}:done")])
         .filter(|step| only.as_ref().is_none_or(|only| only == step));
-    let all: Vec<_> = all.collect();
+    let mut ids = 1..;
     let mut outcome = Ok(());
-    for (id, step) in (1..).zip((0..rounds_or(1)).flat_map(|_| &all)) {
-        outcome = one_step(&stage, id, step, planned).await;
+    for step in all {
+        outcome = one_step(&stage, &mut ids, &step, planned).await;
         if outcome.is_err() {
             break;
         }
@@ -151,8 +151,22 @@ async fn every_step(steps: &[&str], planned: bool) -> Result<()> {
 /// By when the kubelet has told that a container was restarted.
 const TOLD: Duration = Duration::from_secs(20);
 
-async fn one_step(stage: &Stage, id: i64, step: &str, planned: bool) -> Result<()> {
+/// As many operations as there are rounds, which get these numbers. With more than three, the kubelet
+/// lets an operator that dies again and again wait for longer than clients may.
+async fn one_step(
+    stage: &Stage,
+    ids: &mut std::ops::RangeFrom<i64>,
+    step: &str,
+    planned: bool,
+) -> Result<()> {
     die_at(step).await?;
+    for id in ids.take(usize::try_from(rounds_or(1).min(3))?) {
+        one_death(stage, id, step, planned).await?;
+    }
+    Ok(())
+}
+
+async fn one_death(stage: &Stage, id: i64, step: &str, planned: bool) -> Result<()> {
     let (primary, _) = stage.roles().await?;
     let before = deaths().await?;
     if planned {
