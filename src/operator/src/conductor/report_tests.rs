@@ -123,12 +123,8 @@ async fn a_status_is_written_once_and_again_when_something_changes() {
     assert_eq!(first[0].body["metadata"]["resourceVersion"], "1");
     assert!(scene.round().await.is_empty(), "nothing has changed");
 
-    scene.input.paused = true;
-    assert!(
-        scene.round().await.is_empty(),
-        "too soon behind the last one"
-    );
     tokio::time::sleep(LEAST).await;
+    scene.input.paused = true;
     let second = scene.round().await;
     assert_eq!(lines(&second), [STATUS]);
     assert_eq!(second[0].body["status"]["phase"], "Paused");
