@@ -87,6 +87,9 @@ run_on() {
     deploy
     local status=0 audit=""
     if ! is_foreign && [ -e "$cluster_dir/logs/audit.log" ]; then audit="$cluster_dir/logs/audit.log"; fi
+    if ! is_foreign; then
+        export HELIOS_IMAGE_NEXT="$helios_image-next" HELIOS_POSTGRES_IMAGE_NEXT="$postgres_image-next"
+    fi
     HELIOS_AUDIT_LOG="$audit" KUBECONFIG="$kubeconfig" HELIOS_POSTGRES_IMAGE="$postgres_image" \
         cargo test --locked -p helios-e2e --test kubernetes -- --ignored --nocapture --test-threads 1 "$@" \
         || status=$?

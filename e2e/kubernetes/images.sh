@@ -23,6 +23,9 @@ open_storage() {
 
 import() { ctr_images images import --no-unpack=false "$1" >/dev/null 2>&1 || ctr_images images import "$1" >/dev/null; }
 
+# again IMAGE: the same under a second name, for upgrades.
+again() { ctr_images images tag --force "$1" "$1-next" >/dev/null; }
+
 # from_folder FOLDER IMAGE ARCHIVE [CONFIG...]: an image with one layer.
 from_folder() {
     local folder="$1" image="$2" archive="$3" container
@@ -85,6 +88,7 @@ postgres() {
         mv "$storage/image.tar" "$archive"
     fi
     import "$archive"
+    again "$image"
 }
 
 helios() {
@@ -105,6 +109,7 @@ helios() {
     build bud --quiet --tag "$helios_image" "$storage/context" >/dev/null
     build push --quiet "$helios_image" "docker-archive:$storage/image.tar:$helios_image" >/dev/null
     import "$storage/image.tar"
+    again "$helios_image"
     say "image of $(stat -c %s "$storage/image.tar" | awk '{printf "%.0f MB", $1 / 1e6}')"
 }
 

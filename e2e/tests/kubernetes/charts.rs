@@ -18,7 +18,7 @@ const ACCOUNT: &str = "system:serviceaccount:helios-system:helios-operator";
 /// How long one Helm command may take.
 const LIMIT: Duration = Duration::from_secs(120);
 
-fn root() -> PathBuf {
+pub(super) fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
@@ -33,7 +33,7 @@ async fn output(program: &str, args: &[&str]) -> Result<String> {
     Err(format!("{args:?}: {}", String::from_utf8_lossy(&output.stderr)).into())
 }
 
-async fn helm(args: &[&str]) -> Result<String> {
+pub(super) async fn helm(args: &[&str]) -> Result<String> {
     let script = root().join("e2e/kubernetes/helm.sh");
     let program = output(&script.display().to_string(), &[]).await?;
     output(program.trim(), args).await

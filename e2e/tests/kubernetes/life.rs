@@ -22,7 +22,7 @@ fn holds(object: &Value, kind: &str) -> bool {
         && condition["observedGeneration"] == object["metadata"]["generation"]
 }
 
-fn settled(object: &Value) -> bool {
+pub(super) fn settled(object: &Value) -> bool {
     ["Ready", "UpToDate", "ParametersApplied"]
         .iter()
         .all(|kind| holds(object, kind))
@@ -43,7 +43,7 @@ async fn patch(space: &Namespace, patch: &str) -> Result<()> {
 }
 
 /// Identities of the instances' Pods: another one was started anew.
-async fn pods(space: &Namespace) -> Result<BTreeSet<String>> {
+pub(super) async fn pods(space: &Namespace) -> Result<BTreeSet<String>> {
     let path = "jsonpath={.items[*].metadata.uid}";
     let selector = "heliosdb.io/component=instance";
     let text = space

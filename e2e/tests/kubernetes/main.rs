@@ -16,6 +16,7 @@ mod outages;
 mod plugin;
 mod proxies;
 mod readme;
+mod upgrades;
 mod volumes;
 
 use std::time::{Duration, Instant};

@@ -10,8 +10,8 @@
 use std::io::Result;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -172,7 +172,12 @@ pub struct Interposed {
     path: PathBuf,
     rules: watch::Sender<Rules>,
     task: JoinHandle<()>,
+    gone: Gone,
 }
+
+/// Whether the place has been given back; held while files are moved, so that a task which is being
+/// aborted takes it no more.
+type Gone = Arc<Mutex<bool>>;
 
 impl Interposed {
     /// Takes the place of the socket at `path`.
@@ -182,11 +187,14 @@ impl Interposed {
     pub fn install(path: &Path) -> Result<Self> {
         let (rules, seen) = watch::channel(Rules::default());
         let (listener, inode) = take_place(path)?;
-        let task = tokio::spawn(serve(path.to_owned(), listener, inode, seen));
+        let gone = Gone::default();
+        let place = (path.to_owned(), Arc::clone(&gone));
+        let task = tokio::spawn(serve(place, listener, inode, seen));
         Ok(Self {
             path: path.to_owned(),
             rules,
             task,
+            gone,
         })
     }
 
@@ -218,6 +226,8 @@ impl Interposed {
                 ..Rules::default()
             };
         });
+        let mut gone = self.gone.lock().unwrap_or_else(PoisonError::into_inner);
+        *gone = true;
         let aside = aside(&self.path);
         if inode(&self.path).is_ok_and(|found| Some(found) == ours(&self.path)) {
             // The server's own file; when it has gone, so has the server.
@@ -263,8 +273,18 @@ fn take_place(path: &Path) -> Result<(UnixListener, u64)> {
     Ok((listener, inode))
 }
 
+/// Takes the place of a file that is not `own`: the server has started anew.
+fn take_again(path: &Path, own: u64, gone: &Gone) -> Option<(UnixListener, u64)> {
+    let gone = gone.lock().unwrap_or_else(PoisonError::into_inner);
+    let new = |m: std::fs::Metadata| m.file_type().is_socket() && m.ino() != own;
+    let socket = !*gone && std::fs::metadata(path).is_ok_and(new);
+    (socket && listens(path))
+        .then(|| take_place(path).ok())
+        .flatten()
+}
+
 async fn serve(
-    path: PathBuf,
+    (path, gone): (PathBuf, Gone),
     mut listener: UnixListener,
     mut own: u64,
     rules: watch::Receiver<Rules>,
@@ -278,10 +298,8 @@ async fn serve(
                 }
             }
             () = tokio::time::sleep(WATCH) => {
-                let socket = std::fs::metadata(&path)
-                    .is_ok_and(|m| m.file_type().is_socket() && m.ino() != own);
-                if socket && listens(&path) && let Ok((fresh, inode)) = take_place(&path) {
-                    (listener, own) = (fresh, inode);
+                if let Some(place) = take_again(&path, own, &gone) {
+                    (listener, own) = place;
                 }
             }
         }
@@ -546,5 +564,23 @@ mod tests {
         let mut direct = connect(&path).await;
         assert_eq!(echoed(&mut direct, &message).await, message);
         assert!(!aside(&path).exists() && !mark(&path).exists());
+    }
+
+    /// A look at the socket that began before it was given back, and ends behind that (seed 20261788 of
+    /// the experiments: a server that nobody could connect to any more).
+    #[tokio::test]
+    async fn what_is_given_back_is_not_taken_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(".s.PGSQL.5432");
+        echo(&path);
+        let between = Interposed::install(&path).unwrap();
+        let (own, gone) = (ours(&path).unwrap(), Arc::clone(&between.gone));
+        between.remove();
+        assert!(take_again(&path, own, &gone).is_none());
+        assert!(listens(&path));
+        assert!(!aside(&path).exists() && !mark(&path).exists());
+        // Before that, what is not ours is the server's, and is taken.
+        *gone.lock().unwrap() = false;
+        assert!(take_again(&path, own, &gone).is_some());
     }
 }
