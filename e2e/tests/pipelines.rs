@@ -234,3 +234,139 @@ async fn refused_copy() -> Result<()> {
     assert_eq!(bench.column("select v from t").await?, ["d"]);
     Ok(())
 }
+
+/// What fails as long as `gate` says so.
+const GATE: &str =
+    "create table t (v text); create table gate (n int); insert into gate values (0)";
+const FAILS: &str = "insert into t select 'lost' || 1 / n from gate";
+
+/// A request with its own COMMIT that has failed in front of it, in each form; what was before it.
+fn failing() -> [(&'static str, Vec<u8>, Vec<u8>); 3] {
+    let whole = format!("begin; insert into t values ('lost'); {FAILS}; commit");
+    let run = |sql: &str| [parse("", sql), bind("", "", &[]), execute("", 0)].concat();
+    let pipeline = [run("begin"), run(FAILS), run("commit"), sync()].concat();
+    let behind = query(&format!("{FAILS}; commit"));
+    let before = query("begin; savepoint s");
+    [
+        ("one query", Vec::new(), query(&whole)),
+        ("a pipeline", Vec::new(), pipeline),
+        ("behind a savepoint", before, behind),
+    ]
+}
+
+/// Its client knows that it has failed: run again, where the reason is gone, it would commit (seed
+/// 20261566 of the experiments: a full disk).
+async fn commits_behind_errors(crash: bool) -> Result<()> {
+    let mut bench = Bench::start(EngineOptions::default(), GATE).await?;
+    bench.known().await?;
+    for (form, before, fails) in failing() {
+        bench.direct.batch_execute("update gate set n = 0").await?;
+        let mut client = RawClient::log_in(&Target::local(bench.proxy.port())).await?;
+        client.send(&before).await?;
+        if !before.is_empty() {
+            client.until(b'Z').await?;
+        }
+        client.send(&fails).await?;
+        client.until(b'E').await?;
+        assert_eq!(
+            client.until(b'Z').await?.last().map(|z| z.body.clone()),
+            Some(b"E".to_vec())
+        );
+        let mut later = None;
+        if form.contains("savepoint") {
+            client.send(&query("rollback to s")).await?;
+            client.until(b'Z').await?;
+            later = Some("40001");
+        }
+        bench.direct.batch_execute("update gate set n = 1").await?;
+        if crash {
+            bench.crash().await?;
+        } else {
+            bench.switchover().await?;
+        }
+        client
+            .send(&query("insert into t values ('behind')"))
+            .await?;
+        let told = client.until(b'E').await?;
+        let told = told.last().and_then(Message::sqlstate);
+        assert!(
+            later.is_none() || told.as_deref() == later,
+            "{form}: {told:?}"
+        );
+        client.until(b'Z').await?;
+        client.send(&query("rollback")).await?;
+        client.until(b'Z').await?;
+        assert!(bench.column("select v from t").await?.is_empty(), "{form}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_failed_in_front_of_its_commit_is_not_committed_by_a_switchover()
+-> std::result::Result<(), Shown> {
+    Ok(Box::pin(commits_behind_errors(false)).await?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_failed_in_front_of_its_commit_is_not_committed_by_a_crash()
+-> std::result::Result<(), Shown> {
+    Ok(Box::pin(commits_behind_errors(true)).await?)
+}
+
+/// The same, cut off behind each message of the answer: behind the error, nothing is run again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_failed_in_front_of_its_commit_and_is_cut_off_there_is_not_committed()
+-> std::result::Result<(), Shown> {
+    Ok(Box::pin(cut_off_behind_errors()).await?)
+}
+
+async fn cut_off_behind_errors() -> Result<()> {
+    let mut bench = Bench::start(EngineOptions::default(), GATE).await?;
+    bench.interpose()?;
+    let mut behind_the_error = 0;
+    for (form, before, fails) in failing() {
+        for after in 1..=12 {
+            let reset = "update gate set n = 0; truncate t";
+            bench.direct.batch_execute(reset).await?;
+            bench.known().await?;
+            let mut client = RawClient::log_in(&Target::local(bench.proxy.port())).await?;
+            client.send(&before).await?;
+            if !before.is_empty() {
+                client.until(b'Z').await?;
+            }
+            let order = Order::new(
+                Cut {
+                    way: Way::FromServer,
+                    unit: Unit::Messages,
+                    after,
+                },
+                1,
+            );
+            set(&bench, Some(Arc::clone(&order)), true);
+            client.send(&fails).await?;
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            bench.crash().await?;
+            bench.direct.batch_execute("update gate set n = 1").await?;
+            set(&bench, None, false);
+            let mut told = Vec::new();
+            while told.last() != Some(&'Z') {
+                let message = client.receive().await?.ok_or("the connection was closed")?;
+                told.push(char::from(message.tag));
+            }
+            behind_the_error += usize::from(order.hits().contains(&Some(b'E')));
+            client.send(&query("rollback")).await?;
+            client.until(b'Z').await?;
+            let left = bench.column("select v from t").await?.len();
+            let failed = told.contains(&'E');
+            if failed && left > 0 {
+                return Err(
+                    format!("{form}, {after}: told {told:?}, {left} rows are there").into(),
+                );
+            }
+        }
+    }
+    match behind_the_error {
+        0 => Err("no cut was right behind the error".into()),
+        _ => Ok(()),
+    }
+}

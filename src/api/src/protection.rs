@@ -20,6 +20,8 @@ pub enum Unprotected {
     JournalTotalLimit,
     /// The transaction began behind the end of another: AND CHAIN, or inside one query.
     Chained,
+    /// A request failed in front of its own COMMIT: run again, it might not fail.
+    CommitBehindError,
     /// The transaction was aborted by an earlier move and waits for its ROLLBACK.
     AbortedByMove,
     /// Settings were changed, and are not captured.
@@ -40,12 +42,13 @@ pub enum Unprotected {
 
 impl Unprotected {
     /// All reasons, in the order of their discriminants.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::ReplayOff,
         Self::TransactionsNotReplayed,
         Self::JournalLimit,
         Self::JournalTotalLimit,
         Self::Chained,
+        Self::CommitBehindError,
         Self::AbortedByMove,
         Self::SettingsNotCaptured,
         Self::StatementsNotCaptured,
@@ -65,6 +68,7 @@ impl Unprotected {
             Self::JournalLimit => "journal_limit",
             Self::JournalTotalLimit => "journal_total_limit",
             Self::Chained => "chained",
+            Self::CommitBehindError => "commit_behind_error",
             Self::AbortedByMove => "aborted_by_move",
             Self::SettingsNotCaptured => "settings_not_captured",
             Self::StatementsNotCaptured => "statements_not_captured",
@@ -85,6 +89,9 @@ impl Unprotected {
             Self::JournalLimit => "journal over the session's limit",
             Self::JournalTotalLimit => "journals over the proxy's limit",
             Self::Chained => "the transaction was begun by AND CHAIN or inside one query",
+            Self::CommitBehindError => {
+                "a request failed in front of its own COMMIT, and might commit if it ran again"
+            }
             Self::AbortedByMove => "the transaction was aborted by an earlier failover",
             Self::SettingsNotCaptured => "settings, which are not captured",
             Self::StatementsNotCaptured => "prepared statements, which are not captured",

@@ -232,6 +232,15 @@ impl Reply {
             .any(|c| matches!(&c.outcome, Outcome::Complete(t) if t.as_bytes() == tag))
     }
 
+    /// Whether the server could not read the text, and did nothing.
+    #[must_use]
+    pub fn is_syntax_error(&self) -> bool {
+        let [only] = self.commands.as_slice() else {
+            return false;
+        };
+        only.outcome == Outcome::Error(*b"42601")
+    }
+
     /// Whether the server answered with an error.
     #[must_use]
     pub fn failed(&self) -> bool {

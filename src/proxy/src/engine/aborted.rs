@@ -26,21 +26,22 @@ impl Session {
         !lossy && self.tracker.has_failed_for_good()
     }
 
-    /// Says what is certain of an open transaction whose server died between an error and its
-    /// ReadyForQuery: it has failed. The server passes on the error first, gives up the
-    /// transaction's locks, and is ready then (`PostgresMain` in `src/backend/tcop/postgres.c`), so
-    /// others may hold these locks by now.
+    /// Says what is certain of a request whose server died between an error and its ReadyForQuery: it
+    /// has failed, and what follows in it does not run. The server passes on the error first, gives up
+    /// the transaction's locks, and is ready then (`PostgresMain` in `src/backend/tcop/postgres.c`),
+    /// so others may hold these locks by now.
     pub(super) fn end_what_failed(&mut self) {
         let is_rerun = self.skip.is_some() || self.rerun.told || self.instead.is_some();
-        if is_rerun || !self.tracker.lacks_only_ready() {
+        let status = self.tracker.lacks_only_ready().filter(|_| !is_rerun);
+        let Some(status) = status else {
             return;
-        }
+        };
         let Some(server) = &mut self.server else {
             return;
         };
         // Bytes that are left are a part of a message: of this one, or of a notice in front of it.
         server.link.input.clear();
-        back::ready_for_query(&mut server.link.input, TxnStatus::Failed.byte());
+        back::ready_for_query(&mut server.link.input, status.byte());
         tracing::debug!(session = %self.entry().id, "failed, and not told that it is ready");
         if self.pump_server().is_err() {
             tracing::debug!(session = %self.entry().id, "what has failed cannot be ended");

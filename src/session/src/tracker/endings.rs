@@ -1,14 +1,17 @@
 //! Ends of transactions that have their own kind of evidence: COMMIT PREPARED and ROLLBACK
 //! PREPARED, and a COMMIT behind messages whose answer is known beforehand.
 
+use helios_api::protection::Unprotected;
 use helios_wire::{backend, frontend};
 
+use super::client::several;
 use super::texts::until_zero;
 use super::{ServerStep, Tracker};
+use crate::TxnStatus;
 use crate::expect::{Expect, Owner};
-use crate::grammar;
+use crate::grammar::{self, Kind};
 use crate::journal::Exchange;
-use crate::keyword::ends_prepared;
+use crate::keyword::{ends_prepared, first_word};
 
 impl Tracker {
     /// Whether a frame begins an exchange that ends a prepared transaction; the question for it is
@@ -73,6 +76,39 @@ impl Tracker {
     pub fn ends_prepared(&self, exchange: &Exchange) -> Option<(String, bool)> {
         let texts = self.texts_of(self.journal.exchange_bytes(exchange));
         grammar::ended_prepared(texts.first()?)
+    }
+
+    /// The exchange in front failed, and the transaction that it leaves open waits for its end: where
+    /// the rest of it, which was skipped, holds a COMMIT, it must not run again. It may have failed of
+    /// what is not so any more (a full disk, a lock, another's row), and would commit what its client
+    /// knows to have failed.
+    pub(super) fn note_commit_behind_error(&mut self, status: TxnStatus) {
+        let Some(front) = self.journal.in_flight().front() else {
+            return;
+        };
+        if status == TxnStatus::Idle || !front.reply.failed() || !self.may_hold_commit(front) {
+            return;
+        }
+        let reason = Unprotected::CommitBehindError;
+        self.journal.lose(reason, reason.text().into());
+    }
+
+    /// Whether a COMMIT is among the statements of an exchange, as far as its text can be read. A
+    /// text that PostgreSQL could not read either did nothing, and will not.
+    fn may_hold_commit(&self, exchange: &Exchange) -> bool {
+        let Some(kinds) = self.kinds(exchange) else {
+            // Its text was not kept: it does not run again.
+            return false;
+        };
+        let commits = |k: &Kind| matches!(k, Kind::Commit | Kind::CommitAndChain);
+        if kinds.iter().any(commits) {
+            return true;
+        }
+        let messages = self.journal.exchange_bytes(exchange);
+        let simple = messages.first() == Some(&frontend::QUERY) && several(messages);
+        let word = first_word(messages.get(5..).unwrap_or_default());
+        let calls = word.eq_ignore_ascii_case(b"do") || word.eq_ignore_ascii_case(b"call");
+        simple && kinds.contains(&Kind::Opaque) && !calls && !exchange.reply.is_syntax_error()
     }
 
     /// Whether everything in flight before exchange `at` only closes statements and portals, so that

@@ -284,6 +284,7 @@ impl Tracker {
     /// The exchange in front is answered: moves journal, ids and statements on.
     pub(super) fn finish(&mut self, status: TxnStatus) {
         self.note_end_inside(status);
+        self.note_commit_behind_error(status);
         self.note_texts();
         self.note_changes(status);
         let Some(exchange) = self.journal.complete(status) else {

@@ -8,6 +8,7 @@ use crate::decide::{Evidence, InFlight, MarkState};
 use crate::grammar::{self, Kind};
 use crate::journal::Exchange;
 use crate::locks::Calls;
+use crate::reply::{CommandResult, Outcome};
 
 impl Tracker {
     /// The statements of an exchange, read with the grammar; `None` when its text was not kept.
@@ -43,20 +44,20 @@ impl Tracker {
             })
     }
 
-    /// Whether the open transaction has failed for certain in the exchange in front, and all that
-    /// its client has not been told of that is ReadyForQuery.
+    /// Where the exchange in front has failed for certain, and all that its client has not been told
+    /// of that is ReadyForQuery: the status that it would tell. What was skipped behind the error does
+    /// not run, and must not be run again: it may not fail then, and a COMMIT may be in it.
     #[must_use]
-    pub fn lacks_only_ready(&self) -> bool {
-        let Some(front) = self.journal.in_flight().front() else {
-            return false;
-        };
-        let stays = |k: &Kind| k.stays_inside() && *k != Kind::Opaque;
-        self.status == TxnStatus::Open
-            && front.closed
+    pub fn lacks_only_ready(&self) -> Option<TxnStatus> {
+        let front = self.journal.in_flight().front()?;
+        let over = front.closed
             && front.has_told_error()
             && !front.reply.inside_message()
-            && self.ready_ends_front()
-            && self.kinds(front).is_some_and(|k| k.iter().all(stays))
+            && self.ready_ends_front();
+        let kinds = self.kinds(front).filter(|_| over)?;
+        let error = |c: &CommandResult| matches!(c.outcome, Outcome::Error(_));
+        let at = front.reply.commands.iter().position(error)?;
+        status_behind_error(self.status, &kinds, at)
     }
 
     /// The statements that a sequence of client messages runs.
@@ -246,3 +247,56 @@ fn is_custom_name(text: &str) -> bool {
 
 /// Longest name of a custom setting that is looked for.
 const MAX_NAME: usize = 256;
+/// The status behind an error in the statement of this number, of an exchange that began with
+/// `status`; `None` where what was run cannot be told. A COMMIT that fails leaves nothing open.
+fn status_behind_error(status: TxnStatus, kinds: &[Kind], at: usize) -> Option<TxnStatus> {
+    let mut open = status != TxnStatus::Idle;
+    let run: Vec<Kind> = kinds
+        .iter()
+        .copied()
+        .filter(|k| *k != Kind::Empty)
+        .collect();
+    for kind in run.iter().take(at) {
+        match kind {
+            Kind::Begin => open = true,
+            Kind::Commit | Kind::Rollback => open = false,
+            Kind::Opaque if open => return None,
+            _ => {}
+        }
+    }
+    match run.get(at) {
+        Some(Kind::Opaque) if open => None,
+        Some(Kind::Commit | Kind::CommitAndChain) => Some(TxnStatus::Idle),
+        _ if open => Some(TxnStatus::Failed),
+        _ => Some(TxnStatus::Idle),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_an_error_leaves_a_transaction() {
+        use Kind::{Begin, Commit, Empty, Opaque, Rollback, Write};
+        use TxnStatus::{Failed, Idle, Open};
+        for (status, kinds, at, wanted) in [
+            (Idle, &[Write][..], 0, Some(Idle)),
+            (Idle, &[Write, Write, Commit], 1, Some(Idle)),
+            (Idle, &[Begin, Write, Commit], 1, Some(Failed)),
+            (Idle, &[Empty, Begin, Write, Commit], 1, Some(Failed)),
+            (Idle, &[Begin, Write, Commit], 2, Some(Idle)),
+            (Idle, &[Begin, Write, Commit, Write], 3, Some(Idle)),
+            (Open, &[Write, Commit], 0, Some(Failed)),
+            (Open, &[Commit], 0, Some(Idle)),
+            (Open, &[Rollback, Write], 1, Some(Idle)),
+            (Failed, &[Write], 0, Some(Failed)),
+            (Idle, &[Opaque], 0, Some(Idle)),
+            (Open, &[Opaque], 0, None),
+            (Open, &[Opaque, Write], 1, None),
+        ] {
+            let found = status_behind_error(status, kinds, at);
+            assert_eq!(found, wanted, "{status:?} {kinds:?} {at}");
+        }
+    }
+}
