@@ -6,7 +6,6 @@
 use std::time::Duration;
 
 use helios_api::control::Topology;
-use tokio::time::Instant;
 
 use super::gate::Phase;
 use super::monitor::STARTED;
@@ -32,12 +31,12 @@ impl Session {
     /// Further attempts do not wait once more.
     pub(super) async fn await_the_others(&mut self, server: &mut Server) -> Result<(), Attempt> {
         let patience = self.shared.options.restart_patience;
-        if self.gate.phase != Phase::Open || patience.is_zero() {
+        if self.gate.phase != Phase::Open || patience.is_zero() || self.awaited {
             return Ok(());
         }
         if self.has_restarted(server).await? {
-            let until = Instant::now() + patience;
-            tokio::time::sleep_until(*self.others_until.get_or_insert(until)).await;
+            tokio::time::sleep(patience).await;
+            self.awaited = true;
         }
         Ok(())
     }

@@ -89,7 +89,7 @@ impl Session {
             forced: None,
             timer_at: None,
             retry_at: None,
-            others_until: None,
+            awaited: false,
             last_activity: Instant::now(),
             shown_epoch: epoch,
             noted: Noted::default(),

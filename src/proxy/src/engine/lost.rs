@@ -59,7 +59,7 @@ impl Session {
         self.held();
         let alone = self.gate.phase == Phase::Open;
         self.note_lost().alone |= alone;
-        (self.retry_at, self.others_until) = (None, None);
+        (self.retry_at, self.awaited) = (None, false);
         self.attempts = 0;
         tracing::debug!(session = %self.entry().id, phase = ?self.gate.phase, "backend lost");
     }

@@ -220,8 +220,8 @@ pub struct Session {
     pub(super) timer_at: Option<Instant>,
     /// Next attempt to find a server, not before.
     pub(super) retry_at: Option<Instant>,
-    /// Until when a restarted server is not gone on with, because all are about to be told of it.
-    pub(super) others_until: Option<Instant>,
+    /// It has waited for all to be told of a restarted server, and nobody was.
+    pub(super) awaited: bool,
     pub(super) last_activity: Instant,
     /// The last backend, until it is known to have ended.
     pub(super) old: Option<Box<OldBackend>>,
