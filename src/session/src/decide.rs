@@ -337,7 +337,7 @@ mod tests {
     use super::*;
     use Kind::{
         Begin, Chain, Commit, CommitAndChain, CopyIn, EndPrepared, Harmless, Opaque, Other, Read,
-        Repeatable, Rollback, Write,
+        Repeatable, Rollback, Unread, Write,
     };
 
     fn flight(kinds: &[Kind], evidence: Evidence) -> InFlight {
@@ -389,6 +389,7 @@ mod tests {
             (Open, &[(&[Write], unknown)], Plan::Replay),
             (Open, &[(&[Opaque], unknown)], Plan::Replay),
             (Open, &[(&[Opaque, Opaque], unknown)], doubt(0)),
+            (Open, &[(&[Unread], unknown)], doubt(0)),
             (Open, &[(&[Rollback], unknown)], Plan::Replay),
             (Open, &[(&[Commit], x)], ask(0)),
             (Open, &[(&[Commit], none)], Plan::Replay),

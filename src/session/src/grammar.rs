@@ -41,14 +41,18 @@ pub enum Kind {
     Other,
     /// May commit by itself or cannot be read: nothing is known.
     Opaque,
+    /// A text that cannot be read, and may hold several statements, a COMMIT among them.
+    Unread,
 }
 
-/// The statements of a query string; `[Opaque]` when it cannot be parsed.
+/// The statements of a query string; `[Opaque]` when it cannot be parsed, or `[Unread]`.
 #[must_use]
 pub fn statements(sql: &str) -> Vec<Kind> {
     let parse = SourceFile::parse(sql);
     if !parse.errors().is_empty() {
-        return vec![Kind::Opaque];
+        let text = sql.trim_end();
+        let several = text.strip_suffix(';').unwrap_or(text).contains(';');
+        return vec![if several { Kind::Unread } else { Kind::Opaque }];
     }
     let kinds: Vec<Kind> = parse
         .tree()
@@ -339,7 +343,7 @@ impl Kind {
     pub fn stays_inside(self) -> bool {
         !matches!(
             self,
-            Self::Commit | Self::Rollback | Self::Chain | Self::CommitAndChain
+            Self::Commit | Self::Rollback | Self::Chain | Self::CommitAndChain | Self::Unread
         )
     }
 }

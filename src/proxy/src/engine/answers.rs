@@ -243,7 +243,8 @@ impl Session {
 
     /// Whether a COMMIT may be running.
     pub(super) fn commit_in_flight(&self) -> bool {
-        let ends = |k: &Kind| matches!(k, Kind::Commit | Kind::CommitAndChain | Kind::EndPrepared);
+        use Kind::{Commit, CommitAndChain, EndPrepared, Unread};
+        let ends = |k: &Kind| matches!(k, Commit | CommitAndChain | EndPrepared | Unread);
         let front = self.tracker.journal().in_flight().front();
         front.is_some_and(|e| {
             self.tracker

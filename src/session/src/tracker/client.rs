@@ -275,7 +275,7 @@ pub(super) fn look_at_parse(frame: &[u8], body: &[u8]) -> Looked {
 }
 
 /// Whether a Query may hold more than one statement.
-pub(super) fn several(frame: &[u8]) -> bool {
+fn several(frame: &[u8]) -> bool {
     let sql = until_zero(frame.get(5..).unwrap_or_default()).trim_ascii_end();
     sql.strip_suffix(b";").unwrap_or(sql).contains(&b';')
 }

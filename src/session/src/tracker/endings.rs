@@ -4,14 +4,13 @@
 use helios_api::protection::Unprotected;
 use helios_wire::{backend, frontend};
 
-use super::client::several;
 use super::texts::until_zero;
 use super::{ServerStep, Tracker};
 use crate::TxnStatus;
 use crate::expect::{Expect, Owner};
 use crate::grammar::{self, Kind};
 use crate::journal::Exchange;
-use crate::keyword::{ends_prepared, first_word};
+use crate::keyword::ends_prepared;
 
 impl Tracker {
     /// Whether a frame begins an exchange that ends a prepared transaction; the question for it is
@@ -93,22 +92,18 @@ impl Tracker {
         self.journal.lose(reason, reason.text().into());
     }
 
-    /// Whether a COMMIT is among the statements of an exchange, as far as its text can be read. A
-    /// text that PostgreSQL could not read either did nothing, and will not.
+    /// Whether a COMMIT may be among the statements of an exchange. Of a text that PostgreSQL could not
+    /// read nothing has run, nor will.
     fn may_hold_commit(&self, exchange: &Exchange) -> bool {
-        let Some(kinds) = self.kinds(exchange) else {
-            // Its text was not kept: it does not run again.
+        use Kind::{Commit, CommitAndChain, Unread};
+        let simple = self.journal.exchange_bytes(exchange).first() == Some(&frontend::QUERY);
+        if simple && exchange.reply.is_syntax_error() {
             return false;
-        };
-        let commits = |k: &Kind| matches!(k, Kind::Commit | Kind::CommitAndChain);
-        if kinds.iter().any(commits) {
-            return true;
         }
-        let messages = self.journal.exchange_bytes(exchange);
-        let simple = messages.first() == Some(&frontend::QUERY) && several(messages);
-        let word = first_word(messages.get(5..).unwrap_or_default());
-        let calls = word.eq_ignore_ascii_case(b"do") || word.eq_ignore_ascii_case(b"call");
-        simple && kinds.contains(&Kind::Opaque) && !calls && !exchange.reply.is_syntax_error()
+        // One whose text was not kept does not run again.
+        let kinds = self.kinds(exchange).unwrap_or_default();
+        let commits = |k: &Kind| matches!(k, Commit | CommitAndChain | Unread);
+        kinds.iter().any(commits)
     }
 
     /// Whether everything in flight before exchange `at` only closes statements and portals, so that

@@ -336,7 +336,8 @@ impl Tracker {
         if rollback {
             let kinds = self.kinds(front).unwrap_or_else(|| vec![Kind::Opaque]);
             let chain = |k: &Kind| matches!(k, Kind::Chain | Kind::CommitAndChain);
-            let ends = |k: &Kind| chain(k) || matches!(k, Kind::Rollback | Kind::Opaque);
+            let unknown = |k: &Kind| matches!(k, Kind::Opaque | Kind::Unread);
+            let ends = |k: &Kind| chain(k) || unknown(k) || *k == Kind::Rollback;
             if !kinds.iter().any(ends) {
                 return;
             }

@@ -260,12 +260,12 @@ fn status_behind_error(status: TxnStatus, kinds: &[Kind], at: usize) -> Option<T
         match kind {
             Kind::Begin => open = true,
             Kind::Commit | Kind::Rollback => open = false,
-            Kind::Opaque if open => return None,
+            Kind::Unread if open => return None,
             _ => {}
         }
     }
     match run.get(at) {
-        Some(Kind::Opaque) if open => None,
+        Some(Kind::Unread) if open => None,
         Some(Kind::Commit | Kind::CommitAndChain) => Some(TxnStatus::Idle),
         _ if open => Some(TxnStatus::Failed),
         _ => Some(TxnStatus::Idle),
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn where_an_error_leaves_a_transaction() {
-        use Kind::{Begin, Commit, Empty, Opaque, Rollback, Write};
+        use Kind::{Begin, Commit, Empty, Opaque, Rollback, Unread, Write};
         use TxnStatus::{Failed, Idle, Open};
         for (status, kinds, at, wanted) in [
             (Idle, &[Write][..], 0, Some(Idle)),
@@ -292,8 +292,11 @@ mod tests {
             (Open, &[Rollback, Write], 1, Some(Idle)),
             (Failed, &[Write], 0, Some(Failed)),
             (Idle, &[Opaque], 0, Some(Idle)),
-            (Open, &[Opaque], 0, None),
-            (Open, &[Opaque, Write], 1, None),
+            (Open, &[Opaque], 0, Some(Failed)),
+            (Idle, &[Begin, Opaque, Commit], 1, Some(Failed)),
+            (Idle, &[Unread], 1, Some(Idle)),
+            (Open, &[Unread], 0, None),
+            (Open, &[Unread], 1, None),
         ] {
             let found = status_behind_error(status, kinds, at);
             assert_eq!(found, wanted, "{status:?} {kinds:?} {at}");
