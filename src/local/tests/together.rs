@@ -134,6 +134,40 @@ async fn values_that_clients_of_both_have_seen_are_nobody_elses() {
     assert_eq!(count, [20]);
 }
 
+/// A long transaction takes its values ahead in its turn, and runs again behind those of the other
+/// proxy: for longer than any turn, and than others wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_transaction_needs_no_long_turn() {
+    let (mut bench, proxies) = two("CREATE TABLE t (id serial PRIMARY KEY, v int)").await;
+    let insert = "INSERT INTO t (v) VALUES (1) RETURNING id";
+    let long = bench.client_of(&proxies[0]).await.unwrap();
+    let other = bench.client_of(&proxies[1]).await.unwrap();
+    long.batch_execute("BEGIN").await.unwrap();
+    let (mut seen, mut others) = (Vec::new(), Vec::new());
+    for _ in 0..300 {
+        seen.extend(numbers(&long, insert).await);
+        others.extend(numbers(&other, insert).await);
+    }
+    long.batch_execute("SELECT pg_sleep(8)").await.unwrap();
+    seen.extend(numbers(&long, insert).await);
+    other.batch_execute("BEGIN").await.unwrap();
+    others.extend(numbers(&other, SLOWLY).await);
+    let topology = bench.next_topology().unwrap();
+    let orders = together(&proxies, topology).await;
+    let turns = orders.iter().filter(|o| o.1 == Order::Advance(Stage::Turn));
+    assert_eq!(turns.count(), 2, "{orders:?}");
+    others.extend(numbers(&other, insert).await);
+    other.batch_execute("COMMIT").await.unwrap();
+    let sleeps = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+    assert_eq!(numbers(&bench.direct, sleeps).await, [1], "it is not over");
+    seen.extend(numbers(&long, insert).await);
+    long.batch_execute("COMMIT").await.unwrap();
+    seen.extend(others);
+    seen.sort_unstable();
+    let rows = numbers(&bench.direct, "SELECT id FROM t ORDER BY id").await;
+    assert_eq!(rows, seen);
+}
+
 /// The lock of a replay that takes its time, and new work of the other proxy's client on the same
 /// row: it comes behind.
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@
 //! are the columns, by table and number, their values, and the one literal argument of `nextval`.
 //! A guess too many costs a question: the replay is compared with what the client saw all the same.
 
+pub mod preallocate;
 pub mod run;
 
 use std::borrow::Cow;

@@ -39,6 +39,7 @@ mod moving;
 pub(crate) mod opening;
 mod own;
 mod own_answers;
+mod preallocate;
 mod presence;
 pub mod progress;
 pub mod protection;

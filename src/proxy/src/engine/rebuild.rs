@@ -21,7 +21,7 @@ use super::answers::STATE_UNKNOWN;
 use super::evidence;
 use super::reads;
 use super::registry::{Identity, lock};
-use super::replay::{self, How, ReplayError};
+use super::replay::{self, How, ReplayError, ended};
 use super::resolve::Outcome;
 use super::restarts::Life;
 use super::session::{End, OldBackend, Server, Session, Skip};
@@ -301,15 +301,38 @@ impl Session {
         }
         // Beside new work a sequence that is set back would give its values to others too.
         let mut barrier = self.shared.barrier.subscribe();
-        let behind_barrier = self.gate.phase.replays() && *barrier.borrow_and_update();
+        let mut up = self.gate.phase.replays() && *barrier.borrow_and_update();
         let mut turn = match self.values_since() {
-            Some(since) if behind_barrier => {
+            Some(since) if up => {
                 let turn = self.turn(&mut barrier, since).await;
                 self.late |= turn.is_err() && !*barrier.borrow();
                 turn?
             }
-            _ => Turn::beside(&self.shared).await,
+            _ => Turn::beside(&self.shared, None).await,
         };
+        if let Some(taken) = self
+            .take_ahead(server, &mut turn, next, &mut barrier)
+            .await?
+        {
+            replay::prepare_unnamed(&mut server.link, prepared).await?;
+            self.wait_for_turns().await;
+            turn = Turn::beside(&self.shared, Some(taken)).await;
+            up = *barrier.borrow_and_update();
+        }
+        self.run_journal(server, next, turn, (barrier, up)).await
+    }
+
+    /// Runs the journal, until it is through or may not go on: because the barrier, which was `up` or
+    /// not, has changed.
+    async fn run_journal(
+        &mut self,
+        server: &mut Server,
+        next: &mut helios_session::tracker::Tracker,
+        mut turn: Turn,
+        (mut barrier, mut up): (watch::Receiver<bool>, bool),
+    ) -> Result<(), ReplayError> {
+        let sets_back = turn.sets_back();
+        let mut gate = self.shared.gate.watch();
         let held = AtomicBool::new(self.gate.phase.replays());
         let how = How {
             lossy: self.gate.topology.may_have_lost(self.epoch),
@@ -318,19 +341,23 @@ impl Session {
         };
         let entry = self.entry();
         let under_way = entry.replay.begin(self.tracker.journal().records().len());
-        let (mut up, sets_back) = (behind_barrier, turn.sets_back());
         let (old, link) = (&self.tracker, &mut server.link);
         let replay = replay::replay(link, old, next, &mut turn, &under_way, how);
+        let opened = async {
+            let _ = gate.wait_for(|now| !now.phase.replays()).await;
+            held.store(false, Ordering::Relaxed);
+            std::future::pending::<()>().await;
+        };
         let result = tokio::select! {
             // First: a turn that came too late must set nothing back.
             biased;
             _ = barrier.wait_for(|now| {
                 if up && !now && self.overstays(&sets_back) {
                     up = false;
-                    held.store(false, Ordering::Relaxed);
                 }
                 *now != up
             }) => Err(ReplayError::Connection(std::io::ErrorKind::TimedOut.into())),
+            () = opened => Err(ended()),
             result = replay => result,
         };
         drop(under_way);

@@ -240,6 +240,18 @@ pub(super) async fn restore(
     }
 }
 
+/// Prepares the unnamed statement again, which a query of ours has ended.
+///
+/// # Errors
+/// As [`restore`].
+pub(super) async fn prepare_unnamed(
+    link: &mut Link,
+    prepared: &[(Vec<u8>, Prepared)],
+) -> Result<(), ReplayError> {
+    let unnamed: Vec<_> = prepared.iter().filter(|(n, _)| n.is_empty()).collect();
+    restore_state(link, &[], &unnamed).await
+}
+
 /// Restores on a standby what can be had there already.
 ///
 /// # Errors
@@ -357,6 +369,12 @@ pub(super) async fn replay(
     let mut next = 0;
     while next < records.len() {
         turn.at(next);
+        if let Some(taken) = turn.taken()
+            && taken.stops_at(next)
+        {
+            settle(link, new, records, next, progress, how.held).await?;
+            taken.stand(link, next).await?;
+        }
         let mut keeper = turn.keeper().filter(|k| k.wants(next));
         let mut run = 1;
         if let Some(keeper) = &mut keeper {
@@ -376,6 +394,9 @@ pub(super) async fn replay(
     }
     turn.at(next);
     settle(link, new, records, records.len(), progress, how.held).await?;
+    if let Some(taken) = turn.taken() {
+        taken.is_used_up(link).await?;
+    }
     // What is asked from here on draws from no sequence.
     turn.end();
     let verified = verify(link, old, new, lossy).await;

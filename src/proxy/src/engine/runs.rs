@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use helios_session::sequences::Seen;
-use helios_session::sequences::run::{Ahead, Drawn, Run};
+use helios_session::sequences::run::{Ahead, Apart, Drawn, Run};
 use helios_session::tracker::Tracker;
 
 use super::link::Link;
@@ -23,7 +23,9 @@ pub(super) struct Records {
     /// Those whose values of sequences come again.
     pub(super) wanted: BTreeSet<usize>,
     /// Those that stand in no run with others; `None`: no record does.
-    pub(super) alone: Option<Arc<BTreeSet<usize>>>,
+    pub(super) apart: Option<Arc<Apart>>,
+    /// Wanted are all whose values were seen.
+    pub(super) whole: bool,
 }
 
 /// What sequences are set back for.
@@ -37,7 +39,7 @@ pub(super) struct Taken {
 }
 
 /// Sequences by name, as the session means them where it stands.
-type Names = BTreeMap<String, Option<Sequence>>;
+pub(super) type Names = BTreeMap<String, Option<Sequence>>;
 
 impl Taken {
     /// Behind the records, with where their sequences stood: each must have given the last value that
@@ -96,8 +98,8 @@ impl Keeper {
         };
         let mut run = Run::begin(&drawn, first.at_micros, bytes.len());
         ahead.pass(bytes);
-        let alone = self.records.alone.clone();
-        let goes_alone = |at: usize| alone.as_ref().is_none_or(|alone| alone.contains(&at));
+        let apart = self.records.apart.clone();
+        let goes_alone = |at: usize| apart.as_ref().is_none_or(|a| a.records.contains(&at));
         if goes_alone(from) {
             return Ok((1, run.into_spans()));
         }
@@ -127,7 +129,7 @@ impl Keeper {
 
     /// The values of each sequence that a record returned, in order; `None` where that could not be
     /// looked up.
-    async fn drawn(
+    pub(super) async fn drawn(
         &mut self,
         link: &mut Link,
         seen: Vec<Seen>,

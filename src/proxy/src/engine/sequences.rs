@@ -22,7 +22,7 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 use super::link::Link;
 use super::replay::{self, ReplayError};
 use super::runs::{Records, Taken};
-use super::set_back::{self, Baton, Sequence, SetBack};
+use super::set_back::{self, Baton, Sequence, SetBack, Wanted};
 use super::shared::Shared;
 use super::turn::turn_ends;
 use crate::backend::{self, BackendError, Login};
@@ -127,9 +127,30 @@ impl Keeper {
         from: usize,
     ) -> Result<usize, ReplayError> {
         let (records, wanted) = self.run(link, old, new, from).await?;
-        if wanted.is_empty() {
-            return Ok(records);
+        if !wanted.is_empty() {
+            self.begin(from, records, wanted).await?;
         }
+        Ok(records)
+    }
+
+    /// For a whole transaction: sets these back; whether they are.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub(super) async fn set_back_all(&mut self, wanted: &[Wanted]) -> Result<bool, ReplayError> {
+        self.begin(0, usize::MAX, wanted.to_vec()).await?;
+        let waits = self.guard.as_deref().and_then(Option::as_ref);
+        let all = wanted.len() == self.set_back.len();
+        Ok(all && waits.is_some_and(|service| service.waits))
+    }
+
+    /// Begins to set `wanted` back, for so many records.
+    async fn begin(
+        &mut self,
+        from: usize,
+        records: usize,
+        wanted: Vec<Wanted>,
+    ) -> Result<(), ReplayError> {
         let mut service = self.service()?;
         self.begun = true;
         let (link, noted) = (&mut service.link, &mut self.set_back);
@@ -143,7 +164,23 @@ impl Keeper {
             records,
             wanted,
         };
-        Ok(records)
+        Ok(())
+    }
+
+    /// Runs a statement of ours on the connection that holds the baton.
+    ///
+    /// # Errors
+    /// The connection's, or the server's.
+    pub(super) async fn on_baton(
+        &mut self,
+        sql: &str,
+    ) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
+        let mut service = self.service()?;
+        let result = service.baton.run(sql).await;
+        if !matches!(&result, Err(e) if e.is_transient()) {
+            self.put_back(service);
+        }
+        result
     }
 
     /// Behind the records: sets forward what was set back.

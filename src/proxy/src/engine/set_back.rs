@@ -100,6 +100,14 @@ impl Baton {
         simple(&mut self.link, &sql).await.map(|_| ())
     }
 
+    /// Runs a statement of ours on the connection that holds it.
+    ///
+    /// # Errors
+    /// The connection's, or the server's.
+    pub(super) async fn run(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, ReplayError> {
+        simple(&mut self.link, sql).await
+    }
+
     /// Whether that backend waits for it.
     ///
     /// # Errors

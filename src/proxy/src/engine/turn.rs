@@ -15,6 +15,7 @@ use helios_session::tracker::Tracker;
 use tokio::sync::OwnedRwLockReadGuard;
 
 use super::gate::Phase;
+use super::preallocate::TakenAhead;
 use super::registry::lock;
 use super::replay::ReplayError;
 use super::runs::Records;
@@ -31,10 +32,13 @@ const NOTICED_WITHIN: u64 = 100_000;
 
 /// The right to replay.
 pub(super) enum Turn {
-    /// Beside others: no value of a sequence was seen, or they come as they come.
+    /// Beside others: no value of a sequence was seen, or its backend has them, or they come as they
+    /// come.
     Beside {
         /// Until nothing draws from a sequence any more.
         guard: Option<OwnedRwLockReadGuard<Option<Service>>>,
+        /// What the backend has.
+        taken: Option<TakenAhead>,
     },
     /// Alone, sequences are set back.
     Alone(Box<Keeper>),
@@ -57,22 +61,26 @@ impl Turn {
         let lock = Arc::clone(&shared.replaying);
         let wanted = to_set_back(tracker, since);
         if wanted.is_empty() {
-            return Ok(Self::Beside {
-                guard: Some(lock.read_owned().await),
-            });
+            return Ok(Self::beside(shared, None).await);
         }
         let alone = tokio::time::timeout(ALONE_WAIT, lock.write_owned()).await;
         let guard = alone.map_err(std::io::Error::from)?;
-        let alone = (!one_by_one).then(|| Arc::new(run::alone(tracker)));
-        let records = Records { wanted, alone };
+        let apart = (!one_by_one).then(|| Arc::new(run::apart(tracker)));
+        let whole = since == 0;
+        let records = Records {
+            wanted,
+            apart,
+            whole,
+        };
         let keeper = Keeper::open(shared, endpoint, database, records, guard).await?;
         Ok(Self::Alone(Box::new(keeper)))
     }
 
-    /// Waits for the right to replay beside others; values of sequences come as they come.
-    pub(super) async fn beside(shared: &Arc<Shared>) -> Self {
+    /// Waits for the right to replay beside others; values of sequences come as they come, or from
+    /// what was taken ahead.
+    pub(super) async fn beside(shared: &Arc<Shared>, taken: Option<TakenAhead>) -> Self {
         let guard = Some(Arc::clone(&shared.replaying).read_owned().await);
-        Self::Beside { guard }
+        Self::Beside { guard, taken }
     }
 
     /// Whether a sequence is set back, or may be yet.
@@ -95,7 +103,7 @@ impl Turn {
     /// The replay draws from no sequence any more.
     pub(super) fn end(&mut self) {
         match self {
-            Self::Beside { guard } => *guard = None,
+            Self::Beside { guard, .. } => *guard = None,
             Self::Alone(keeper) => keeper.end(),
         }
     }
@@ -105,6 +113,14 @@ impl Turn {
         match self {
             Self::Beside { .. } => None,
             Self::Alone(keeper) => Some(keeper),
+        }
+    }
+
+    /// What the backend has of sequences.
+    pub(super) fn taken(&mut self) -> Option<&mut TakenAhead> {
+        match self {
+            Self::Beside { taken, .. } => taken.as_mut(),
+            Self::Alone(_) => None,
         }
     }
 }

@@ -118,7 +118,10 @@ async fn transaction_id(link: &mut Link) -> Result<Option<Vec<u8>>, ReplayError>
 }
 
 /// Calls a function with text arguments; its result in binary, `None` for NULL or an error.
-async fn call(
+///
+/// # Errors
+/// The connection's.
+pub(super) async fn call(
     link: &mut Link,
     function: u32,
     arguments: &[Option<&[u8]>],

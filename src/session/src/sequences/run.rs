@@ -8,7 +8,7 @@
 //! back: none of them gives a value back). On the new primary the sequence is set back to the first
 //! value, this session alone draws, in the same order, and gets the same values. What may move a
 //! sequence otherwise, or have a name mean another one, stands in no run with others
-//! ([`alone`]): `setval`, TRUNCATE … RESTART IDENTITY, ALTER SEQUENCE, everything that is no plain
+//! ([`apart`]): `setval`, TRUNCATE … RESTART IDENTITY, ALTER SEQUENCE, everything that is no plain
 //! statement. A function may do such things where nobody sees it. Then the values that follow
 //! mostly do not continue those before, which ends the run in front of it; where they do, the replay
 //! does the same once more.
@@ -30,7 +30,6 @@ use helios_wire::frontend;
 use super::{
     Seen, Statement, Statements, consecutive, mentions_by_record, messages, seen_with, tail_of,
 };
-use crate::journal::Record;
 use crate::reply::{Outcome, Reply};
 use crate::state::PreparedStatements;
 use crate::tracker::{Tracker, until_zero};
@@ -168,17 +167,28 @@ impl<S: Clone + PartialEq> Run<S> {
     }
 }
 
-/// The records (by number) of the open transaction that stand in no run with others.
+/// Records of the open transaction that go with no others.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Apart {
+    /// Those that stand in no run with others, by number.
+    pub records: BTreeSet<usize>,
+    /// Whether any of them may move a sequence, or have a name mean another one.
+    pub moves: bool,
+}
+
+/// Finds them.
 #[must_use]
-pub fn alone(tracker: &Tracker) -> BTreeSet<usize> {
+pub fn apart(tracker: &Tracker) -> Apart {
     let journal = tracker.journal();
+    let mut apart = Apart::default();
     let records = journal.records().iter().zip(mentions_by_record(tracker));
-    let stands_alone = |record: &Record, moves: bool| moves || !is_plain(&journal.reply(record));
-    records
-        .enumerate()
-        .filter(|(_, (record, mentions))| stands_alone(record, mentions.moves))
-        .map(|(index, _)| index)
-        .collect()
+    for (number, (record, mentions)) in records.enumerate() {
+        apart.moves |= mentions.moves;
+        if mentions.moves || !is_plain(&journal.reply(record)) {
+            apart.records.insert(number);
+        }
+    }
+    apart
 }
 
 /// Whether a record did nothing but what these commands do, as the server itself told. They draw
