@@ -101,6 +101,15 @@ pub struct PrepareRequest {
     pub wait_ms: u64,
 }
 
+/// Tells a proxy who is to be promoted should the primary fail, as far as can be told beforehand.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeirRequest {
+    /// Current epoch.
+    pub epoch: Epoch,
+    /// That standby; `None`: nobody could be now.
+    pub heir: Option<Backend>,
+}
+
 /// How far sessions go behind a change of primary, before those of other proxies have come as far
 /// (design rule 5.7).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -87,6 +87,27 @@ pub fn possible(settings: &Settings, state: &ClusterState, obs: &Observation) ->
     }
 }
 
+/// Who would most likely be promoted if the primary failed now; `None`: nobody could be, or the
+/// primary moves. A guess that only costs time where it is wrong: one of those that confirm commits,
+/// `before` as long as it is one.
+#[must_use]
+pub fn heir(
+    settings: &Settings,
+    state: &ClusterState,
+    obs: &Observation,
+    before: Option<&InstanceName>,
+) -> Option<InstanceName> {
+    if state.moving().is_some() || !possible(settings, state, obs) {
+        return None;
+    }
+    let mut may = ready(state, obs);
+    if let Electorate::All(set) = electorate(settings, state) {
+        may.retain(|name| set.contains(name));
+    }
+    let same = before.filter(|before| may.contains(before));
+    same.cloned().or_else(|| may.into_iter().next())
+}
+
 /// The standby to promote, once positions are final; `None`: not (yet) allowed.
 ///
 /// `end` is where the old primary's WAL ends when that is known: who holds all of it holds every

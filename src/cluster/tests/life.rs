@@ -9,7 +9,7 @@
 mod world;
 
 use helios_api::agent::ServerSettings;
-use helios_cluster::{Durability, Mode, Refusal, Request, Settings};
+use helios_cluster::{Durability, Mode, Refusal, Request, Settings, elect};
 use world::{Role, World, name};
 
 fn running(count: usize, durability: Durability) -> World {
@@ -241,4 +241,26 @@ fn the_one_that_fell_behind_is_not_chosen() {
     world.settle();
     assert_eq!(world.durable.primary_name(), Some(&primary));
     world.check_nothing_lost();
+}
+
+/// Who would be promoted is one of those that confirm commits, and the same one as long as that holds.
+#[test]
+fn the_heir_is_one_that_could_be_promoted() {
+    let mut world = running(3, Durability::Preferred);
+    let heir = |world: &World, before: Option<&_>| {
+        elect::heir(&world.settings, &world.durable, &world.observe(), before)
+    };
+    assert_eq!(world.durable.primary_name(), Some(&name(1)));
+    let first = heir(&world, None).unwrap();
+    assert_ne!(first, name(1));
+    for before in [name(2), name(3)] {
+        assert_eq!(heir(&world, Some(&before)), Some(before));
+    }
+    assert_eq!(heir(&world, Some(&name(1))), Some(first));
+    // One that nobody waits for may be promoted, but it is not counted on.
+    world.aside = [name(2)].into();
+    steps(&mut world, 300);
+    assert_eq!(heir(&world, Some(&name(2))), Some(name(3)));
+    ask(&mut world, Request::Switchover { to: None }).unwrap();
+    assert_eq!(heir(&world, Some(&name(3))), None);
 }

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use helios_agent::AgentConfig;
 use helios_agent::record::RecordFile;
 use helios_api::Endpoint;
-use helios_api::control::{LostCommits, ProxyStatus};
+use helios_api::control::{Backend, LostCommits, ProxyStatus};
 use helios_cluster::{
     Action, ClusterState, Decision, Failure, Finished, Mode, Observation, ProxyCommand, Reply,
-    Request, Settings, Time, decide,
+    Request, Settings, Time, decide, elect,
 };
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -74,6 +74,8 @@ struct Round {
     status: Option<(Instant, ProxyStatus)>,
     done: mpsc::Sender<Finished>,
     flush: Arc<Flush>,
+    /// Who the proxy was told is to be promoted should the primary fail.
+    heir: Option<Backend>,
 }
 
 impl Controller {
@@ -88,6 +90,7 @@ impl Controller {
             status: None,
             done,
             flush: Arc::new(Flush::default()),
+            heir: None,
         };
         let changed = self.agents.changed();
         loop {
@@ -130,6 +133,7 @@ impl Controller {
                 return;
             }
         };
+        self.tell_heir(round, &obs);
         let changed = decision.next != round.state;
         let overdue = round.unsaved.is_some_and(|since| since.elapsed() >= MOVING);
         if changed && may_wait(&round.state, &decision) && !overdue {
@@ -147,6 +151,19 @@ impl Controller {
             self.tell(&round.state, &decision.next);
         }
         self.carry_out(round, decision, answer);
+    }
+
+    /// Tells the proxy who is to be promoted should the primary fail, when that is somebody else.
+    fn tell_heir(&self, round: &mut Round, obs: &Observation) {
+        let before = round.heir.as_ref().map(|heir| &heir.name);
+        let heir = elect::heir(&self.settings, &round.state, obs, before);
+        let heir = heir.and_then(|name| obs.backend(&name));
+        if let Some(proxy) = self.proxy.get()
+            && heir != round.heir
+        {
+            proxy.set_heir(heir.clone());
+            round.heir = heir;
+        }
     }
 
     fn carry_out(&self, round: &mut Round, decision: Decision, answer: Option<Answer>) {

@@ -172,6 +172,10 @@ impl MoveSessions for LocalProxy {
         })
     }
 
+    fn set_heir(&self, heir: Option<Backend>) {
+        self.handle.set_heir(heir);
+    }
+
     fn drain(&self, request: DrainRequest) -> BoxFuture<'_, Result<DrainReport, String>> {
         Box::pin(async move { self.handle.drain(&request).await.map_err(|e| e.to_string()) })
     }

@@ -21,6 +21,8 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub trait MoveSessions: Send + Sync + std::fmt::Debug {
     /// Opens connections to the candidate ahead of time.
     fn prepare(&self, epoch: Epoch, candidate: Backend) -> BoxFuture<'_, Result<(), String>>;
+    /// Says who is to be promoted should the primary fail.
+    fn set_heir(&self, heir: Option<Backend>);
     /// Holds new transactions and freezes the open ones.
     fn drain(&self, request: DrainRequest) -> BoxFuture<'_, Result<DrainReport, String>>;
     /// Replays all sessions on the new primary and lets work in.

@@ -22,7 +22,7 @@ use crate::engine::rehearsal::Rehearsals;
 use crate::engine::session;
 use crate::engine::shared::Shared;
 use crate::engine::{counting, evidence, monitor};
-use crate::engine::{leaving, opening, temporary};
+use crate::engine::{heir, leaving, opening, temporary};
 use crate::listener::{BindError, Incoming, Limits, Listener};
 use crate::login::{self, Accepted, EdgeContext};
 use crate::options::ProxyOptions;
@@ -195,8 +195,12 @@ impl Proxy {
         handle.spawn_listener(listener, edge, workers, arrivals);
         handle.spawn_monitor(options.health_check_interval, options.health_check_timeout);
         handle.spawn_watch_latency();
-        handle.spawn_watch_log();
-        handle.spawn_look_at_statements();
+        let shared = || Arc::clone(&handle.0.shared);
+        handle.spawn_beside(evidence::watch_log(shared()));
+        handle.spawn_beside(counting::look_at_statements(shared()));
+        if shared().options.keep_ahead {
+            handle.spawn_beside(heir::keep(shared()));
+        }
         Ok(handle)
     }
 }
@@ -279,14 +283,7 @@ impl ProxyHandle {
     fn spawn_monitor(&self, interval: Duration, timeout: Duration) {
         let shared = Arc::clone(&self.0.shared);
         let reachable = Arc::clone(&self.0.reachable);
-        let stop = self.0.stop.clone();
-        tokio::spawn(async move {
-            let watch = monitor::watch(shared, reachable, interval, timeout);
-            tokio::select! {
-                () = watch => {}
-                () = stop.cancelled() => {}
-            }
-        });
+        self.spawn_beside(monitor::watch(shared, reachable, interval, timeout));
     }
 
     fn spawn_watch_latency(&self) {
@@ -303,23 +300,12 @@ impl ProxyHandle {
         });
     }
 
-    fn spawn_watch_log(&self) {
-        let shared = Arc::clone(&self.0.shared);
+    /// Runs something beside the sessions, until the proxy stops.
+    fn spawn_beside(&self, work: impl Future<Output = ()> + Send + 'static) {
         let stop = self.0.stop.clone();
         tokio::spawn(async move {
             tokio::select! {
-                () = evidence::watch_log(shared) => {}
-                () = stop.cancelled() => {}
-            }
-        });
-    }
-
-    fn spawn_look_at_statements(&self) {
-        let shared = Arc::clone(&self.0.shared);
-        let stop = self.0.stop.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = counting::look_at_statements(shared) => {}
+                () = work => {}
                 () = stop.cancelled() => {}
             }
         });
@@ -404,6 +390,12 @@ impl ProxyHandle {
         });
         let limit = Duration::from_secs(30);
         let _ = tokio::time::timeout(limit, futures_util::future::join_all(open)).await;
+    }
+
+    /// Says who is to be promoted should the primary fail. Where `restore_ahead` is `always`, sessions
+    /// in a transaction get a backend there.
+    pub fn set_heir(&self, heir: Option<Backend>) {
+        *lock(&self.0.shared.heir) = heir;
     }
 
     /// Undoes a drain: sessions go on where they are.

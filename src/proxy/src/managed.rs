@@ -15,7 +15,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use helios_api::Epoch;
 use helios_api::control::{
-    AbortRequest, AdvanceRequest, DrainReport, DrainRequest, GatherRequest, Gathered,
+    AbortRequest, AdvanceRequest, DrainReport, DrainRequest, GatherRequest, Gathered, HeirRequest,
     PrepareRequest, ProxyError, ProxyStatus, ResumeReport, SessionInfo, Stage, Topology,
 };
 use helios_api::protection::ProtectionReport;
@@ -158,6 +158,7 @@ impl Managed {
             .route("/v1/sessions", get(sessions))
             .route("/v1/protection", get(protection))
             .route("/v1/prepare", post(prepare))
+            .route("/v1/heir", post(heir))
             .route("/v1/drain", post(drain))
             .route("/v1/resume", post(resume))
             .route("/v1/join", post(join))
@@ -306,6 +307,18 @@ async fn prepare(State(this): State<Managed>, Json(order): Json<PrepareRequest>)
         // One that has no primary yet has no sessions either.
         if let Ok(handle) = this.handle() {
             handle.prepare_after(&order.candidate, wait).await;
+        }
+        Ok(())
+    })
+    .await
+}
+
+async fn heir(State(this): State<Managed>, Json(order): Json<HeirRequest>) -> Response {
+    carry_out(async move {
+        match this.handle() {
+            Ok(handle) if order.epoch >= handle.topology().epoch => handle.set_heir(order.heir),
+            // One of an earlier epoch says nothing.
+            _ => {}
         }
         Ok(())
     })

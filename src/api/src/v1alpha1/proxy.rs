@@ -145,6 +145,8 @@ pub enum RestoreAhead {
     Off,
     /// While a planned move is prepared.
     Planned,
+    /// That, and at all times for sessions in a transaction.
+    Always,
 }
 
 impl RestoreAhead {
@@ -154,6 +156,7 @@ impl RestoreAhead {
         match self {
             Self::Off => "off",
             Self::Planned => "planned",
+            Self::Always => "always",
         }
     }
 }

@@ -322,6 +322,7 @@ impl Conductor {
         self.follow_up(&input, plan, decision.answer.as_ref());
         self.agents.grant(view::duty(cluster, &decision.next));
         let moving = matches!(decision.next.mode, Mode::Moving(_));
+        self.look_for_heir(&input, &decision, &obs);
         self.carry_out(&input, decision);
         let state = self.store.now().cluster.clone();
         self.labels.keep(&self.world.client, cluster, &state, &pods);
@@ -330,6 +331,12 @@ impl Conductor {
             .publish(&input, &state, (&obs, reachable), &mut self.store, now())
             .await;
         Ok(Some(if moving { MOVING } else { IDLE }))
+    }
+
+    /// Has the proxies told who is to be promoted should the primary fail.
+    fn look_for_heir(&self, input: &Input, decision: &Decision, obs: &Observation) {
+        let settings = settings(&input.cluster, &input.server);
+        self.proxies.look_for_heir(&settings, &decision.next, obs);
     }
 
     /// Whether everybody has been asked: whom a successor has not asked yet is neither silent nor

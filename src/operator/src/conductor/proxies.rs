@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use helios_api::control::{
-    AbortRequest, AdvanceRequest, GatherRequest, Gathered, PrepareRequest, ProxyError, ProxyStatus,
-    ResumeReport, Stage, Topology,
+    AbortRequest, AdvanceRequest, GatherRequest, Gathered, HeirRequest, PrepareRequest, ProxyError,
+    ProxyStatus, ResumeReport, Stage, Topology,
 };
 use helios_api::v1alpha1::names;
 use helios_cluster::barrier::{self, Order};
-use helios_cluster::{Failure, ProxyCommand, Reply};
+use helios_cluster::{ClusterState, Failure, Observation, ProxyCommand, Reply, Settings, elect};
 use helios_control::{ControlClient, Live};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,6 +24,8 @@ use crate::OperatorError;
 const INTERVAL: Duration = Duration::from_millis(500);
 /// How long its answer may take.
 const STATUS_LIMIT: Duration = Duration::from_secs(2);
+/// So often a proxy is told who is to be promoted should the primary fail: it may have been restarted.
+const HEIR_AGAIN: Duration = Duration::from_secs(10);
 /// How long an order may take, beyond a drain's own limit.
 const ORDER_LIMIT: Duration = Duration::from_secs(90);
 
@@ -42,6 +44,9 @@ pub(super) enum Said {
 /// What a proxy last said; outer `None`: it was not asked to the end yet.
 type Known = Arc<Mutex<Option<Option<ProxyStatus>>>>;
 
+/// Who is to be promoted should the primary fail; `None`: not known yet.
+type Heir = Arc<Mutex<Option<HeirRequest>>>;
+
 #[derive(Debug)]
 struct Entry {
     ip: IpAddr,
@@ -54,12 +59,14 @@ struct Entry {
 pub(super) struct Way {
     client: ControlClient,
     known: Known,
+    heir: Heir,
 }
 
 /// All proxies of a cluster.
 #[derive(Debug, Default)]
 pub(super) struct Proxies {
     entries: BTreeMap<String, Entry>,
+    heir: Heir,
 }
 
 impl Proxies {
@@ -80,6 +87,7 @@ impl Proxies {
             let way = Way {
                 client: ControlClient::new(address, names::PROXY_IDENTITY, certificates)?,
                 known: Known::default(),
+                heir: Arc::clone(&self.heir),
             };
             let stop = CancellationToken::new();
             let (watched, changed, stopped) = (way.clone(), Arc::clone(changed), stop.clone());
@@ -107,6 +115,22 @@ impl Proxies {
             .collect()
     }
 
+    /// Has all be told who is to be promoted should the primary fail.
+    pub(super) fn look_for_heir(
+        &self,
+        settings: &Settings,
+        state: &ClusterState,
+        obs: &Observation,
+    ) {
+        let mut told = lock(&self.heir);
+        let before = told.as_ref().and_then(|told| told.heir.as_ref());
+        let heir = elect::heir(settings, state, obs, before.map(|heir| &heir.name));
+        *told = Some(HeirRequest {
+            epoch: state.epoch,
+            heir: heir.and_then(|name| obs.backend(&name)),
+        });
+    }
+
     /// Whether each has answered or failed to.
     pub(super) fn asked(&self) -> bool {
         let asked = |entry: &Entry| lock(&entry.way.known).is_some();
@@ -124,9 +148,11 @@ fn lock<T>(known: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 async fn watch(way: Way, changed: Arc<Notify>) {
+    let mut told = None;
     loop {
         let before = lock(&way.known).clone();
         way.look().await;
+        way.tell_heir(&mut told).await;
         // Numbers of sessions change all the time and decide nothing.
         let essence = |known: &Option<Option<ProxyStatus>>| {
             let one = |s: &ProxyStatus| (s.epoch, s.phase.clone(), s.primary_reachable);
@@ -140,6 +166,26 @@ async fn watch(way: Way, changed: Arc<Notify>) {
 }
 
 impl Way {
+    /// Tells the proxy who is to be promoted should the primary fail: when that is another one than
+    /// it was told, and now and then. One that does not answer, or is of an earlier release and knows
+    /// no such order, goes on without.
+    async fn tell_heir(&self, told: &mut Option<(HeirRequest, Instant)>) {
+        let now = lock(&self.heir).clone();
+        let Some(request) = now.filter(|now| {
+            told.as_ref()
+                .is_none_or(|(before, at)| before != now || at.elapsed() > HEIR_AGAIN)
+        }) else {
+            return;
+        };
+        if let Err(error) = self
+            .try_post::<()>("/v1/heir", &request, STATUS_LIMIT)
+            .await
+        {
+            tracing::debug!(?error, "proxy was not told who is to be promoted");
+        }
+        *told = Some((request, Instant::now()));
+    }
+
     async fn look(&self) {
         let answer = self
             .client

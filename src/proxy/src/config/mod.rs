@@ -160,6 +160,8 @@ pub enum RestoreAhead {
     /// While a planned move is prepared.
     #[default]
     Planned,
+    /// That, and at all times for sessions in a transaction.
+    Always,
 }
 
 /// `[session_migration]`.

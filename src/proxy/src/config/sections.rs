@@ -30,6 +30,7 @@ const REPLAY_MODE: &[(&str, ReplayMode)] = &[
 const RESTORE_AHEAD: &[(&str, RestoreAhead)] = &[
     ("off", RestoreAhead::Off),
     ("planned", RestoreAhead::Planned),
+    ("always", RestoreAhead::Always),
 ];
 const SSLMODE: &[(&str, SslMode)] = &[
     ("disable", SslMode::Disable),

@@ -74,6 +74,8 @@ pub struct Warm {
     pub conn: BackendConn,
     /// What was restored on it.
     pub restored: Option<Box<Blueprint>>,
+    /// It is kept for a transaction that began then ([`super::heir`]); `None`: for a planned move.
+    pub of: Option<u64>,
 }
 
 /// Asks a session what is to be restored. Nothing, when it does not know now or has nothing.

@@ -24,6 +24,7 @@ pub mod gate;
 mod gather;
 mod groups;
 pub(crate) mod handover;
+pub mod heir;
 pub mod history;
 mod io;
 mod kept;

@@ -379,6 +379,7 @@ impl Session {
             Ok(conn) if is_primary(&conn) => Ok(Warm {
                 conn,
                 restored: None,
+                of: None,
             }),
             Ok(_) => Err(Attempt::Away("the server is in recovery".into())),
             Err(BackendError::Refused { fields, frame, .. })

@@ -94,7 +94,11 @@ async fn open_with(
                 endpoint: conn.endpoint,
             };
             let restored = blueprint;
-            Ok(Some(Warm { conn, restored }))
+            Ok(Some(Warm {
+                conn,
+                restored,
+                of: None,
+            }))
         }
         Ok(Err(error @ ReplayError::State(_))) if blueprint.is_some() => {
             tracing::debug!(session = %entry.id, %error, "state cannot be restored ahead of time");

@@ -84,7 +84,7 @@ impl Server {
     /// has not said yet that it takes writes, and was there when its timeline began: the server has
     /// not been started since.
     pub(super) fn adopted(warm: Warm, topology: &Topology) -> Self {
-        let Warm { conn, restored } = warm;
+        let Warm { conn, restored, .. } = warm;
         let was_standby = !is_primary(&conn);
         let mut server = Self::new(conn, topology.epoch);
         server.restored = restored;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use helios_api::Epoch;
-use helios_api::control::{MigrationEvent, ResumeReport};
+use helios_api::control::{Backend, MigrationEvent, ResumeReport};
 use helios_api::protection::ProtectionReport;
 use helios_journal::Pool;
 use helios_session::ReplayMode;
@@ -65,6 +65,8 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// What a standby can have of a session's state is restored there ahead of a planned move.
     pub restore_ahead: bool,
+    /// So it is at all times, for sessions in a transaction.
+    pub keep_ahead: bool,
     /// Behind a move, temporary objects that no statement has asked for are made after about so long,
     /// when nobody else waits for any.
     pub make_later_after: Duration,
@@ -122,6 +124,7 @@ impl Default for EngineOptions {
             idle_timeout: None,
             threads: None,
             restore_ahead: true,
+            keep_ahead: false,
             make_later_after: Duration::from_millis(250),
             leave_ahead_from: 64,
             barrier_limit: Duration::from_secs(5),
@@ -205,6 +208,8 @@ pub struct Shared {
     pub report: Mutex<ResumeReport>,
     /// `pg_postmaster_start_time()` of the primary, as last seen in this epoch.
     pub postmaster_start: Mutex<Option<String>>,
+    /// Who is to be promoted should the primary fail, as far as can be told.
+    pub(crate) heir: Mutex<Option<Backend>>,
     /// The processes that this one takes sessions from, and gives them to.
     pub(crate) kin: Kin,
 }
@@ -249,6 +254,7 @@ impl Shared {
             events: broadcast::Sender::new(EVENTS),
             report: Mutex::default(),
             postmaster_start: Mutex::default(),
+            heir: Mutex::default(),
             kin: Kin::default(),
         })
     }
