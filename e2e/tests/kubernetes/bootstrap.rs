@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{UP, client, client_of, condition, is_ready, sample, text};
 
 /// Runs SQL as the superuser on an instance.
-async fn psql(space: &Namespace, pod: &str, sql: &str) -> Result<String> {
+pub(super) async fn psql(space: &Namespace, pod: &str, sql: &str) -> Result<String> {
     let args = [
         "exec",
         pod,

@@ -1,6 +1,7 @@
 //! Several proxies in front of one cluster: the barrier across them, rolling updates, one that is
 //! killed.
 
+use super::bootstrap::psql;
 use super::*;
 use helios_e2e::crowd::Crowd;
 
@@ -223,5 +224,58 @@ async fn killed() -> Result<()> {
         !settled.lost.is_empty(),
         "nobody was connected to what was killed"
     );
+    space.delete().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a Kubernetes: make e2e"]
+async fn a_transaction_that_lasts_finds_its_backend_at_a_failover() -> std::result::Result<(), Shown>
+{
+    Ok(always().await?)
+}
+
+/// Backends of the application's user on an instance, once there are so many.
+async fn backends(space: &Namespace, pod: &str, count: usize) -> Result<Vec<String>> {
+    let deadline = Instant::now() + MOVED;
+    loop {
+        let asked = "select pid from pg_stat_activity where usename = 'app'";
+        let pids = psql(space, pod, asked).await?;
+        let pids: Vec<String> = pids.split_whitespace().map(str::to_owned).collect();
+        if pids.len() == count {
+            return Ok(pids);
+        }
+        assert!(Instant::now() < deadline, "not {count}: {pids:?}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn always() -> Result<()> {
+    let space = Namespace::create("always").await?;
+    let always = "  proxy: {sessionMigration: {restoreAhead: always}}\n";
+    space
+        .apply(&format!("{}{always}", sample("minimal")?))
+        .await?;
+    space.until("hc", "pg", UP, is_ready).await?;
+    let confirmed = |o: &Value| confirms(o, "pg-2");
+    space.until("hc", "pg", MOVED, confirmed).await?;
+    let client = connect(&client(&space).await?).await?;
+    client
+        .batch_execute("create table t (n int); set work_mem = '7MB'; begin")
+        .await?;
+    let insert = client.prepare("insert into t values ($1)").await?;
+    client.execute(&insert, &[&1]).await?;
+    let kept = backends(&space, "pg-2-0", 1).await?;
+    let kill = "kill -9 $(head -n 1 /var/lib/helios/pg/data/postmaster.pid)";
+    let crash = ["exec", "pg-1-0", "-c", "postgres", "--", "bash", "-c", kill];
+    space.kubectl(&crash).await?;
+    client.execute(&insert, &[&2]).await?;
+    let asked = "select pg_backend_pid()::text, current_setting('work_mem')";
+    let row = client.query_one(asked, &[]).await?;
+    assert_eq!([row.get::<_, String>(0)], kept.as_slice());
+    assert_eq!(row.get::<_, String>(1), "7MB");
+    client.batch_execute("commit").await?;
+    settled(&space, 1).await?;
+    let there = client.query_one("select count(*) from t", &[]).await?;
+    assert_eq!(there.get::<_, i64>(0), 2);
     space.delete().await
 }
