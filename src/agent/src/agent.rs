@@ -191,12 +191,12 @@ impl<'a> Loop<'a> {
                 biased;
                 () = self.stop.cancelled() => return None,
                 () = self.instance.postmaster_gone() => self.instance.clean_up_crash().await,
+                job = self.inbox.recv() => return job,
                 () = self.instance.burial() => {
-                    if let Err(error) = self.instance.bury().await {
+                    if let Err(error) = self.instance.bury_some().await {
                         tracing::error!(%error, "could not kill what a fence has stopped");
                     }
                 }
-                job = self.inbox.recv() => return job,
                 () = tokio::time::sleep(LOOK_INTERVAL) => {
                     self.instance.hush();
                     self.instance.renew_certificates();

@@ -126,8 +126,10 @@ impl Instance {
             Pending::default()
         };
         let AgentRequest { epoch, command } = request;
-        if !matches!(command, AgentCommand::Fence { .. }) {
-            self.bury().await?;
+        match command {
+            AgentCommand::Fence { .. } => {}
+            AgentCommand::Follow { .. } => self.bury_in_turn().await?,
+            _ => self.bury().await?,
         }
         tracing::debug!(%epoch, ?command, "command");
         // Each is boxed: the largest of these futures would otherwise sit in all callers.

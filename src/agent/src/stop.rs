@@ -26,6 +26,10 @@ const FAST_LIMIT: Duration = Duration::from_secs(10);
 /// When processes that a fence has halted are killed at the latest: long enough for the replay of
 /// sessions, which they would share the processors with.
 const HALTED: Duration = Duration::from_secs(1);
+/// How long their end may take when others need the processors, and the instance is to come back.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The same between two looks for commands.
+const BRIEF: Duration = Duration::from_millis(100);
 /// How long a checkpoint may take.
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(600);
 
@@ -94,6 +98,28 @@ impl Instance {
             process::kill_all(&self.config.data_dir).await?;
             self.dying = None;
         }
+        Ok(())
+    }
+
+    /// The same behind everybody else: what they do next on the machine is for the sessions that have
+    /// just left the instance, and nobody waits for it.
+    pub(crate) async fn bury_in_turn(&mut self) -> Result<(), AgentError> {
+        if self.dying.is_some() {
+            process::let_pass(&self.config.data_dir);
+            process::kill_in_turn(&self.config.data_dir, PATIENCE).await?;
+        }
+        self.bury().await
+    }
+
+    /// A part of that, until the next look for commands.
+    pub(crate) async fn bury_some(&mut self) -> Result<(), AgentError> {
+        // Tried again a while later, should it fail.
+        self.dying = Some(Instant::now() + HALTED);
+        process::let_pass(&self.config.data_dir);
+        if process::kill_in_turn(&self.config.data_dir, BRIEF).await? {
+            return self.bury().await;
+        }
+        self.dying = Some(Instant::now());
         Ok(())
     }
 
