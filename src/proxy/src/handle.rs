@@ -374,7 +374,7 @@ impl ProxyHandle {
     async fn open_ahead(&self, candidate: &Backend) {
         let shared = &self.0.shared;
         let rehearsals = Rehearsals::collect(shared).await;
-        let open = shared.registry.all().into_iter().map(|entry| {
+        let open = opening::ahead(shared).into_iter().map(|entry| {
             let (shared, at) = (Arc::clone(shared), candidate.endpoint.clone());
             let rehearsals = rehearsals.clone();
             let home = entry.home.clone();

@@ -4,7 +4,7 @@
 //! as long as its session's task runs.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use helios_api::control::SessionInfo;
@@ -64,6 +64,8 @@ pub struct Entry {
     pub bell: Arc<Bell>,
     /// The runtime that the session lives on.
     pub home: Handle,
+    /// It has temporary objects, by [`Registered::owns`].
+    owns: AtomicBool,
     /// A planned move is being prepared: see [`Leave`].
     pub leave: Mutex<Option<Leave>>,
     /// A planned move is being prepared: temporary tables are to be read. Dropped when they are, or
@@ -160,6 +162,12 @@ impl Entry {
         self.state.store(state, Ordering::Relaxed);
     }
 
+    /// Whether it has temporary objects, and no transaction that would need them behind a move.
+    #[must_use]
+    pub fn owns_idly(&self) -> bool {
+        self.owns.load(Ordering::Relaxed) && self.began.load(Ordering::Relaxed) == 0
+    }
+
     /// The entry as it is listed; `now` in microseconds since the proxy started.
     #[must_use]
     pub fn info(&self, now: u64) -> SessionInfo {
@@ -194,6 +202,7 @@ pub struct Registry {
     sessions: Mutex<HashMap<SessionId, Arc<Entry>>>,
     keys: Mutex<HashMap<CancelKey, Arc<Entry>>>,
     next: AtomicU64,
+    owners: AtomicUsize,
 }
 
 /// Locks, also when another thread died with the lock: entries are plain values.
@@ -253,6 +262,7 @@ impl Registry {
             bell: Arc::default(),
             home: Handle::current(),
             keep: Mutex::default(),
+            owns: AtomicBool::new(false),
             leave: Mutex::new(None),
             blueprint: Mutex::new(None),
             warm: Mutex::new(None),
@@ -305,6 +315,12 @@ impl Registry {
         Lsn(floors.min().unwrap_or(u64::MAX))
     }
 
+    /// How many sessions have temporary objects.
+    #[must_use]
+    pub fn owners(&self) -> usize {
+        self.owners.load(Ordering::Relaxed)
+    }
+
     /// All sessions, by number.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<Entry>> {
@@ -322,9 +338,56 @@ pub struct Registered {
     pub entry: Arc<Entry>,
 }
 
+impl Registered {
+    /// Whether the session has temporary objects.
+    pub fn owns(&self, objects: bool) {
+        let owners = &self.registry.owners;
+        match (self.entry.owns.swap(objects, Ordering::Relaxed), objects) {
+            (false, true) => owners.fetch_add(1, Ordering::Relaxed),
+            (true, false) => owners.fetch_sub(1, Ordering::Relaxed),
+            _ => return,
+        };
+    }
+}
+
 impl Drop for Registered {
     fn drop(&mut self) {
+        self.owns(false);
         lock(&self.registry.sessions).remove(&self.entry.id);
         lock(&self.registry.keys).remove(&self.entry.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Credentials;
+
+    #[tokio::test]
+    async fn owners_are_counted_while_they_are_there_and_own_something() {
+        let registry = Arc::<Registry>::default();
+        let enter = || {
+            let login = Login {
+                user: "a".into(),
+                database: "b".into(),
+                params: Vec::new(),
+                credentials: Credentials::None,
+            };
+            registry.add(login, String::new(), 4)
+        };
+        let (one, two) = (enter(), enter());
+        assert_eq!(registry.owners(), 0);
+        one.owns(true);
+        one.owns(true);
+        two.owns(true);
+        assert_eq!(registry.owners(), 2);
+        assert!(one.entry.owns_idly());
+        one.entry.began.store(1, Ordering::Relaxed);
+        assert!(!one.entry.owns_idly(), "its transaction needs them");
+        one.owns(false);
+        one.owns(false);
+        assert_eq!(registry.owners(), 1);
+        drop(two);
+        assert_eq!(registry.owners(), 0);
     }
 }

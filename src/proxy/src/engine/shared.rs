@@ -72,6 +72,9 @@ pub struct EngineOptions {
     pub make_later_after: Duration,
     /// From so many sessions on, idle ones leave their backends ahead of a planned move.
     pub leave_ahead_from: usize,
+    /// How many idle sessions with temporary objects get a backend ahead of a planned move; when there
+    /// are more, none of them does.
+    pub owners_ahead: usize,
     /// How long the barrier holds new work back for replays.
     pub barrier_limit: Duration,
     /// Settings and role move; otherwise a session that has changed them is unprotected.
@@ -127,6 +130,7 @@ impl Default for EngineOptions {
             keep_ahead: false,
             make_later_after: Duration::from_millis(250),
             leave_ahead_from: 64,
+            owners_ahead: 256,
             barrier_limit: Duration::from_secs(5),
             capture_settings: true,
             capture_prepared: true,

@@ -175,6 +175,7 @@ impl Session {
         has.last_values = self.tracker.asks_last_values();
         // Of what is not there yet the server knows nothing.
         has.objects |= self.temporary.as_ref().is_some_and(|t| t.pending.is_some());
+        self.registered.owns(has.objects);
         match has == Has::default() {
             true => self.temporary = None,
             false => self.temporary.get_or_insert_default().has = has,
