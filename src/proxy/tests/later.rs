@@ -287,6 +287,88 @@ async fn what_was_changed_between_is_read_by_a_planned_move_and_told_to_be_lost_
     assert_eq!(gone.code().unwrap().code(), "42P01");
 }
 
+/// Rows that are changed before the rest is made are read behind that, and so are objects that are
+/// changed afterwards.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_changed_before_and_behind_the_making_of_the_rest_is_kept() {
+    let mut bench = bench().await;
+    let client = with_tables(&bench).await;
+    for turn in 1..=3 {
+        bench.switchover().await.unwrap();
+        let change = format!("UPDATE t2 SET note = 'changed {turn}' WHERE id <= {turn}");
+        client.batch_execute(&change).await.unwrap();
+        // All are there in front of this one.
+        let add = format!("ALTER TABLE t0 ADD COLUMN more_{turn} int DEFAULT {turn}");
+        client.batch_execute(&add).await.unwrap();
+        client
+            .batch_execute("DELETE FROM t1 WHERE id > 90")
+            .await
+            .unwrap();
+        protected(&bench).await;
+        bench.crash().await.unwrap();
+        bench.resume().await.unwrap();
+        let changed = format!("SELECT count(*) FROM t2 WHERE note = 'changed {turn}'");
+        assert_eq!(rows(&client, &changed).await, [turn.to_string()]);
+        let more = format!("SELECT sum(more_{turn}) FROM t0");
+        assert_eq!(rows(&client, &more).await, [(100 * turn).to_string()]);
+        assert_eq!(rows(&client, "SELECT count(*) FROM t1").await, ["90"]);
+        client.batch_execute("DISCARD SEQUENCES").await.unwrap();
+        protected(&bench).await;
+    }
+}
+
+/// Backends that a prepared move has opened, by what they run last before their session comes.
+async fn opened_ahead(bench: &Bench) -> String {
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE state = 'idle' AND \
+               query LIKE ANY ('{BEGIN; SELECT relname FROM pg_catalog.pg_class %,EXPLAIN %,\
+               select count(distinct query) from pg_stat_activity %}')";
+    bench.column(sql).await.unwrap().remove(0)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_many_have_tables_those_that_are_idle_get_no_backend_ahead() {
+    for (owners_ahead, expected) in [(3, "4"), (2, "2")] {
+        let options = EngineOptions {
+            make_later_after: Duration::from_secs(3600),
+            leave_ahead_from: 1,
+            owners_ahead,
+            ..EngineOptions::default()
+        };
+        let mut bench = Bench::start(options, SCHEMA).await.unwrap();
+        bench.known().await.unwrap();
+        let (one, two) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+        let (busy, plain) = (bench.client().await.unwrap(), bench.client().await.unwrap());
+        for owner in [&one, &two, &busy] {
+            owner.batch_execute(MADE).await.unwrap();
+        }
+        plain.batch_execute("SELECT 1").await.unwrap();
+        let before = rows(&one, SHOWN).await;
+        rows(&two, "SELECT 1").await;
+        let deadline = Instant::now() + PATIENCE;
+        while bench
+            .proxy
+            .sessions()
+            .iter()
+            .any(|s| s.unprotected.is_some())
+        {
+            assert!(Instant::now() < deadline, "{:?}", bench.proxy.sessions());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        busy.batch_execute("BEGIN; DELETE FROM t0 WHERE id > 50")
+            .await
+            .unwrap();
+        let candidate = bench.candidate().unwrap();
+        bench.proxy.prepare(&candidate).await;
+        assert_eq!(opened_ahead(&bench).await, expected, "{owners_ahead}");
+        bench.switchover().await.unwrap();
+        assert_eq!(rows(&busy, "SELECT count(*) FROM t0").await, ["50"]);
+        busy.batch_execute("ROLLBACK").await.unwrap();
+        for owner in [&one, &two, &busy] {
+            assert_eq!(rows(owner, SHOWN).await, before);
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_has_them_all_and_goes_on_with_them() {
     let mut bench = bench().await;

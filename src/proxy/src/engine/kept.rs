@@ -133,6 +133,11 @@ impl Kept {
         self.rows.bytes().len()
     }
 
+    /// Nothing is known of the rows that have changed since it was made again.
+    pub(super) fn forget_rows(&self) {
+        lock(&self.state).rows.clear();
+    }
+
     /// Nothing is known of what has changed since it was made again.
     pub(super) fn forget_state(&self) {
         let mut state = lock(&self.state);

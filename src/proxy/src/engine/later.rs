@@ -28,6 +28,13 @@ use super::reach;
 use super::replay::ReplayError;
 use super::session::{Event, Session};
 
+/// Groups that are made together in the background, where all rows of the session are [`SMALL`]: they
+/// need one transaction, and a client that comes meanwhile waits for milliseconds.
+const TOGETHER: usize = 4;
+
+/// Bytes of rows that take no time.
+const SMALL: usize = 64 << 10;
+
 /// Objects that are still to be made.
 #[derive(Debug)]
 pub(super) struct Later {
@@ -254,10 +261,12 @@ impl Session {
             }
             return;
         }
-        let next = all.into_iter().take(1).collect();
-        self.make_objects(gate, next, false).await;
+        let kept = self.temporary.as_ref().and_then(|t| t.kept());
+        let small = kept.is_some_and(|kept| kept.size() <= SMALL);
+        let next = all.into_iter().take(if small { TOGETHER } else { 1 });
+        self.make_objects(gate, next.collect(), false).await;
         if let Some(later) = self.temporary.as_mut().and_then(|t| t.pending.as_mut()) {
-            later.due = Instant::now() + jitter(self.shared.options.make_later_after);
+            later.due = Instant::now() + jitter(self.shared.make_later_after());
         }
     }
 
@@ -322,11 +331,16 @@ impl Session {
             let mut asking = Asking { link, client };
             make(&mut asking, kept, &groups, Some(unnamed)).await?;
             let later = temporary.pending.as_ref();
-            // The last of them, and nobody has reached any yet: nothing has changed.
-            if later.is_some_and(|l| l.is_untouched() && l.groups.is_subset(&groups)) {
-                note_state(&mut asking, kept).await?;
+            // The last of them: rows may have changed where somebody has reached some, objects have
+            // not, because what changes them waits for all.
+            let Some(later) = later.filter(|l| l.groups.is_subset(&groups)) else {
+                return Ok(());
+            };
+            match note_state(&mut asking, kept).await {
+                // Where it is read again in any case, all of it is.
+                Err(Failure::Not(_) | Failure::Later(_)) if !later.is_untouched() => Ok(()),
+                noted => noted,
             }
-            Ok(())
         };
         let result = tokio::select! {
             biased;

@@ -35,6 +35,9 @@ use crate::tls::BackendTls;
 /// server's.
 pub const SIDE_BY_SIDE: usize = 64;
 
+/// Sessions that make temporary objects in the background without more time between them.
+const MAKE_LATER_TOGETHER: usize = 32;
+
 /// Events that a slow subscriber may be behind before it misses some.
 const EVENTS: usize = 4096;
 
@@ -261,6 +264,14 @@ impl Shared {
             heir: Mutex::default(),
             kin: Kin::default(),
         })
+    }
+
+    /// When a session makes temporary objects in the background next, at the earliest: the more
+    /// sessions have some, the later, so that all together leave the server to those who wait.
+    pub(super) fn make_later_after(&self) -> Duration {
+        let many = self.registry.owners() / MAKE_LATER_TOGETHER;
+        let times = u32::try_from(many).unwrap_or(u32::MAX).max(1);
+        self.options.make_later_after.saturating_mul(times)
     }
 
     /// Room for one session's journal.

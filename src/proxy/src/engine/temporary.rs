@@ -51,10 +51,6 @@ pub(super) const READERS: usize = 8;
 /// Idle sessions that look for a backend side by side, behind a move.
 pub(super) const RETURNING: usize = 2;
 
-/// How long after a move the tables of an idle session are made again, at the earliest: those whose
-/// clients wait come first.
-const BACK: Duration = Duration::from_millis(250);
-
 /// How long the preparation of a move waits for those who read.
 const AHEAD: Duration = Duration::from_secs(10);
 
@@ -129,7 +125,7 @@ impl Temporary {
         self.pending = None;
         match (untouched, &self.kept) {
             (true, _) => self.at = now,
-            (false, Some(kept)) => kept.forget_state(),
+            (false, Some(kept)) => kept.forget_rows(),
             (false, None) => {}
         }
     }
@@ -254,7 +250,7 @@ impl Session {
             temporary.at = 0;
             temporary.why = None;
             temporary.back = None;
-            let after = self.shared.options.make_later_after;
+            let after = self.shared.make_later_after();
             temporary.pending = Later::new(std::mem::take(&mut temporary.next), after);
         }
     }
@@ -263,7 +259,7 @@ impl Session {
     /// asks for them, when nobody else waits for that.
     pub(super) fn comes_back(&mut self) {
         if let Some(temporary) = &mut self.temporary {
-            temporary.back = Some(Instant::now() + BACK);
+            temporary.back = Some(Instant::now() + jitter(self.shared.make_later_after()));
         }
     }
 
@@ -281,7 +277,7 @@ impl Session {
         let turn = shared.returning.try_acquire().ok();
         let busy = turn.is_none() || shared.makers.available_permits() < MAKERS / 2;
         if let Some(temporary) = &mut self.temporary {
-            temporary.back = busy.then(|| Instant::now() + jitter(BACK));
+            temporary.back = busy.then(|| Instant::now() + jitter(shared.make_later_after()));
         }
         if busy {
             return Ok(());
