@@ -242,6 +242,40 @@ async fn locks_move(inside: bool) -> Result<()> {
     Ok(())
 }
 
+/// A server starts anew, and somebody else is there before the holder is; then there is a new primary.
+/// That one's connection is whole, but it says nothing: the holder's was lost with all others.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_finds_a_restarted_server_first_gets_no_lock_of_others()
+-> std::result::Result<(), Shown> {
+    Ok(found_first().await?)
+}
+
+async fn found_first() -> Result<()> {
+    let mut bench = bench().await?;
+    let mut holder = Session::new(&bench, "holder").await?;
+    let mut other = Session::new(&bench, "other").await?;
+    holder.all("begin; insert into t values (1)").await?;
+    take(&mut holder).await?;
+    let before = held(&bench, "holder").await?;
+    let refuse = |bench: &Bench, classes: &[Class]| {
+        if let Some(between) = &bench.between {
+            between.set(|rules| rules.refuse = classes.to_vec());
+        }
+    };
+    // The holder does not find it for a while, and then tries seldom.
+    refuse(&bench, &[Class::Session]);
+    bench.crash().await?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    refuse(&bench, &[]);
+    other.expect("select 1", &["1"]).await?;
+    bench.resume().await?;
+    let sql = "select pg_try_advisory_lock(7), pg_try_advisory_lock(-8)";
+    other.expect(sql, &["f", "f"]).await?;
+    until_held(&bench, "holder", &before).await?;
+    holder.all("commit").await?;
+    Ok(())
+}
+
 /// Somebody waits for a lock while the primary moves: the holder still has it afterwards.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_waits_for_a_lock_goes_on_waiting() -> std::result::Result<(), Shown> {

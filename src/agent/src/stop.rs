@@ -26,8 +26,9 @@ const FAST_LIMIT: Duration = Duration::from_secs(10);
 /// When processes that a fence has halted are killed at the latest: long enough for the replay of
 /// sessions, which they would share the processors with.
 const HALTED: Duration = Duration::from_secs(1);
-/// How long their end may take when others need the processors, and the instance is to come back.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long their end may take when others need the processors, and the instance is to come back:
+/// commits may wait for it.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// The same between two looks for commands.
 const BRIEF: Duration = Duration::from_millis(100);
 /// How long a checkpoint may take.

@@ -76,8 +76,17 @@ impl Session {
 
     /// The session's connection broke while the connections of others to the old primary went on: its
     /// locks were others' from then on. They have them again behind the move, so it goes last: beside
-    /// new work, as it would have without the move.
+    /// new work, as it would have without the move. A connection that was opened since says nothing: a
+    /// primary that has started anew lost all, and others may have found it first.
     pub(super) fn is_left_behind(&self) -> bool {
-        self.lost.is_some() && self.shared.was_outlived(self.epoch)
+        self.lost_at()
+            .is_some_and(|lost| self.shared.was_outlived(self.epoch, lost))
+    }
+
+    /// When the backend went, in microseconds since the proxy started.
+    pub(super) fn lost_at(&self) -> Option<u64> {
+        let ago = self.lost?.since.elapsed().as_micros();
+        let ago = u64::try_from(ago).unwrap_or(u64::MAX);
+        Some(self.shared.now_micros().saturating_sub(ago))
     }
 }

@@ -123,7 +123,8 @@ impl Session {
         self.end_what_failed();
         if let Some(server) = self.server.take() {
             if whole {
-                self.shared.outlived(server.epoch);
+                let since = lock(&self.entry().identity).since;
+                self.shared.outlived(server.epoch, since);
             }
             if !self.tracker.is_between() {
                 self.spawn_cancel(&server, false);

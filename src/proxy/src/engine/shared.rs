@@ -1,7 +1,6 @@
 //! What all sessions of a proxy share.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -193,8 +192,9 @@ pub struct Shared {
     pub(super) turn_until: Mutex<Option<Instant>>,
     /// Epoch and time of the last one who was let in beside replays.
     worked: Mutex<(Epoch, u64)>,
-    /// Last epoch whose primary was left by sessions with whole connections.
-    outlived: AtomicU64,
+    /// Last epoch whose primary was left by sessions with whole connections, and when the oldest of
+    /// these was there.
+    outlived: Mutex<(Epoch, u64)>,
     /// How far the log of the primary in use has come, while marks can be found in it.
     pub(super) positions: Mutex<Positions>,
     /// Statements that were proven to read only.
@@ -253,7 +253,7 @@ impl Shared {
             barrier: watch::Sender::new(false),
             turn_until: Mutex::default(),
             worked: Mutex::default(),
-            outlived: AtomicU64::new(0),
+            outlived: Mutex::default(),
             positions: Mutex::default(),
             proofs: tokio::sync::Mutex::default(),
             countable: Countable::default(),
@@ -306,15 +306,22 @@ impl Shared {
         *lock(&self.worked)
     }
 
-    /// A session leaves the primary of `epoch`, and its connection is whole.
-    pub(super) fn outlived(&self, epoch: Epoch) {
-        self.outlived.fetch_max(epoch.0, Ordering::Relaxed);
+    /// A session leaves the primary of `epoch`, and its connection, which was there at `since`, in
+    /// microseconds since the proxy started, is whole.
+    pub(super) fn outlived(&self, epoch: Epoch, since: u64) {
+        let mut known = lock(&self.outlived);
+        *known = match *known {
+            (of, oldest) if of == epoch => (of, oldest.min(since)),
+            (of, _) if of < epoch => (epoch, since),
+            later => later,
+        };
     }
 
-    /// Whether connections to the primary of `epoch` were whole until they were left: who had lost
-    /// one before lost it alone.
-    pub(super) fn was_outlived(&self, epoch: Epoch) -> bool {
-        self.outlived.load(Ordering::Relaxed) == epoch.0
+    /// Whether a connection to the primary of `epoch` went on from before `lost`, in microseconds
+    /// since the proxy started, until it was left: who had lost one then lost it alone.
+    pub(super) fn was_outlived(&self, epoch: Epoch, lost: u64) -> bool {
+        let (of, oldest) = *lock(&self.outlived);
+        of == epoch && oldest < lost
     }
 
     /// Begins the time in which sequences may be set back: no new work is let in, here or, until

@@ -192,11 +192,10 @@ impl Session {
         if self.epoch >= self.gate.topology.epoch || epoch > self.epoch {
             return None;
         }
-        let Some(lost) = self.lost.filter(|lost| lost.alone) else {
+        let alone = self.lost.is_some_and(|lost| lost.alone);
+        let Some(lost) = self.lost_at().filter(|_| alone) else {
             return Some(0);
         };
-        let ago = u64::try_from(lost.since.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let lost = self.shared.now_micros().saturating_sub(ago);
         let unsure = worked.saturating_add(NOTICED_WITHIN) > lost;
         Some(if unsure { worked } else { 0 })
     }
