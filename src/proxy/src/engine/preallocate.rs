@@ -29,7 +29,7 @@ use super::replay::{ReplayError, next_frame, simple};
 use super::runs::{Names, Records};
 use super::sequences::Keeper;
 use super::session::{Server, Session};
-use super::set_back::{Sequence, Wanted};
+use super::set_back::{CLASS, Sequence, TAKING, Wanted};
 use super::turn::Turn;
 use super::verify::call;
 
@@ -269,6 +269,9 @@ const DROP: &str = "DROP FUNCTION pg_temp.helios_take_ahead(); \
 
 /// Makes the function that takes these values into the cache of the backend with this process id, and
 /// tells its OID. `None`: a sequence begins where numbers end.
+///
+/// The sequences must still be set back: once the server has set them forward, as it does when it has
+/// waited too long, nobody would do so again. It does not while the function runs ([`TAKING`]).
 fn function(pid: i32, spans: &[Wanted]) -> Option<String> {
     let mut body = String::new();
     for Span {
@@ -277,7 +280,11 @@ fn function(pid: i32, spans: &[Wanted]) -> Option<String> {
         last,
     } in spans
     {
-        let Sequence { oid, increment, .. } = sequence;
+        let Sequence {
+            oid,
+            increment,
+            name,
+        } = sequence;
         let before = first.checked_sub(*increment)?;
         let far = i128::from(*last) - i128::from(before);
         let values = far / i128::from(*increment) + 1;
@@ -288,7 +295,9 @@ fn function(pid: i32, spans: &[Wanted]) -> Option<String> {
              seqmax = greatest(seqmax, {before}) \
              WHERE seqrelid = {oid} AND seqincrement = {increment} AND seqcache = 1 AND NOT seqcycle;\n\
              IF NOT FOUND THEN RETURN false; END IF;\n\
-             PERFORM setval({oid}::oid::regclass, {before}, false);\n\
+             PERFORM setval({oid}::oid::regclass, {before}, false) FROM {name} \
+             WHERE last_value = {first} AND NOT is_called;\n\
+             IF NOT FOUND THEN RETURN false; END IF;\n\
              IF nextval({oid}::oid::regclass) <> {before} THEN RETURN false; END IF;"
         );
     }
@@ -296,6 +305,7 @@ fn function(pid: i32, spans: &[Wanted]) -> Option<String> {
         "CREATE OR REPLACE FUNCTION pg_temp.helios_take_ahead() RETURNS boolean LANGUAGE plpgsql \
          SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $helios$ BEGIN \
          IF pg_backend_pid() <> {pid} THEN RAISE EXCEPTION 'not for this session'; END IF;\n\
+         PERFORM pg_advisory_xact_lock({CLASS}, {TAKING});\n\
          {body}RETURN true; END $helios$; \
          DO $$ BEGIN EXECUTE pg_catalog.format('GRANT USAGE ON SCHEMA %s TO PUBLIC', \
          pg_catalog.pg_my_temp_schema()::pg_catalog.regnamespace); END $$; \
@@ -367,6 +377,9 @@ mod tests {
         let up = function(42, &[span(1, 1, 5)]).unwrap();
         assert!(up.contains("pg_backend_pid() <> 42 "));
         assert!(up.contains("seqcache = 6, seqmin = least(seqmin, 0)"));
+        // Only where it is still set back, and stays so meanwhile.
+        assert!(up.contains("FROM s WHERE last_value = 1 AND NOT is_called"));
+        assert!(up.find("pg_advisory_xact_lock") < up.find("setval"));
         let down = function(42, &[span(-7, -5, -12)]).unwrap();
         assert!(down.contains("seqcache = 3, ") && down.contains("greatest(seqmax, 2)"));
         assert_eq!(function(42, &[span(1, i64::MIN, 0)]), None);

@@ -20,7 +20,10 @@ use super::replay::{ReplayError, describe_error, next_frame, simple};
 
 /// First half of the keys of our advisory locks ("helS"). The second half is 0 for the statement
 /// itself, one at a time in a database, and the baton's process id for the baton.
-const CLASS: i32 = 0x6865_6c53;
+pub(super) const CLASS: i32 = 0x6865_6c53;
+
+/// Second half of the key of who takes values ahead meanwhile: nothing is set forward under its hands.
+pub(super) const TAKING: i32 = -1;
 
 /// Values that lie further ahead of a sequence than so many steps were not given by it.
 const MAX_AHEAD: u32 = 1 << 16;
@@ -343,6 +346,8 @@ fn block(wanted: &[Wanted], pid: i32, until: Option<f64>) -> String {
          EXIT WHEN false{done} OR (true{nothing}); END LOOP;\n\
          BEGIN PERFORM set_config('lock_timeout', ({wait})::text, true); \
          PERFORM pg_advisory_xact_lock({CLASS}, {pid}); \
+         EXCEPTION WHEN lock_not_available OR query_canceled THEN NULL; END;\n\
+         BEGIN PERFORM pg_advisory_xact_lock({CLASS}, {TAKING}); \
          EXCEPTION WHEN lock_not_available OR query_canceled THEN NULL; END;\n{forward}{stood}\
          IF failed IS NOT NULL THEN RAISE EXCEPTION '%', failed; END IF; END"
     )
